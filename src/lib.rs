@@ -1,0 +1,9 @@
+//! Stockade: a Redis-first flash-sale engine.
+//!
+//! The folders are the architecture; a module imports only from layers below it:
+//! `cli` → `app` → `http` → `writer` `realtime` `auth` `sales` `ops` `embedded` → `engine` `store` →
+//! `config` `metrics` `clock` → `domain`.
+#![warn(missing_docs)]
+
+pub mod clock;
+pub mod domain;

@@ -1,0 +1,50 @@
+//! Every bound of the contract, each with the reason for its value.
+
+/// Units that one round may hand out over its whole life, restocks included.
+///
+/// The cost of a purchase does not depend on it; the memory of a round does.
+pub const ALLOCATION_MAX: u64 = 10_000_000;
+
+/// Units that one buyer may hold in one round.
+pub const BUYER_LIMIT_MAX: u64 = 1_000_000;
+
+/// Acceptances that one buyer gets in one round on top of the limit.
+///
+/// Each acceptance leaves an order behind, a cancelled one too. Without a cap, buying and
+/// cancelling in a loop would grow the state of a round without bound.
+pub const SPARE_ACCEPTANCES: u64 = 8;
+
+/// The longest `Idempotency-Key`, in characters.
+pub const IDEMPOTENCY_KEY_MAX: usize = 255;
+
+/// The largest amount of money, in minor units: far above any price, far below 2^53.
+pub const AMOUNT_MAX: i64 = 100_000_000_000_000;
+
+/// Purchases that travel in one script call.
+///
+/// At 128 a call takes about a millisecond of Redis; more would make everybody else wait longer
+/// and save little.
+pub const CALL_ITEMS_MAX: usize = 128;
+
+/// Rounds that one script call may touch: each costs a fixed number of reads.
+pub const CALL_ROUNDS_MAX: usize = 16;
+
+/// Bytes of arguments in one script call.
+pub const CALL_ARGUMENT_BYTES_MAX: usize = 64 * 1024;
+
+/// A script call that Redis has not begun this long after it was planned must not run any more.
+pub const CALL_DEADLINE_MS: i64 = 2_000;
+
+/// A difference between Redis' clock and a node's estimate of it that is a fault, not a delay.
+pub const CLOCK_JUMP_MS: i64 = 5_000;
+
+/// How long a node may believe what a reply said about a round.
+pub const MEMORY_MS: u64 = 100;
+
+// An answer from memory must be gone long before a deadline could matter.
+const _: () = assert!(MEMORY_MS as i64 * 10 <= CALL_DEADLINE_MS);
+// A late call must be refused as late, before its lateness could look like a jump of the clock.
+const _: () = assert!(CALL_DEADLINE_MS < CLOCK_JUMP_MS);
+// Lua's numbers are exact to 2^53; sums of these stay far below.
+const _: () = assert!(AMOUNT_MAX < 1 << 53);
+const _: () = assert!(ALLOCATION_MAX * BUYER_LIMIT_MAX < 1 << 53);

@@ -1,0 +1,498 @@
+//! The executable specification of everything that the scripts in `lua/` own.
+//!
+//! [`Model::apply`] is a pure function of state, clock and command. It is written for reading,
+//! not for speed; the scripts must do exactly the same.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use super::{
+    id::{BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, RoundId, SaleNumber},
+    journal::{Entry, Event, EventKind},
+    limits::{ALLOCATION_MAX, SPARE_ACCEPTANCES},
+    order::{Decision, Durability, Order, Purchase, Refusal, Status},
+    round::{self, Counters, Intent, State, Terms},
+};
+
+/// The state of one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Model {
+    /// The timeline.
+    pub epoch: Epoch,
+    /// The number of the last journal entry.
+    pub pseq: u64,
+    /// The highest instant that an effect was stamped with.
+    pub last_ms: i64,
+    /// Every sale that has a round here.
+    pub sales: BTreeMap<SaleNumber, Sale>,
+    /// Every round.
+    pub rounds: BTreeMap<RoundId, Round>,
+    /// What happened, oldest first.
+    pub journal: Vec<Entry>,
+}
+
+/// What all rounds of a sale share.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sale {
+    /// The last round that was provisioned.
+    pub round: u32,
+    /// Idempotency record and order book in one.
+    pub orders: BTreeMap<OrderId, Order>,
+    /// Operations with a key that were carried out: what was asked, and the seq it took.
+    pub operations: BTreeMap<OperationId, (Fingerprint, u64)>,
+}
+
+/// One running of a sale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// Its rules.
+    pub terms: Terms,
+    /// What the operator wants.
+    pub intent: Intent,
+    /// Where its units are.
+    pub counters: Counters,
+    /// Units each buyer has, and how many acceptances they ever got.
+    pub buyers: BTreeMap<BuyerId, (u64, u64)>,
+    /// The leaderboard: confirmed orders by the seq of their acceptance.
+    pub board: BTreeMap<u64, OrderId>,
+}
+
+/// What can be asked of a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Create a round.
+    Provision {
+        /// Which.
+        round: RoundId,
+        /// With which rules.
+        terms: Terms,
+    },
+    /// Decide on purchases, one after the other.
+    Purchase {
+        /// What an acceptance survives.
+        durability: Durability,
+        /// The purchases.
+        items: Vec<Purchase>,
+    },
+    /// Give an order back.
+    Cancel {
+        /// Of which round it is.
+        round: RoundId,
+        /// Which.
+        order: OrderId,
+        /// Who asks.
+        actor: Uuid,
+    },
+    /// Pause, resume or close.
+    Control {
+        /// Which round.
+        round: RoundId,
+        /// What the operator wants from now on.
+        intent: Intent,
+        /// Who asks.
+        actor: Uuid,
+    },
+    /// Add units.
+    Restock {
+        /// To which round.
+        round: RoundId,
+        /// How many, at least one.
+        units: u64,
+        /// The operation; it has one effect however often it is asked for.
+        operation: OperationId,
+        /// What the request asked for.
+        fingerprint: Fingerprint,
+        /// Who asks.
+        actor: Uuid,
+    },
+}
+
+/// What a partition answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// To [`Command::Provision`].
+    Provisioned(Provisioned),
+    /// To [`Command::Purchase`], one decision for each item.
+    Decided(Vec<Decision>),
+    /// To [`Command::Cancel`].
+    Cancelled(Cancelled),
+    /// To [`Command::Control`].
+    Controlled(Controlled),
+    /// To [`Command::Restock`].
+    Restocked(Restocked),
+}
+
+/// What became of a provisioning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Provisioned {
+    /// The round is there now.
+    Created,
+    /// The round was there already, with the same rules.
+    Exists,
+    /// A round with other rules is there.
+    Conflict,
+}
+
+/// What became of a cancellation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// The units went back.
+    Done(Order),
+    /// They had gone back before.
+    Already(Order),
+    /// There is no such order.
+    Unknown,
+}
+
+/// What became of a pause, a resume or a close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Controlled {
+    /// It is so now.
+    Done,
+    /// It was so before.
+    Already,
+    /// The round is closed, and stays so.
+    Closed,
+}
+
+/// What became of a restock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restocked {
+    /// The units are there.
+    Done,
+    /// They came with an earlier attempt.
+    Replayed,
+    /// The key belongs to another request.
+    Mismatch,
+    /// The round is closed.
+    Closed,
+    /// The allocation would leave its bounds.
+    TooMany,
+}
+
+impl Model {
+    /// Carries out one command at `wall_ms` by Redis' clock.
+    ///
+    /// `None` when the command names a round that is not there: the scripts fence it.
+    pub fn apply(&mut self, wall_ms: i64, command: &Command) -> Option<Reply> {
+        // A clock that goes back does not take time back.
+        let now_ms = wall_ms.max(self.last_ms);
+        match command {
+            Command::Provision { round, terms } => {
+                Some(Reply::Provisioned(self.provision(now_ms, *round, *terms)))
+            }
+            Command::Purchase { durability, items } => self
+                .purchase(now_ms, *durability, items)
+                .map(Reply::Decided),
+            Command::Cancel {
+                round,
+                order,
+                actor,
+            } => self
+                .cancel(now_ms, *round, *order, *actor)
+                .map(Reply::Cancelled),
+            Command::Control {
+                round,
+                intent,
+                actor,
+            } => self
+                .control(now_ms, *round, *intent, *actor)
+                .map(Reply::Controlled),
+            Command::Restock {
+                round,
+                units,
+                operation,
+                fingerprint,
+                actor,
+            } => self
+                .restock(now_ms, *round, *units, *operation, *fingerprint, *actor)
+                .map(Reply::Restocked),
+        }
+    }
+
+    fn provision(&mut self, now_ms: i64, id: RoundId, terms: Terms) -> Provisioned {
+        if let Some(round) = self.rounds.get(&id) {
+            return if round.terms == terms {
+                Provisioned::Exists
+            } else {
+                Provisioned::Conflict
+            };
+        }
+        let counters = Counters::fresh(terms.allocation);
+        self.rounds.insert(
+            id,
+            Round {
+                terms,
+                intent: Intent::Live,
+                counters,
+                buyers: BTreeMap::new(),
+                board: BTreeMap::new(),
+            },
+        );
+        self.sales.entry(id.sale).or_default().round = id.round;
+        let event = Event {
+            round: Some(id),
+            seq: 0,
+            kind: EventKind::Provision,
+            order: None,
+            units: terms.allocation,
+            actor: None,
+            operation: None,
+        };
+        self.append(now_ms, &[id], vec![], vec![event]);
+        Provisioned::Created
+    }
+
+    fn purchase(
+        &mut self,
+        now_ms: i64,
+        durability: Durability,
+        items: &[Purchase],
+    ) -> Option<Vec<Decision>> {
+        if !items
+            .iter()
+            .all(|item| self.rounds.contains_key(&item.round))
+        {
+            return None;
+        }
+        let mut accepted = Vec::new();
+        let decisions = items
+            .iter()
+            .map(|item| {
+                let decision = self.decide(now_ms, durability, item)?;
+                if let Decision::Accepted(order) = decision {
+                    self.accept(&order)?;
+                    accepted.push(order);
+                }
+                Some(decision)
+            })
+            .collect::<Option<Vec<_>>>()?;
+        let mut touched = Vec::new();
+        for item in items {
+            let has_order = accepted.iter().any(|order| order.round == item.round);
+            if has_order && !touched.contains(&item.round) {
+                touched.push(item.round);
+            }
+        }
+        if !touched.is_empty() {
+            self.append(now_ms, &touched, accepted, vec![]);
+        }
+        Some(decisions)
+    }
+
+    /// The precedence of refusals, from first to last.
+    fn decide(&self, now_ms: i64, durability: Durability, item: &Purchase) -> Option<Decision> {
+        let round = self.rounds.get(&item.round)?;
+        let sale = self.sales.get(&item.round.sale)?;
+        let Terms {
+            window,
+            per_buyer_limit,
+            per_order_limit,
+            unit_price,
+            ..
+        } = round.terms;
+        let (held, acceptances) = round.buyers.get(&item.buyer).copied().unwrap_or_default();
+        let remaining = round.counters.remaining;
+
+        if let Some(order) = sale.orders.get(&item.order) {
+            let same = order.buyer == item.buyer && order.fingerprint == item.fingerprint;
+            return Some(if same {
+                Decision::Replayed(*order)
+            } else {
+                Decision::Refused(Refusal::Mismatch)
+            });
+        }
+        let refusal = match round::state(round.intent, window, now_ms) {
+            State::Scheduled => Some(Refusal::NotOpen {
+                opens_at_ms: window.opens_at_ms,
+            }),
+            State::Paused => Some(Refusal::Paused),
+            State::Closed => Some(Refusal::Closed),
+            State::Open if item.quantity > per_order_limit => Some(Refusal::OrderLimit {
+                limit: per_order_limit,
+                held,
+            }),
+            State::Open
+                if held + item.quantity > per_buyer_limit
+                    || acceptances >= per_buyer_limit + SPARE_ACCEPTANCES =>
+            {
+                Some(Refusal::BuyerLimit {
+                    limit: per_buyer_limit,
+                    held,
+                })
+            }
+            State::Open if remaining == 0 => Some(Refusal::SoldOut),
+            State::Open if remaining < item.quantity => Some(Refusal::Insufficient { remaining }),
+            State::Open => None,
+        };
+        Some(refusal.map_or_else(
+            || {
+                Decision::Accepted(Order {
+                    id: item.order,
+                    round: item.round,
+                    buyer: item.buyer,
+                    quantity: item.quantity,
+                    unit_price,
+                    status: Status::Confirmed,
+                    accepted_as: Status::Confirmed,
+                    durability,
+                    epoch: self.epoch,
+                    seq: round.counters.seq + 1,
+                    pseq: self.pseq + 1,
+                    accepted_at_ms: now_ms,
+                    fingerprint: item.fingerprint,
+                })
+            },
+            Decision::Refused,
+        ))
+    }
+
+    fn accept(&mut self, order: &Order) -> Option<()> {
+        let round = self.rounds.get_mut(&order.round)?;
+        round.counters.seq = order.seq;
+        round.counters.remaining -= order.quantity;
+        round.counters.sold += order.quantity;
+        let buyer = round.buyers.entry(order.buyer).or_default();
+        buyer.0 += order.quantity;
+        buyer.1 += 1;
+        round.board.insert(order.seq, order.id);
+        self.sales
+            .get_mut(&order.round.sale)?
+            .orders
+            .insert(order.id, *order);
+        Some(())
+    }
+
+    fn cancel(
+        &mut self,
+        now_ms: i64,
+        id: RoundId,
+        order: OrderId,
+        actor: Uuid,
+    ) -> Option<Cancelled> {
+        let round = self.rounds.get_mut(&id)?;
+        let Some(order) = self.sales.get_mut(&id.sale)?.orders.get_mut(&order) else {
+            return Some(Cancelled::Unknown);
+        };
+        if order.status != Status::Confirmed {
+            return Some(Cancelled::Already(*order));
+        }
+        order.status = Status::Cancelled;
+        let order = *order;
+        round.counters.seq += 1;
+        round.counters.remaining += order.quantity;
+        round.counters.sold -= order.quantity;
+        round.buyers.get_mut(&order.buyer)?.0 -= order.quantity;
+        round.board.remove(&order.seq);
+        let event = Event {
+            round: Some(id),
+            seq: round.counters.seq,
+            kind: EventKind::Cancel,
+            order: Some(order.id),
+            units: order.quantity,
+            actor: Some(actor),
+            operation: None,
+        };
+        self.append(now_ms, &[id], vec![], vec![event]);
+        Some(Cancelled::Done(order))
+    }
+
+    fn control(
+        &mut self,
+        now_ms: i64,
+        id: RoundId,
+        intent: Intent,
+        actor: Uuid,
+    ) -> Option<Controlled> {
+        let round = self.rounds.get_mut(&id)?;
+        if round::state(round.intent, round.terms.window, now_ms) == State::Closed {
+            return Some(match intent {
+                Intent::Closed => Controlled::Already,
+                Intent::Live | Intent::Paused => Controlled::Closed,
+            });
+        }
+        if round.intent == intent {
+            return Some(Controlled::Already);
+        }
+        round.intent = intent;
+        round.counters.seq += 1;
+        let event = Event {
+            round: Some(id),
+            seq: round.counters.seq,
+            kind: match intent {
+                Intent::Live => EventKind::Resume,
+                Intent::Paused => EventKind::Pause,
+                Intent::Closed => EventKind::Close,
+            },
+            order: None,
+            units: 0,
+            actor: Some(actor),
+            operation: None,
+        };
+        self.append(now_ms, &[id], vec![], vec![event]);
+        Some(Controlled::Done)
+    }
+
+    fn restock(
+        &mut self,
+        now_ms: i64,
+        id: RoundId,
+        units: u64,
+        operation: OperationId,
+        fingerprint: Fingerprint,
+        actor: Uuid,
+    ) -> Option<Restocked> {
+        let round = self.rounds.get_mut(&id)?;
+        let sale = self.sales.get_mut(&id.sale)?;
+        if let Some((known, _)) = sale.operations.get(&operation) {
+            return Some(if *known == fingerprint {
+                Restocked::Replayed
+            } else {
+                Restocked::Mismatch
+            });
+        }
+        if round::state(round.intent, round.terms.window, now_ms) == State::Closed {
+            return Some(Restocked::Closed);
+        }
+        if round.counters.allocation + units > ALLOCATION_MAX {
+            return Some(Restocked::TooMany);
+        }
+        round.counters.seq += 1;
+        round.counters.allocation += units;
+        round.counters.remaining += units;
+        sale.operations
+            .insert(operation, (fingerprint, round.counters.seq));
+        let event = Event {
+            round: Some(id),
+            seq: round.counters.seq,
+            kind: EventKind::Restock,
+            order: None,
+            units,
+            actor: Some(actor),
+            operation: Some(operation),
+        };
+        self.append(now_ms, &[id], vec![], vec![event]);
+        Some(Restocked::Done)
+    }
+
+    fn append(&mut self, at_ms: i64, rounds: &[RoundId], orders: Vec<Order>, events: Vec<Event>) {
+        self.pseq += 1;
+        self.last_ms = at_ms;
+        let rounds = rounds
+            .iter()
+            .filter_map(|id| self.rounds.get(id).map(|round| (*id, round.counters)))
+            .collect();
+        let id = JournalId {
+            epoch: self.epoch,
+            pseq: self.pseq,
+        };
+        self.journal.push(Entry {
+            id,
+            at_ms,
+            rounds,
+            orders,
+            events,
+        });
+    }
+}

@@ -1,0 +1,198 @@
+//! An order and the decision that makes it.
+
+use super::{
+    id::{BuyerId, Epoch, Fingerprint, OrderId, RoundId},
+    money::Money,
+};
+
+/// Where an order is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Status {
+    /// Its units wait for the payment.
+    Held,
+    /// Bought.
+    Confirmed,
+    /// The payment did not come in time; the units went back.
+    Expired,
+    /// Given back by the buyer or an operator; the units went back.
+    Cancelled,
+    /// The money went back.
+    Refunded,
+}
+
+impl Status {
+    /// The word that the API and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::Confirmed => "confirmed",
+            Self::Expired => "expired",
+            Self::Cancelled => "cancelled",
+            Self::Refunded => "refunded",
+        }
+    }
+
+    /// Reads the word.
+    pub fn parse(word: &str) -> Option<Self> {
+        [
+            Self::Held,
+            Self::Confirmed,
+            Self::Expired,
+            Self::Cancelled,
+            Self::Refunded,
+        ]
+        .into_iter()
+        .find(|status| status.as_str() == word)
+    }
+}
+
+/// What an acceptance survives, weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Durability {
+    /// The script ran; Redis syncs its file about once a second.
+    Fast,
+    /// Redis synced its file before it answered.
+    Fsync,
+}
+
+impl Durability {
+    /// The word that the API and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Fsync => "fsync",
+        }
+    }
+
+    /// Reads the word.
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Fast, Self::Fsync]
+            .into_iter()
+            .find(|durability| durability.as_str() == word)
+    }
+}
+
+/// An accepted purchase of some units of one round by one buyer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Derived from sale, buyer and key.
+    pub id: OrderId,
+    /// What it took its units from.
+    pub round: RoundId,
+    /// Whose it is.
+    pub buyer: BuyerId,
+    /// Units, at least one.
+    pub quantity: u64,
+    /// The price of one unit at acceptance.
+    pub unit_price: Money,
+    /// Where it is now.
+    pub status: Status,
+    /// What it was at acceptance; this is what its 201 says, for ever.
+    pub accepted_as: Status,
+    /// What its acceptance survives.
+    pub durability: Durability,
+    /// The timeline that accepted it.
+    pub epoch: Epoch,
+    /// Its place among the events of its round.
+    pub seq: u64,
+    /// The journal entry that carries it; stored once the position has reached it.
+    pub pseq: u64,
+    /// When, in milliseconds since the Unix epoch by Redis' clock.
+    pub accepted_at_ms: i64,
+    /// What the request asked for.
+    pub fingerprint: Fingerprint,
+}
+
+impl Order {
+    /// What the buyer pays for all units. Terms are checked so that it fits.
+    pub fn total(&self) -> Money {
+        self.unit_price
+            .times(self.quantity)
+            .unwrap_or(self.unit_price)
+    }
+}
+
+/// What a buyer asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Purchase {
+    /// From which round.
+    pub round: RoundId,
+    /// The id its order will have, or has since an earlier attempt.
+    pub order: OrderId,
+    /// For whom.
+    pub buyer: BuyerId,
+    /// Units, 1 … 10^6.
+    pub quantity: u64,
+    /// What the request asked for.
+    pub fingerprint: Fingerprint,
+}
+
+/// What became of a purchase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// A new order.
+    Accepted(Order),
+    /// The order that an earlier attempt with the same key made.
+    Replayed(Order),
+    /// Nothing happened.
+    Refused(Refusal),
+}
+
+/// Why a purchase was refused, in order of precedence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The key made an order from another request.
+    Mismatch,
+    /// Before the window.
+    NotOpen {
+        /// When it opens, milliseconds since the Unix epoch.
+        opens_at_ms: i64,
+    },
+    /// Stopped by the operator.
+    Paused,
+    /// After the window, or closed.
+    Closed,
+    /// More than one order may ask for.
+    OrderLimit {
+        /// The limit per order.
+        limit: u64,
+        /// Units that the buyer has.
+        held: u64,
+    },
+    /// More than one buyer may have.
+    BuyerLimit {
+        /// The limit per buyer.
+        limit: u64,
+        /// Units that the buyer has.
+        held: u64,
+    },
+    /// Nothing is left.
+    SoldOut,
+    /// Something is left, but less than asked for.
+    Insufficient {
+        /// Units left.
+        remaining: u64,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_read_back() {
+        for status in [
+            Status::Held,
+            Status::Confirmed,
+            Status::Expired,
+            Status::Cancelled,
+            Status::Refunded,
+        ] {
+            assert_eq!(Status::parse(status.as_str()), Some(status));
+        }
+        for durability in [Durability::Fast, Durability::Fsync] {
+            assert_eq!(Durability::parse(durability.as_str()), Some(durability));
+        }
+        assert_eq!(Status::parse("lost"), None);
+    }
+}

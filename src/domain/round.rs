@@ -1,0 +1,198 @@
+//! A round: one running of a sale, with its own stock, limits, orders and leaderboard.
+
+use super::{
+    limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
+    money::Money,
+};
+
+/// When a round sells: from `opens_at_ms` on, and before `closes_at_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First instant of selling, milliseconds since the Unix epoch by Redis' clock.
+    pub opens_at_ms: i64,
+    /// First instant after selling; `None` sells until closed.
+    pub closes_at_ms: Option<i64>,
+}
+
+/// What the operator wants. The passing of time is never stored: see [`State`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intent {
+    /// Sell while the window is open.
+    Live,
+    /// Do not sell for now.
+    Paused,
+    /// Never sell again.
+    Closed,
+}
+
+/// What a round is at an instant, derived from intent, window and clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum State {
+    /// Before its window.
+    Scheduled,
+    /// Selling.
+    Open,
+    /// Inside its window, stopped by the operator.
+    Paused,
+    /// Past its window, or closed by the operator.
+    Closed,
+}
+
+impl State {
+    /// The word that the API uses.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Scheduled => "scheduled",
+            Self::Open => "open",
+            Self::Paused => "paused",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// What a round is at `now_ms`.
+///
+/// Closed is final and wins. Before the start a pause does not show yet: the round would not sell
+/// anyway, and the buyer wants to know when it starts.
+pub fn state(intent: Intent, window: Window, now_ms: i64) -> State {
+    if intent == Intent::Closed || window.closes_at_ms.is_some_and(|end| now_ms >= end) {
+        State::Closed
+    } else if now_ms < window.opens_at_ms {
+        State::Scheduled
+    } else if intent == Intent::Paused {
+        State::Paused
+    } else {
+        State::Open
+    }
+}
+
+/// Where the units of a round are, as of an event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counters {
+    /// Units given to the round so far.
+    pub allocation: u64,
+    /// Units to be had.
+    pub remaining: u64,
+    /// Units of orders that wait for their payment.
+    pub held: u64,
+    /// Units of confirmed orders.
+    pub sold: u64,
+    /// The number of the last event.
+    pub seq: u64,
+}
+
+impl Counters {
+    /// A round that nothing has happened to.
+    pub fn fresh(allocation: u64) -> Self {
+        Self {
+            allocation,
+            remaining: allocation,
+            ..Self::default()
+        }
+    }
+
+    /// Conservation: every unit is in exactly one place.
+    pub fn balanced(&self) -> bool {
+        self.remaining
+            .checked_add(self.held)
+            .and_then(|sum| sum.checked_add(self.sold))
+            == Some(self.allocation)
+    }
+}
+
+/// The rules of a round, fixed when it is provisioned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// When it sells.
+    pub window: Window,
+    /// Units that one buyer may hold, 1 … [`BUYER_LIMIT_MAX`].
+    pub per_buyer_limit: u64,
+    /// Units that one order may ask for, 1 … the limit per buyer.
+    pub per_order_limit: u64,
+    /// The price of one unit.
+    pub unit_price: Money,
+    /// Units to start with, 1 … [`ALLOCATION_MAX`].
+    pub allocation: u64,
+}
+
+/// Why terms are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TermsError {
+    /// Out of bounds.
+    #[error("allocation is 1 to {ALLOCATION_MAX} units")]
+    Allocation,
+    /// Out of bounds.
+    #[error("per_buyer_limit is 1 to {BUYER_LIMIT_MAX} units")]
+    BuyerLimit,
+    /// Out of bounds.
+    #[error("per_order_limit is 1 to per_buyer_limit units")]
+    OrderLimit,
+    /// Ends before it starts.
+    #[error("closes_at must be later than opens_at")]
+    Window,
+    /// One order could cost more than money can say.
+    #[error("price times per_order_limit is too large")]
+    Total,
+}
+
+impl Terms {
+    /// Checks the bounds, one after the other.
+    ///
+    /// # Errors
+    /// The first [`TermsError`] that applies.
+    pub fn check(&self) -> Result<(), TermsError> {
+        let total = self.unit_price.times(self.per_order_limit);
+        if !(1..=ALLOCATION_MAX).contains(&self.allocation) {
+            Err(TermsError::Allocation)
+        } else if !(1..=BUYER_LIMIT_MAX).contains(&self.per_buyer_limit) {
+            Err(TermsError::BuyerLimit)
+        } else if !(1..=self.per_buyer_limit).contains(&self.per_order_limit) {
+            Err(TermsError::OrderLimit)
+        } else if self
+            .window
+            .closes_at_ms
+            .is_some_and(|end| end <= self.window.opens_at_ms)
+        {
+            Err(TermsError::Window)
+        } else if total.is_none_or(|total| total.amount > super::limits::AMOUNT_MAX) {
+            Err(TermsError::Total)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_follows_the_clock_and_closed_is_final() {
+        let window = Window {
+            opens_at_ms: 10,
+            closes_at_ms: Some(20),
+        };
+        let endless = Window {
+            closes_at_ms: None,
+            ..window
+        };
+        for (intent, window, now, expected) in [
+            (Intent::Live, window, 9, State::Scheduled),
+            (Intent::Live, window, 10, State::Open),
+            (Intent::Live, window, 19, State::Open),
+            (Intent::Live, window, 20, State::Closed),
+            (Intent::Live, endless, 1 << 40, State::Open),
+            (Intent::Paused, window, 9, State::Scheduled),
+            (Intent::Paused, window, 10, State::Paused),
+            (Intent::Paused, window, 20, State::Closed),
+            (Intent::Closed, window, 9, State::Closed),
+            (Intent::Closed, window, 15, State::Closed),
+        ] {
+            assert_eq!(
+                state(intent, window, now),
+                expected,
+                "{intent:?} {window:?} {now}"
+            );
+        }
+    }
+}

@@ -24,6 +24,6 @@ if not round or not sale then
 end
 local entry_id, counters = journal_says(KEYS[3])
 return { 'ok', whole(partition.now_ms), whole(partition.pseq),
-  pack_standing(round, partition.now_ms),
+  pack_standing(round, sale, partition.now_ms),
   whole(round.n_buyers), count('HLEN', KEYS[4]), whole(round.n_board), count('ZCARD', KEYS[5]),
   whole(sale.n_orders), count('HLEN', KEYS[7]), entry_id, counters }

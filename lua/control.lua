@@ -1,11 +1,12 @@
 -- control: pauses, resumes or closes a round.
 --
--- KEYS   1 meta, 2 journal, 3 round
+-- KEYS   1 meta, 2 journal, 3 round, 4 sale
 -- ARGV   1 caller (shared/partition.lua), 2 'live' | 'paused' | 'closed', 3 raw id of who asks
 -- Reply  { 'ok', now_ms, pseq, standing, word }
 --          'done'     it is so now
 --          'already'  it was so before
 --          'closed'   the round is closed, and stays so
+--        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing written
 -- Flags  allow-oom: selling can be stopped whatever happens
 
@@ -13,14 +14,14 @@ local partition, refusal = enter(ARGV[1])
 if not partition then
   return refusal
 end
-local round = read_round(KEYS[3])
-if not round then
-  return { 'fenced', 'round' }
+local round, sale = read_round(KEYS[3]), read_sale(KEYS[4])
+if not round or not sale then
+  return { 'damaged', 'round' }
 end
 
 local function reply(word)
   return { 'ok', whole(partition.now_ms), whole(partition.pseq),
-    pack_standing(round, partition.now_ms), word }
+    pack_standing(round, sale, partition.now_ms), word }
 end
 
 local intent = ARGV[2]

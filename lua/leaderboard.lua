@@ -3,6 +3,7 @@
 -- KEYS   1 meta, 2 round, 3 buyers, 4 board, 5 orders
 -- ARGV   1 caller (shared/partition.lua), 2 seq to start after, 3 entries at most
 -- Reply  { 'ok', now_ms, pseq, entries before the page, then raw id and record of each }
+--        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }
 -- Flags  no-writes
 
@@ -12,7 +13,7 @@ if not partition then
 end
 local round = read_round(KEYS[2])
 if not round or not intact(round, KEYS[3], KEYS[4]) then
-  return { 'fenced', 'round' }
+  return { 'damaged', 'round' }
 end
 local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq),
   whole(redis.call('ZCOUNT', KEYS[4], '-inf', ARGV[2])) }
@@ -21,7 +22,7 @@ if #ids > 0 then
   local records = redis.call('HMGET', KEYS[5], unpack(ids))
   for i, id in ipairs(ids) do
     if not records[i] then
-      return { 'fenced', 'orders' }
+      return { 'damaged', 'orders' }
     end
     reply[#reply + 1] = id
     reply[#reply + 1] = records[i]

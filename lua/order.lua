@@ -3,6 +3,7 @@
 -- KEYS   1 meta, 2 sale, 3 orders
 -- ARGV   1 caller (shared/partition.lua), 2 raw order id
 -- Reply  { 'ok', now_ms, pseq, record }; record is '' when there is no such order
+--        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }
 -- Flags  no-writes
 
@@ -12,7 +13,7 @@ if not partition then
 end
 local sale = read_sale(KEYS[2])
 if not sale or redis.pcall('HLEN', KEYS[3]) ~= sale.n_orders then
-  return { 'fenced', 'orders' }
+  return { 'damaged', 'orders' }
 end
 return { 'ok', whole(partition.now_ms), whole(partition.pseq),
   redis.call('HGET', KEYS[3], ARGV[2]) or '' }

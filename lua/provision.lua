@@ -7,6 +7,7 @@
 --          'created'   the round is there now
 --          'exists'    it was there already, with the same rules
 --          'conflict'  a round with other rules is there
+--        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing written
 -- Flags  none: refused when memory is full
 -- The first order of a fresh round has seq 1: provisioning takes none.
@@ -24,7 +25,7 @@ local terms = { 'opens_ms', 'closes_ms', 'buyer_limit', 'order_limit', 'price', 
 if redis.call('EXISTS', KEYS[3]) == 1 then
   local known = redis.pcall('HMGET', KEYS[3], unpack(terms))
   if known.err then
-    return { 'fenced', 'round' }
+    return { 'damaged', 'round' }
   end
   for i = 1, #terms do
     if known[i] ~= ARGV[i + 3] then
@@ -35,17 +36,17 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
 end
 -- What a lost round left behind is not a fresh round.
 if redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then
-  return { 'fenced', 'leftovers of a round' }
+  return { 'damaged', 'leftovers of a round' }
 end
 local sale
 if redis.call('EXISTS', KEYS[6]) == 1 then
   sale = read_sale(KEYS[6])
   if not sale or redis.pcall('HLEN', KEYS[7]) ~= sale.n_orders
       or redis.pcall('HLEN', KEYS[8]) ~= sale.n_ops then
-    return { 'fenced', 'sale' }
+    return { 'damaged', 'sale' }
   end
 elseif redis.call('EXISTS', KEYS[7], KEYS[8]) > 0 then
-  return { 'fenced', 'leftovers of a sale' }
+  return { 'damaged', 'leftovers of a sale' }
 end
 
 local allocation = tonumber(ARGV[9])

@@ -12,8 +12,8 @@
 --          'paused' | 'closed' | 'sold_out'
 --          'order_limit' | 'buyer_limit'   limit and units held, packed >I6I6
 --          'insufficient'            units left
---          'fenced'                  what is wrong with the round; its items only
---        A round that is fenced has '' for its standing.
+--          'damaged'                 what is wrong with the round; its items only
+--        A round that is damaged has '' for its standing.
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
 
@@ -43,13 +43,13 @@ for base = 3, #KEYS, 5 do
   end
   local round = read_round(KEYS[base])
   if not round then
-    round = { fence = 'round' }
+    round = { damage = 'round' }
   elseif not sale then
-    round = { fence = 'sale' }
+    round = { damage = 'sale' }
   elseif not sale.intact then
-    round = { fence = 'orders' }
+    round = { damage = 'orders' }
   elseif not intact(round, KEYS[base + 1], KEYS[base + 2]) then
-    round = { fence = 'buyers or board' }
+    round = { damage = 'buyers or board' }
   else
     round.buyers_key, round.board_key = KEYS[base + 1], KEYS[base + 2]
     round.sale, round.asked, round.buyers, round.dirty, round.new = sale, {}, {}, {}, {}
@@ -66,7 +66,7 @@ for at = 1, #ARGV[3], ITEM_BYTES do
     index = index, round = round, id = id, buyer = buyer, quantity = quantity,
     fingerprint = fingerprint,
   }
-  if not round.fence then
+  if not round.damage then
     local asked = round.sale.asked
     asked[#asked + 1] = id
     round.asked[#round.asked + 1] = buyer
@@ -82,7 +82,7 @@ for _, sale in pairs(sales) do
   end
 end
 for _, round in ipairs(rounds) do
-  if not round.fence and #round.asked > 0 then
+  if not round.damage and #round.asked > 0 then
     local packed = redis.call('HMGET', round.buyers_key, unpack(round.asked))
     for i, id in ipairs(round.asked) do
       local units, acceptances = 0, 0
@@ -102,8 +102,8 @@ local accepted = {}
 
 local function decide(item)
   local round = item.round
-  if round.fence then
-    return 'fenced', round.fence
+  if round.damage then
+    return 'damaged', round.damage
   end
   local sale = round.sale
   local record = sale.orders[item.id]
@@ -169,7 +169,7 @@ end
 if #accepted > 0 then
   local counters, orders, touched = {}, {}, 0
   for _, round in ipairs(rounds) do
-    if not round.fence and #round.new > 0 then
+    if not round.damage and #round.new > 0 then
       counters[#counters + 1] = pack_counters(round)
       round.index = touched
       touched = touched + 1
@@ -188,7 +188,7 @@ if #accepted > 0 then
     end
   end
   for _, round in ipairs(rounds) do
-    if not round.fence and #round.new > 0 then
+    if not round.damage and #round.new > 0 then
       local buyers = {}
       for id in pairs(round.dirty) do
         local buyer = round.buyers[id]
@@ -204,7 +204,7 @@ end
 
 local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq), whole(#rounds) }
 for _, round in ipairs(rounds) do
-  reply[#reply + 1] = round.fence and '' or pack_standing(round, partition.now_ms)
+  reply[#reply + 1] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
 end
 for _, part in ipairs(decisions) do
   reply[#reply + 1] = part

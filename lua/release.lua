@@ -6,6 +6,7 @@
 --          'done'     it is cancelled now
 --          'already'  its units had gone back before
 --          'unknown'  there is no such order; record is ''
+--        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing written
 -- Flags  allow-oom: it gives memory back in the end
 
@@ -16,7 +17,7 @@ end
 local round, sale = read_round(KEYS[3]), read_sale(KEYS[6])
 if not round or not sale or not intact(round, KEYS[4], KEYS[5])
     or redis.pcall('HLEN', KEYS[7]) ~= sale.n_orders then
-  return { 'fenced', 'round' }
+  return { 'damaged', 'round' }
 end
 
 local id = ARGV[2]
@@ -24,7 +25,7 @@ local record = redis.call('HGET', KEYS[7], id)
 
 local function reply(word)
   return { 'ok', whole(partition.now_ms), whole(partition.pseq),
-    pack_standing(round, partition.now_ms), word, record or '' }
+    pack_standing(round, sale, partition.now_ms), word, record or '' }
 end
 
 if not record then
@@ -36,12 +37,12 @@ if status ~= STATUS.confirmed then
 end
 local packed = redis.call('HGET', KEYS[4], buyer_id)
 if not packed then
-  return { 'fenced', 'buyer' }
+  return { 'damaged', 'buyer' }
 end
 local units, acceptances = struct.unpack(BUYER, packed)
 if units < quantity or round.sold < quantity
     or redis.call('ZSCORE', KEYS[5], id) ~= whole(seq) then
-  return { 'fenced', 'order' }
+  return { 'damaged', 'order' }
 end
 
 round.seq = round.seq + 1

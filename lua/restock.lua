@@ -9,6 +9,7 @@
 --          'mismatch'  the operation was asked for with another request
 --          'closed'    the round is closed
 --          'too_many'  the allocation would leave its bounds
+--        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing written
 -- Flags  none: refused when memory is full
 
@@ -22,12 +23,12 @@ if not partition then
 end
 local round, sale = read_round(KEYS[3]), read_sale(KEYS[4])
 if not round or not sale or redis.pcall('HLEN', KEYS[5]) ~= sale.n_ops then
-  return { 'fenced', 'round' }
+  return { 'damaged', 'round' }
 end
 
 local function reply(word)
   return { 'ok', whole(partition.now_ms), whole(partition.pseq),
-    pack_standing(round, partition.now_ms), word }
+    pack_standing(round, sale, partition.now_ms), word }
 end
 
 local units, operation, fingerprint = tonumber(ARGV[2]), ARGV[3], ARGV[4]

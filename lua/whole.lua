@@ -14,4 +14,4 @@ local _, said = journal_says(KEYS[3])
 if said ~= '' and not string.find(said, pack_counters(round), 1, true) then
   return { '' }
 end
-return { pack_standing(round, 0) }
+return { pack_standing(round, sale, 0) }

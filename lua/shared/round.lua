@@ -5,8 +5,8 @@ local STATE = { scheduled = 0, open = 1, paused = 2, closed = 3 }
 
 -- sale number, round, allocation, remaining, held, sold, seq
 local COUNTERS = '>I4I4I6I6I6I6I6'
--- COUNTERS, then intent, state, opens_ms, closes_ms (0: none)
-local STANDING = '>BBI6I6'
+-- COUNTERS, then intent, state, opens_ms, closes_ms (0: none), limit per order, orders of the sale
+local STANDING = '>BBI6I6I4I6'
 -- units that the buyer has, acceptances that the buyer ever got
 local BUYER = '>I4I4'
 
@@ -77,7 +77,8 @@ local function pack_counters(round)
     round.remaining, round.held, round.sold, round.seq)
 end
 
-local function pack_standing(round, now_ms)
+local function pack_standing(round, sale, now_ms)
   return pack_counters(round) .. struct.pack(STANDING, INTENT[round.intent],
-    STATE[state_of(round, now_ms)], round.opens_ms, round.closes_ms)
+    STATE[state_of(round, now_ms)], round.opens_ms, round.closes_ms, round.order_limit,
+    sale.n_orders)
 end

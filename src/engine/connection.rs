@@ -44,7 +44,7 @@ pub struct ServerSettings {
 /// One connection, with its own reconnecting and no blind re-sending.
 pub(super) struct Connection {
     client: Client,
-    _task: ConnectHandle,
+    task: ConnectHandle,
 }
 
 impl fmt::Debug for Connection {
@@ -88,10 +88,7 @@ impl Connection {
             }
         });
         let task = client.init().await.map_err(|_| EngineError::Disconnected)?;
-        Ok(Arc::new(Self {
-            client,
-            _task: task,
-        }))
+        Ok(Arc::new(Self { client, task }))
     }
 
     /// Connects with the timeout of script calls.
@@ -227,6 +224,13 @@ impl Connection {
             facts,
             dangers,
         })
+    }
+}
+
+impl Drop for Connection {
+    /// Closes the socket: the task owns it.
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 

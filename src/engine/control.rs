@@ -26,7 +26,12 @@ impl Engine {
             ..
         } = &*self.shared;
         let (epoch, caller) = view.caller()?;
-        let names = vec![keys.meta(), keys.journal(), keys.round(round)];
+        let names = vec![
+            keys.meta(),
+            keys.journal(),
+            keys.round(round),
+            keys.sale(round.sale),
+        ];
         let word: &'static [u8] = match intent {
             Intent::Live => b"live",
             Intent::Paused => b"paused",

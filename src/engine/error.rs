@@ -14,6 +14,9 @@ pub enum EngineError {
     /// Redis may have lost something, or is not the server it should be. Not applied.
     #[error("fenced: {0}")]
     Fenced(String),
+    /// The keys of one round are missing or not whole. Not applied; other rounds go on.
+    #[error("round damaged: {0}")]
+    Damaged(String),
     /// Redis refused to run the script (out of memory, read only, loading …). Not applied.
     #[error("Redis refused: {0}")]
     Refused(String),
@@ -35,6 +38,7 @@ impl EngineError {
             Self::Overloaded(_)
             | Self::Disconnected
             | Self::Fenced(_)
+            | Self::Damaged(_)
             | Self::Refused(_)
             | Self::Expired => false,
             Self::Unknown(_) | Self::Protocol(_) => true,

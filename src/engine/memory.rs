@@ -1,18 +1,20 @@
 //! What a node may refuse by itself, without asking Redis.
 //!
 //! A refusal from memory must not hit a retry of an accepted order. So it is allowed only for an
-//! order id that provably does not exist at the (epoch, seq) that is remembered, and what is
-//! remembered lives at most [`MEMORY_MS`]. Acceptances always come from Redis.
+//! order id that provably does not exist at the instant that is remembered, and what is
+//! remembered lives at most [`MEMORY_MS`]: this node never refuses a key that it saw accepted, and a
+//! key that another node accepted is refused `same_key` for that long at most. Acceptances always
+//! come from Redis.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use super::packed::Standing;
 use crate::domain::{
-    id::{Epoch, RoundId},
+    id::{BuyerId, Epoch, OrderId, RoundId},
     limits::MEMORY_MS,
     order::{Purchase, Refusal},
     round::State,
@@ -27,25 +29,40 @@ const MEMORY: Duration = Duration::from_millis(MEMORY_MS.unsigned_abs());
 /// The time between two attempts to load a proof for one round.
 const PROOF_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The ids of all orders of a sale, as of one event of one of its rounds.
+/// Which orders a sale has, and of whom, at some number of orders. Orders are never taken out, so
+/// the number says that nothing is missing.
 #[derive(Debug)]
 pub(super) struct Proof {
     epoch: Epoch,
-    seq: u64,
-    ids: HashSet<u64>,
+    orders: u64,
+    known: Known,
+}
+
+/// Eight bytes of each id are enough: a false hit only sends a purchase to Redis.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    orders: HashSet<u64>,
+    buyers: HashSet<u64>,
+}
+
+impl Known {
+    pub(super) fn add(&mut self, order: OrderId, buyer: BuyerId) {
+        self.orders.insert(order.prefix());
+        self.buyers.insert(buyer.prefix());
+    }
 }
 
 impl Proof {
-    pub(super) fn new(standing: &Standing, ids: HashSet<u64>) -> Self {
+    pub(super) fn new(standing: &Standing, known: Known) -> Self {
         Self {
             epoch: standing.epoch,
-            seq: standing.counters.seq,
-            ids,
+            orders: standing.orders,
+            known,
         }
     }
 
     fn covers(&self, standing: &Standing) -> bool {
-        (self.epoch, self.seq) == (standing.epoch, standing.counters.seq)
+        (self.epoch, self.orders) == (standing.epoch, standing.orders)
     }
 }
 
@@ -59,34 +76,39 @@ struct Remembered {
 
 /// What a node remembers of the rounds that it sells.
 #[derive(Debug, Default)]
-pub(super) struct Memory(Mutex<HashMap<RoundId, Remembered>>);
+pub(super) struct Memory(Mutex<BTreeMap<RoundId, Remembered>>);
 
 impl Memory {
-    fn rounds(&self) -> MutexGuard<'_, HashMap<RoundId, Remembered>> {
+    fn rounds(&self) -> MutexGuard<'_, BTreeMap<RoundId, Remembered>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Remembers what a reply said, if it is newer than what is remembered.
     pub(super) fn learn(&self, standing: &Standing, at: Instant) {
         let mut rounds = self.rounds();
-        match rounds.get_mut(&standing.round) {
-            Some(known) => {
-                // Replies of several calls arrive in any order.
-                let age = |s: &Standing| (s.epoch, s.counters.seq, s.now_ms);
-                if age(standing) >= age(&known.standing) {
-                    known.standing = *standing;
-                    known.at = at;
-                }
-            }
-            None => {
-                let remembered = Remembered {
-                    standing: *standing,
-                    at,
-                    proof: None,
-                    proof_asked_at: None,
-                };
-                rounds.insert(standing.round, remembered);
-            }
+        let known = rounds.entry(standing.round).or_insert_with(|| Remembered {
+            standing: *standing,
+            at,
+            proof: None,
+            proof_asked_at: None,
+        });
+        // Replies of several calls arrive in any order.
+        let age = |s: &Standing| (s.epoch, s.counters.seq, s.now_ms);
+        if age(standing) >= age(&known.standing) {
+            known.standing = *standing;
+            known.at = at;
+        }
+        // An order of another round of the sale may be the one that a retry is about.
+        let first = RoundId {
+            round: 0,
+            ..standing.round
+        };
+        let last = RoundId {
+            round: u32::MAX,
+            ..standing.round
+        };
+        for (_, other) in rounds.range_mut(first..=last) {
+            other.standing.orders = other.standing.orders.max(standing.orders);
         }
     }
 
@@ -159,7 +181,13 @@ impl Memory {
             State::Scheduled | State::Paused | State::Open => return None,
         };
         let proof = proof.filter(|proof| proof.covers(&standing))?;
-        (!proof.ids.contains(&purchase.order.prefix())).then_some(refusal)
+        let Known { orders, buyers } = &proof.known;
+        // The limits come before the stock: who could be at one gets to hear of it from Redis.
+        let limits_pass = purchase.quantity <= standing.per_order_limit
+            && !buyers.contains(&purchase.buyer.prefix());
+        let certain = !orders.contains(&purchase.order.prefix())
+            && (refusal == Refusal::Closed || limits_pass);
+        certain.then_some(refusal)
     }
 }
 
@@ -169,7 +197,7 @@ mod tests {
 
     use super::*;
     use crate::domain::{
-        id::{BuyerId, Fingerprint, OrderId, SaleNumber},
+        id::{Fingerprint, SaleNumber},
         round::{Counters, Intent, Window},
     };
 
@@ -192,14 +220,17 @@ mod tests {
             round: 1,
         };
         let intent = Intent::Live;
+        let (epoch, per_order_limit, orders, now_ms) = (EPOCH, 4, seq, 1);
         Standing {
             round,
-            epoch: EPOCH,
+            epoch,
             counters,
             intent,
             state,
             window,
-            now_ms: 1,
+            per_order_limit,
+            orders,
+            now_ms,
         }
     }
 
@@ -227,14 +258,32 @@ mod tests {
         assert!(memory.wants_proof(sold_out.round, at));
         assert!(!memory.wants_proof(sold_out.round, at), "asked twice");
 
-        let ids = HashSet::from([purchase("accepted").order.prefix()]);
-        memory.prove(sold_out.round, Proof::new(&sold_out, ids));
+        let mut known = Known::default();
+        known.add(purchase("accepted").order, BuyerId(Uuid::from_u128(8)));
+        memory.prove(sold_out.round, Proof::new(&sold_out, known));
         assert_eq!(refuse("new", at), Some(Refusal::SoldOut));
+        let limited = [
+            Purchase {
+                buyer: BuyerId(Uuid::from_u128(8)),
+                ..purchase("new")
+            },
+            Purchase {
+                quantity: 5,
+                ..purchase("new")
+            },
+        ];
+        for purchase in limited {
+            assert_eq!(
+                memory.refuse(&purchase, EPOCH, at, 20_000),
+                None,
+                "limits come first"
+            );
+        }
         assert_eq!(refuse("accepted", at), None, "a retry must reach Redis");
         assert_eq!(refuse("new", at + MEMORY + Duration::from_millis(1)), None);
         assert_eq!(memory.refuse(&purchase("new"), Epoch(2), at, 20_000), None);
 
-        // A cancelled order came back and was sold again: the proof is not about that.
+        // A unit came back and was sold again: the proof does not know the new order.
         memory.learn(&standing(State::Open, 0, 7), at);
         assert_eq!(refuse("new", at), None);
     }
@@ -244,7 +293,7 @@ mod tests {
         let (memory, at) = (Memory::default(), Instant::now());
         let left = standing(State::Open, 2, 3);
         memory.learn(&left, at);
-        memory.prove(left.round, Proof::new(&left, HashSet::new()));
+        memory.prove(left.round, Proof::new(&left, Known::default()));
         let asks_for_more = Purchase {
             quantity: 3,
             ..purchase("new")

@@ -7,6 +7,7 @@ mod audit;
 mod coalescer;
 mod connection;
 mod control;
+mod dump;
 mod epoch;
 mod error;
 mod journal;

@@ -41,12 +41,16 @@ pub struct Standing {
     pub state: State,
     /// When it sells.
     pub window: Window,
+    /// Units that one order may ask for.
+    pub per_order_limit: u64,
+    /// Orders of the sale, all its rounds together; it never falls.
+    pub orders: u64,
     /// The instant, milliseconds since the Unix epoch by Redis' clock.
     pub now_ms: i64,
 }
 
 impl Standing {
-    /// Whether it is in its window with nothing left.
+    /// Whether nothing is left.
     pub fn sold_out(&self) -> bool {
         self.counters.remaining == 0
     }
@@ -155,6 +159,8 @@ impl<'a> Unpack<'a> {
             opens_at_ms,
             closes_at_ms,
         };
+        let per_order_limit = self.u32()?.into();
+        let orders = self.u48()?;
         Some(Standing {
             round,
             epoch,
@@ -162,6 +168,8 @@ impl<'a> Unpack<'a> {
             intent,
             state,
             window,
+            per_order_limit,
+            orders,
             now_ms,
         })
     }

@@ -162,6 +162,7 @@ impl PartitionView {
                 }
                 Err(EngineError::Fenced(reason))
             }
+            "damaged" => Err(EngineError::Damaged(reply.text()?)),
             "expired" => {
                 let now_ms: i64 = reply.number()?;
                 let estimate = self.redis_ms(at).unwrap_or(now_ms);

@@ -109,7 +109,9 @@ impl Lane for PurchaseLane {
         for round in &rounds {
             match reply.standing(epoch, head.now_ms)? {
                 Some(standing) => self.shared.learn(&standing, sent_at),
-                None => tracing::error!(%round, "round fenced: its keys are not whole"),
+                None => {
+                    tracing::error!(%round, "round damaged: nothing of it is sold until it has been rebuilt")
+                }
             }
         }
         let mut answers = Vec::with_capacity(items.len());
@@ -144,7 +146,7 @@ fn decision(
                 Decision::Replayed(order)
             }));
         }
-        "fenced" => return Ok(Err(EngineError::Fenced(reply.text()?))),
+        "damaged" => return Ok(Err(EngineError::Damaged(reply.text()?))),
         "not_open" => {
             return Ok(Ok(Decision::Refused(Refusal::NotOpen {
                 opens_at_ms: reply.number()?,

@@ -4,14 +4,15 @@ use std::{collections::HashSet, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use fred::types::Value;
+use uuid::Uuid;
 
 use super::{
     Engine, Shared,
     coalescer::Lane,
     connection::Connection,
     error::EngineError,
-    memory::{PROOF_ORDERS_MAX, Proof},
-    packed::Standing,
+    memory::{Known, PROOF_ORDERS_MAX, Proof},
+    packed::{Standing, Unpack},
     reply::Reply,
 };
 use crate::domain::{
@@ -53,9 +54,10 @@ impl Lane for SnapshotLane {
         let mut rounds = items.clone();
         rounds.sort_unstable();
         rounds.dedup();
-        let names = [keys.meta()]
-            .into_iter()
-            .chain(rounds.iter().map(|round| keys.round(*round)));
+        let names = rounds
+            .iter()
+            .flat_map(|round| [keys.round(*round), keys.sale(round.sale)]);
+        let names = [keys.meta()].into_iter().chain(names);
         let sent_at = Instant::now();
         let reply = self
             .connection
@@ -77,7 +79,7 @@ impl Lane for SnapshotLane {
                 .ok()
                 .and_then(|at| standings[at])
         };
-        let missing = || EngineError::Fenced("the round's keys are not whole".to_owned());
+        let missing = || EngineError::Damaged("missing or not whole".to_owned());
         Ok(items
             .iter()
             .map(|round| of(round).ok_or_else(missing))
@@ -102,16 +104,16 @@ impl Engine {
             let load = async {
                 let before = snapshots.submit(round).await.flatten()?;
                 let connection = &snapshots.lane().connection;
-                let ids = scan_ids(connection, shared.keys.orders(round.sale)).await?;
+                let known = scan(connection, shared.keys.orders(round.sale)).await?;
                 let after = snapshots.submit(round).await.flatten()?;
-                Ok::<_, EngineError>((before, ids, after))
+                Ok::<_, EngineError>((before, known, after))
             };
             match load.await {
-                // No event in between: the ids are complete. Orders are never taken out.
-                Ok((before, Some(ids), after))
-                    if (before.epoch, before.counters) == (after.epoch, after.counters) =>
+                // No order in between: nothing is missing. Orders are never taken out.
+                Ok((before, Some(known), after))
+                    if (before.epoch, before.orders) == (after.epoch, after.orders) =>
                 {
-                    shared.memory.prove(round, Proof::new(&after, ids));
+                    shared.memory.prove(round, Proof::new(&after, known));
                 }
                 Ok(_) => {}
                 Err(error) => tracing::debug!(%round, %error, "proof of absence not loaded"),
@@ -120,11 +122,8 @@ impl Engine {
     }
 }
 
-/// The prefixes of all order ids of a sale; `None` when there are too many.
-async fn scan_ids(
-    connection: &Connection,
-    key: String,
-) -> Result<Option<HashSet<u64>>, EngineError> {
+/// The orders of a sale and their buyers; `None` when there are too many.
+async fn scan(connection: &Connection, key: String) -> Result<Option<Known>, EngineError> {
     let key = Bytes::from(key);
     let unexpected = || EngineError::Protocol("HSCAN".to_owned());
     let count = connection
@@ -134,7 +133,7 @@ async fn scan_ids(
     if count.ok_or_else(unexpected)? > PROOF_ORDERS_MAX {
         return Ok(None);
     }
-    let mut ids = HashSet::new();
+    let mut known = Known::default();
     let mut cursor = Bytes::from_static(b"0");
     loop {
         let arguments = vec![
@@ -151,14 +150,16 @@ async fn scan_ids(
             .next()
             .and_then(Value::into_bytes)
             .ok_or_else(unexpected)?;
-        let fields = step.next().ok_or_else(unexpected)?.into_array();
-        for id in fields.into_iter().step_by(2) {
+        let mut fields = step.next().ok_or_else(unexpected)?.into_array().into_iter();
+        while let (Some(id), Some(record)) = (fields.next(), fields.next()) {
             let id = id.into_bytes().ok_or_else(unexpected)?;
-            let id = uuid::Uuid::from_slice(&id).map_err(|_| unexpected())?;
-            ids.insert(OrderId(id).prefix());
+            let id = OrderId(Uuid::from_slice(&id).map_err(|_| unexpected())?);
+            let record = record.into_bytes().ok_or_else(unexpected)?;
+            let order = Unpack(&record).order(id).ok_or_else(unexpected)?;
+            known.add(id, order.buyer);
         }
         if cursor == b"0"[..] {
-            return Ok(Some(ids));
+            return Ok(Some(known));
         }
     }
 }

@@ -6,4 +6,5 @@
 #![warn(missing_docs)]
 
 pub mod clock;
+pub mod config;
 pub mod domain;

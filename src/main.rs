@@ -1,1 +1,27 @@
-fn main() {}
+//! `stockade`: one binary, its roles as subcommands.
+
+mod cli;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use stockade::config::ConfigError;
+
+/// `EX_CONFIG` of sysexits.h: the configuration is wrong, and starting again will not help.
+const EXIT_CONFIGURATION: u8 = 78;
+
+fn main() -> ExitCode {
+    match cli::run(&cli::Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // There is nobody to tell if standard error is closed.
+            let _told = writeln!(io::stderr(), "stockade: {error:#}");
+            if error.is::<ConfigError>() {
+                ExitCode::from(EXIT_CONFIGURATION)
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+    }
+}

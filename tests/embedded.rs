@@ -255,8 +255,7 @@ async fn services_are_supervised_locked_and_stopped() {
 /// A `stockade serve` whose stores are ready.
 struct Serve {
     child: Child,
-    // Kept open: a server must not fail because nobody reads its log.
-    _log: Lines<BufReader<ChildStderr>>,
+    log: Lines<BufReader<ChildStderr>>,
 }
 
 impl Serve {
@@ -278,18 +277,19 @@ impl Serve {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+        let log = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut serve = Self { child, log };
         let mut said = Vec::new();
-        loop {
-            let line = log
-                .next()
-                .unwrap_or_else(|| panic!("ended before it was ready: {said:#?}"))
-                .unwrap();
-            if line.contains("stores are ready") {
-                return Self { child, _log: log };
+        while let Some(line) = serve.log.next() {
+            said.push(line.unwrap());
+            if said
+                .last()
+                .is_some_and(|line| line.contains("stores are ready"))
+            {
+                return serve;
             }
-            said.push(line);
         }
+        panic!("ended before it was ready: {said:#?}")
     }
 
     fn refused(command: &mut Command) -> (Option<i32>, String) {

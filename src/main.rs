@@ -14,6 +14,8 @@ const EXIT_CONFIGURATION: u8 = 78;
 fn main() -> ExitCode {
     match cli::run(&cli::Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough: `stockade check-config | head`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // There is nobody to tell if standard error is closed.
             let _told = writeln!(io::stderr(), "stockade: {error:#}");
@@ -24,4 +26,10 @@ fn main() -> ExitCode {
             }
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }

@@ -449,6 +449,20 @@ mod tests {
     }
 
     #[test]
+    fn the_example_file_lists_every_key_with_its_default() {
+        let expected: Vec<String> = KEYS
+            .iter()
+            .map(|key| format!("#{}={}", key.env, key.default.unwrap_or_default()))
+            .collect();
+        let example = include_str!("../../.env.example");
+        let listed: Vec<&str> = example
+            .lines()
+            .filter(|line| line.starts_with('#') && line.contains('='))
+            .collect();
+        assert_eq!(listed, expected);
+    }
+
+    #[test]
     fn an_unknown_key_is_an_error_with_a_suggestion() {
         assert_eq!(
             refusal(&[("STOCKADE_HTP_ADDR", "127.0.0.1:1")]),

@@ -195,7 +195,11 @@ impl Service for Redis {
     /// The password goes by a file: arguments are everybody's to read.
     fn recipe(&self) -> Result<Recipe, EmbeddedError> {
         let file = self.dir.join("redis.conf");
-        secrets::write_closed(&file, &self.configuration())?;
+        let configuration = self.configuration();
+        // Left alone if it is right: a restart on a full disk must not need room.
+        if std::fs::read_to_string(&file).ok().as_ref() != Some(&configuration) {
+            secrets::write_closed(&file, &configuration)?;
+        }
         Ok(Recipe {
             program: self.program.clone(),
             arguments: vec![file.into_os_string()],

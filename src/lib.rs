@@ -6,5 +6,8 @@
 #![warn(missing_docs)]
 
 pub mod clock;
+pub mod config;
 pub mod domain;
+pub mod embedded;
 pub mod engine;
+pub mod lifecycle;

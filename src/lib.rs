@@ -7,3 +7,6 @@
 
 pub mod clock;
 pub mod domain;
+pub mod engine;
+pub mod store;
+pub mod writer;

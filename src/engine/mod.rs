@@ -1,0 +1,3 @@
+//! The only Redis code.
+
+pub mod journal;

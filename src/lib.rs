@@ -11,3 +11,5 @@ pub mod domain;
 pub mod embedded;
 pub mod engine;
 pub mod lifecycle;
+pub mod store;
+pub mod writer;

@@ -1,0 +1,243 @@
+//! What the auditor asks PostgreSQL: everything about a round as of one snapshot.
+
+use sqlx::{Postgres, Transaction};
+
+use super::{Database, StoreError, orders::Place, rounds::intent};
+use crate::domain::{
+    id::{Epoch, JournalId, OrderId, RoundId},
+    round::{Counters, Intent},
+};
+
+/// What PostgreSQL has of a round, counted in full.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoundSums {
+    /// Up to where the partition's journal is stored.
+    pub position: JournalId,
+    /// The entry that brought the counters.
+    pub counted_at: JournalId,
+    /// The counters that the writer stored with the position.
+    pub counters: Counters,
+    /// What the operator wants.
+    pub intent: Intent,
+    /// Units that one buyer may have.
+    pub per_buyer_limit: u64,
+    /// Units that the round started with.
+    pub initial_allocation: u64,
+    /// Units of all restocks, dead letters included.
+    pub restocked: i64,
+    /// Units of held orders.
+    pub held: u64,
+    /// Units of confirmed orders.
+    pub confirmed: u64,
+    /// Confirmed orders.
+    pub confirmed_orders: u64,
+    /// Dead letters that are not resolved.
+    pub dead_letters: u64,
+    /// Units of dead letters; they count as sold.
+    pub dead_units: i64,
+    /// Events: orders, other events and dead letters.
+    pub events: u64,
+    /// The highest seq of one of them.
+    pub last_seq: u64,
+    /// The first seq that is missing.
+    pub gap: Option<u64>,
+    /// Seqs that more than one of them has.
+    pub duplicates: u64,
+    /// Buyers who have more than they may.
+    pub buyers_above: u64,
+    /// The most units that one buyer has.
+    pub most_units: u64,
+}
+
+impl RoundSums {
+    /// The counters as the rows say, to be equal to [`Self::counters`].
+    pub fn counted(&self) -> Counters {
+        let allocation = self
+            .initial_allocation
+            .saturating_add_signed(self.restocked);
+        let sold = self.confirmed.saturating_add_signed(self.dead_units);
+        Counters {
+            allocation,
+            remaining: allocation.saturating_sub(sold + self.held),
+            held: self.held,
+            sold,
+            seq: self.last_seq,
+        }
+    }
+}
+
+/// One snapshot of the database. Use it in a task that nobody drops half-way.
+#[derive(Debug)]
+pub struct Snapshot {
+    transaction: Transaction<'static, Postgres>,
+}
+
+impl Snapshot {
+    /// Takes a snapshot.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn take(database: &Database) -> Result<Self, StoreError> {
+        let transaction = database
+            .run(async |pool| {
+                Ok::<_, StoreError>(
+                    pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                        .await?,
+                )
+            })
+            .await?;
+        Ok(Self { transaction })
+    }
+
+    /// Everything about a round; `None` when there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn round(&mut self, round: RoundId) -> Result<Option<RoundSums>, StoreError> {
+        let (sale, number) = (round.sale.0.cast_signed(), round.round.cast_signed());
+        let row = sqlx::query!(
+            r#"SELECT rounds.epoch, pseq, rounds.allocation, remaining, held, sold, seq, intent,
+                      rounds.per_buyer_limit, initial_allocation,
+                      coalesce(position, 0) AS "position!",
+                      coalesce(position_epoch, 0) AS "position_epoch!"
+               FROM rounds
+               JOIN sales ON sales.number = rounds.sale
+               LEFT JOIN journal_positions USING (partition)
+               WHERE rounds.sale = $1 AND rounds.round = $2"#,
+            sale,
+            number
+        )
+        .fetch_optional(&mut *self.transaction)
+        .await?;
+        let Some(stored) = row else { return Ok(None) };
+        let orders = sqlx::query!(
+            r#"SELECT coalesce(sum(quantity) FILTER (WHERE status = 'confirmed'), 0)::bigint
+                          AS "confirmed!",
+                      coalesce(sum(quantity) FILTER (WHERE status = 'held'), 0)::bigint AS "held!",
+                      count(*) FILTER (WHERE status = 'confirmed') AS "confirmed_orders!"
+               FROM orders WHERE sale = $1 AND round = $2"#,
+            sale,
+            number
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        let letters = sqlx::query!(
+            r#"SELECT count(*) AS "letters!",
+                      coalesce(sum(units), 0)::bigint AS "units!",
+                      coalesce(sum(allocated), 0)::bigint AS "allocated!",
+                      (SELECT coalesce(sum(units), 0)::bigint FROM round_events
+                       WHERE sale = $1 AND round = $2 AND kind = 'restock') AS "restocked!"
+               FROM dead_letters WHERE sale = $1 AND round = $2 AND resolved_at IS NULL"#,
+            sale,
+            number
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        // In order of (epoch, seq) each number must be one more than the one before it.
+        let seqs = sqlx::query!(
+            r#"WITH events AS (
+                   SELECT epoch, seq FROM orders WHERE sale = $1 AND round = $2
+                   UNION ALL
+                   SELECT epoch, seq FROM round_events
+                   WHERE sale = $1 AND round = $2 AND seq > 0
+                   UNION ALL
+                   SELECT epoch, generate_series(greatest(seq_from, 1), seq_to)
+                   FROM dead_letters WHERE sale = $1 AND round = $2 AND resolved_at IS NULL
+               ), steps AS (
+                   SELECT seq, lag(seq, 1, 0::bigint) OVER (ORDER BY epoch, seq) AS before
+                   FROM events
+               )
+               SELECT count(*) AS "events!", coalesce(max(seq), 0) AS "last_seq!",
+                      min(before + 1) FILTER (WHERE seq > before + 1) AS gap,
+                      count(*) FILTER (WHERE seq <= before) AS "duplicates!"
+               FROM steps"#,
+            sale,
+            number
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        let buyers = sqlx::query!(
+            r#"SELECT count(*) FILTER (WHERE units > $3) AS "above!",
+                      coalesce(max(units), 0) AS "most!"
+               FROM (SELECT sum(quantity)::bigint AS units FROM orders
+                     WHERE sale = $1 AND round = $2 AND status IN ('held', 'confirmed')
+                     GROUP BY buyer_id) AS buyers"#,
+            sale,
+            number,
+            stored.per_buyer_limit
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        Ok(Some(RoundSums {
+            position: journal_id(stored.position_epoch, stored.position),
+            counted_at: journal_id(stored.epoch, stored.pseq),
+            counters: Counters {
+                allocation: stored.allocation.cast_unsigned(),
+                remaining: stored.remaining.cast_unsigned(),
+                held: stored.held.cast_unsigned(),
+                sold: stored.sold.cast_unsigned(),
+                seq: stored.seq.cast_unsigned(),
+            },
+            intent: intent(&stored.intent)?,
+            per_buyer_limit: stored.per_buyer_limit.cast_unsigned(),
+            initial_allocation: stored.initial_allocation.cast_unsigned(),
+            restocked: letters.restocked + letters.allocated,
+            held: orders.held.cast_unsigned(),
+            confirmed: orders.confirmed.cast_unsigned(),
+            confirmed_orders: orders.confirmed_orders.cast_unsigned(),
+            dead_letters: letters.letters.cast_unsigned(),
+            dead_units: letters.units,
+            events: seqs.events.cast_unsigned(),
+            last_seq: seqs.last_seq.cast_unsigned(),
+            gap: seqs.gap.map(i64::cast_unsigned),
+            duplicates: seqs.duplicates.cast_unsigned(),
+            buyers_above: buyers.above.cast_unsigned(),
+            most_units: buyers.most.cast_unsigned(),
+        }))
+    }
+
+    /// Confirmed orders behind `after`, in order of acceptance: what the leaderboard must say.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn confirmed(
+        &mut self,
+        round: RoundId,
+        after: Place,
+        limit: i64,
+    ) -> Result<Vec<(Place, OrderId)>, StoreError> {
+        let rows = sqlx::query!(
+            "SELECT epoch, seq, id FROM orders
+             WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4) AND status = 'confirmed'
+             ORDER BY epoch, seq
+             LIMIT $5",
+            round.sale.0.cast_signed(),
+            round.round.cast_signed(),
+            after.epoch.0.cast_signed(),
+            after.seq.cast_signed(),
+            limit
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let epoch = Epoch(row.epoch.cast_unsigned());
+                (
+                    Place {
+                        epoch,
+                        seq: row.seq.cast_unsigned(),
+                    },
+                    OrderId(row.id),
+                )
+            })
+            .collect())
+    }
+}
+
+fn journal_id(epoch: i32, pseq: i64) -> JournalId {
+    JournalId {
+        epoch: Epoch(epoch.cast_unsigned()),
+        pseq: pseq.cast_unsigned(),
+    }
+}

@@ -1,0 +1,227 @@
+//! Orders as they are stored: they follow Redis by as much as the writer is behind.
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::{Database, StoreError, rounds::money, unreadable};
+use crate::domain::{
+    id::{BuyerId, Epoch, Fingerprint, OrderId, RoundId, SaleNumber},
+    order::{Durability, Order, Status},
+};
+
+/// Which orders to list, newest first. `None` leaves a filter out.
+#[derive(Clone, Copy, Debug)]
+pub struct Filter {
+    /// Of this buyer.
+    pub buyer: Option<BuyerId>,
+    /// Of this sale.
+    pub sale: Option<SaleNumber>,
+    /// With this status.
+    pub status: Option<Status>,
+    /// Behind this order: the last of the page before.
+    pub after: Option<OrderId>,
+    /// So many at most.
+    pub limit: i64,
+}
+
+/// A place among the events of a round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The timeline.
+    pub epoch: Epoch,
+    /// The number.
+    pub seq: u64,
+}
+
+/// A row as PostgreSQL has it.
+pub(super) struct OrderColumns {
+    pub(super) id: Uuid,
+    pub(super) buyer_id: Uuid,
+    pub(super) seq: i64,
+    pub(super) pseq: i64,
+    pub(super) quantity: i64,
+    pub(super) unit_price: i64,
+    pub(super) accepted_at: DateTime<Utc>,
+    pub(super) sale: i32,
+    pub(super) round: i32,
+    pub(super) epoch: i32,
+    pub(super) currency: String,
+    pub(super) status: String,
+    pub(super) accepted_as: String,
+    pub(super) durability: String,
+    pub(super) fingerprint: Vec<u8>,
+}
+
+impl TryFrom<OrderColumns> for Order {
+    type Error = StoreError;
+
+    fn try_from(row: OrderColumns) -> Result<Self, StoreError> {
+        let status = |word: &str| {
+            Status::parse(word).ok_or_else(|| unreadable(format!("status {word} of {}", row.id)))
+        };
+        let fingerprint = <[u8; 8]>::try_from(row.fingerprint.as_slice())
+            .map_err(|_| unreadable(format!("fingerprint of {}", row.id)))?;
+        Ok(Self {
+            id: OrderId(row.id),
+            round: RoundId {
+                sale: SaleNumber(row.sale.cast_unsigned()),
+                round: row.round.cast_unsigned(),
+            },
+            buyer: BuyerId(row.buyer_id),
+            quantity: row.quantity.cast_unsigned(),
+            unit_price: money(row.unit_price, &row.currency)?,
+            status: status(&row.status)?,
+            accepted_as: status(&row.accepted_as)?,
+            durability: Durability::parse(&row.durability)
+                .ok_or_else(|| unreadable(format!("durability of {}", row.id)))?,
+            epoch: Epoch(row.epoch.cast_unsigned()),
+            seq: row.seq.cast_unsigned(),
+            pseq: row.pseq.cast_unsigned(),
+            accepted_at_ms: row.accepted_at.timestamp_millis(),
+            fingerprint: Fingerprint(fingerprint),
+        })
+    }
+}
+
+/// The table `orders`, but for the writer's part of it.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    database: Database,
+}
+
+impl Orders {
+    /// The orders in `database`.
+    pub fn new(database: Database) -> Self {
+        Self { database }
+    }
+
+    /// The order with this id.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_id(&self, id: OrderId) -> Result<Option<Order>, StoreError> {
+        Ok(self.by_ids(vec![id]).await?.pop())
+    }
+
+    /// Those of `ids` that are stored, in no particular order. Ask for a thousand at a time.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_ids(&self, ids: Vec<OrderId>) -> Result<Vec<Order>, StoreError> {
+        let ids: Vec<Uuid> = ids.into_iter().map(|id| id.0).collect();
+        self.database
+            .run(async move |pool| {
+                sqlx::query_as!(
+                    OrderColumns,
+                    "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
+                            epoch, currency, status, accepted_as, durability, fingerprint
+                     FROM orders WHERE id = ANY ($1)",
+                    &ids
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(Order::try_from)
+                .collect()
+            })
+            .await
+    }
+
+    /// A page of orders. A buyer's: newest first. Else: the newest sale first, and in it the
+    /// newest order first, because that is how they lie in an index.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn list(&self, filter: Filter) -> Result<Vec<Order>, StoreError> {
+        let sale = filter.sale.map(|number| number.0.cast_signed());
+        let status = filter.status.map(Status::as_str);
+        let after = filter.after.map(|id| id.0);
+        self.database
+            .run(async move |pool| {
+                let rows = match filter.buyer {
+                    Some(buyer) => {
+                        sqlx::query_as!(
+                            OrderColumns,
+                            "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at,
+                                    sale, round, epoch, currency, status, accepted_as, durability,
+                                    fingerprint
+                             FROM orders
+                             WHERE buyer_id = $1
+                               AND ($2::int IS NULL OR sale = $2)
+                               AND ($3::text IS NULL OR status = $3)
+                               AND ($4::uuid IS NULL OR (accepted_at, id)
+                                    < (SELECT accepted_at, id FROM orders WHERE id = $4))
+                             ORDER BY accepted_at DESC, id DESC
+                             LIMIT $5",
+                            buyer.0,
+                            sale,
+                            status,
+                            after,
+                            filter.limit
+                        )
+                        .fetch_all(&pool)
+                        .await?
+                    }
+                    None => {
+                        sqlx::query_as!(
+                            OrderColumns,
+                            "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at,
+                                    sale, round, epoch, currency, status, accepted_as, durability,
+                                    fingerprint
+                             FROM orders
+                             WHERE ($1::int IS NULL OR sale = $1)
+                               AND ($2::text IS NULL OR status = $2)
+                               AND ($3::uuid IS NULL OR (sale, round, epoch, seq)
+                                    < (SELECT sale, round, epoch, seq FROM orders WHERE id = $3))
+                             ORDER BY sale DESC, round DESC, epoch DESC, seq DESC
+                             LIMIT $4",
+                            sale,
+                            status,
+                            after,
+                            filter.limit
+                        )
+                        .fetch_all(&pool)
+                        .await?
+                    }
+                };
+                rows.into_iter().map(Order::try_from).collect()
+            })
+            .await
+    }
+
+    /// Confirmed orders of a round behind `after`, in order of acceptance: the leaderboard.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn confirmed(
+        &self,
+        round: RoundId,
+        after: Place,
+        limit: i64,
+    ) -> Result<Vec<Order>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                sqlx::query_as!(
+                    OrderColumns,
+                    "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
+                            epoch, currency, status, accepted_as, durability, fingerprint
+                     FROM orders
+                     WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4)
+                       AND status = 'confirmed'
+                     ORDER BY epoch, seq
+                     LIMIT $5",
+                    round.sale.0.cast_signed(),
+                    round.round.cast_signed(),
+                    after.epoch.0.cast_signed(),
+                    after.seq.cast_signed(),
+                    limit
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(Order::try_from)
+                .collect()
+            })
+            .await
+    }
+}

@@ -1,0 +1,129 @@
+//! Rounds: their rules, and whether Redis has them.
+
+use super::{Database, StoreError, unreadable};
+use crate::domain::{
+    id::{Partition, RoundId, SaleNumber},
+    money::{Currency, Money},
+    round::{Intent, Terms, Window},
+};
+use chrono::{DateTime, Utc};
+
+/// A round that Redis has not confirmed yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unprovisioned {
+    /// Which.
+    pub round: RoundId,
+    /// Where it lives.
+    pub partition: Partition,
+    /// Its rules.
+    pub terms: Terms,
+}
+
+/// The table `rounds`, but for the writer's part of it.
+#[derive(Clone, Debug)]
+pub struct Rounds {
+    database: Database,
+}
+
+impl Rounds {
+    /// The rounds in `database`.
+    pub fn new(database: Database) -> Self {
+        Self { database }
+    }
+
+    /// Notes that Redis has the round. `false` when that was noted before.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn set_provisioned(
+        &self,
+        round: RoundId,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let done = sqlx::query!(
+                    "UPDATE rounds SET provisioned_at = $3
+                     WHERE sale = $1 AND round = $2 AND provisioned_at IS NULL",
+                    round.sale.0.cast_signed(),
+                    round.round.cast_signed(),
+                    now
+                )
+                .execute(&pool)
+                .await?;
+                Ok(done.rows_affected() == 1)
+            })
+            .await
+    }
+
+    /// Rounds that Redis has not confirmed, oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unprovisioned(&self, limit: i64) -> Result<Vec<Unprovisioned>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                sqlx::query!(
+                    "SELECT rounds.sale, rounds.round, sales.partition, unit_price, currency,
+                            initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
+                            rounds.opens_at, rounds.closes_at
+                     FROM rounds JOIN sales ON sales.number = rounds.sale
+                     WHERE provisioned_at IS NULL
+                     ORDER BY rounds.sale, rounds.round
+                     LIMIT $1",
+                    limit
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(|row| {
+                    Ok(Unprovisioned {
+                        round: RoundId {
+                            sale: SaleNumber(row.sale.cast_unsigned()),
+                            round: row.round.cast_unsigned(),
+                        },
+                        partition: Partition(row.partition.cast_unsigned()),
+                        terms: Terms {
+                            window: window(row.opens_at, row.closes_at),
+                            per_buyer_limit: row.per_buyer_limit.cast_unsigned(),
+                            per_order_limit: row.per_order_limit.cast_unsigned(),
+                            unit_price: money(row.unit_price, &row.currency)?,
+                            allocation: row.initial_allocation.cast_unsigned(),
+                        },
+                    })
+                })
+                .collect()
+            })
+            .await
+    }
+}
+
+pub(super) fn money(amount: i64, currency: &str) -> Result<Money, StoreError> {
+    Currency::parse(currency)
+        .and_then(|currency| Money::new(amount, currency))
+        .map_err(|error| unreadable(error.to_string()))
+}
+
+pub(super) fn window(opens_at: DateTime<Utc>, closes_at: Option<DateTime<Utc>>) -> Window {
+    Window {
+        opens_at_ms: opens_at.timestamp_millis(),
+        closes_at_ms: closes_at.map(|at| at.timestamp_millis()),
+    }
+}
+
+/// The word of an intent.
+pub(super) fn intent_word(intent: Intent) -> &'static str {
+    match intent {
+        Intent::Live => "live",
+        Intent::Paused => "paused",
+        Intent::Closed => "closed",
+    }
+}
+
+/// Reads the word of an intent.
+pub(super) fn intent(word: &str) -> Result<Intent, StoreError> {
+    [Intent::Live, Intent::Paused, Intent::Closed]
+        .into_iter()
+        .find(|intent| intent_word(*intent) == word)
+        .ok_or_else(|| unreadable(format!("intent {word}")))
+}

@@ -1,0 +1,367 @@
+//! Sales and their current round, in the form that everything else reads them.
+
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::{
+    Database, StoreError,
+    rounds::{intent, money, window},
+};
+use crate::domain::{
+    id::{Fingerprint, Partition, ProductId, RoundId, SaleId, SaleNumber},
+    round::{Counters, Intent, State, Terms},
+};
+
+/// What does not change while a round runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SaleFacts {
+    /// Its name in the API.
+    pub id: SaleId,
+    /// Its short name.
+    pub number: SaleNumber,
+    /// Where its rounds live.
+    pub partition: Partition,
+    /// What it sells.
+    pub product: ProductId,
+    /// What it is called.
+    pub name: String,
+    /// The small print, if it has any.
+    pub small_print: Option<String>,
+    /// The current round: 1, 2, 3 ….
+    pub round: u32,
+    /// The rules of the current round.
+    pub terms: Terms,
+    /// Whether Redis has the current round. Until then nothing is sold.
+    pub provisioned: bool,
+    /// Counts changes; the `ETag`.
+    pub version: i64,
+    /// Which operator made it.
+    pub created_by: Uuid,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// When it was last changed.
+    pub updated_at: DateTime<Utc>,
+}
+
+impl SaleFacts {
+    /// The current round.
+    pub fn round_id(&self) -> RoundId {
+        RoundId {
+            sale: self.number,
+            round: self.round,
+        }
+    }
+}
+
+/// A sale with what PostgreSQL knows of its current round: as old as the writer is behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sale {
+    /// What does not change.
+    pub facts: Arc<SaleFacts>,
+    /// What the operator wants.
+    pub intent: Intent,
+    /// Where the units are.
+    pub counters: Counters,
+}
+
+/// A sale to be made.
+#[derive(Clone, Debug)]
+pub struct NewSale {
+    /// Derived from operator and key, so that it is made once.
+    pub id: SaleId,
+    /// What the request asked for.
+    pub fingerprint: Fingerprint,
+    /// Where its rounds shall live.
+    pub partition: Partition,
+    /// What it sells.
+    pub product: ProductId,
+    /// 1 … 200 characters.
+    pub name: String,
+    /// 1 … 10,000 characters.
+    pub small_print: Option<String>,
+    /// The rules of its first round, checked.
+    pub terms: Terms,
+    /// Which operator makes it.
+    pub created_by: Uuid,
+}
+
+/// What became of making a sale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Inserted {
+    /// It is there now, with a first round that Redis does not have yet.
+    New(Sale),
+    /// An earlier attempt with the same key made it. It may still have to be provisioned.
+    Replayed(Sale),
+    /// The same key made another sale.
+    Mismatch,
+    /// There is no such product.
+    NoProduct,
+}
+
+/// Which sales to list, newest first.
+#[derive(Clone, Copy, Debug)]
+pub struct Filter {
+    /// In this state at `now`.
+    pub state: Option<State>,
+    /// The instant that decides.
+    pub now: DateTime<Utc>,
+    /// Of this product.
+    pub product: Option<ProductId>,
+    /// Behind this sale: the last of the page before.
+    pub after: Option<SaleNumber>,
+    /// So many at most.
+    pub limit: i64,
+}
+
+/// A row as PostgreSQL has it.
+struct Columns {
+    id: Uuid,
+    number: i32,
+    partition: i16,
+    product_id: Uuid,
+    name: String,
+    terms: Option<String>,
+    round: i32,
+    version: i64,
+    created_by: Uuid,
+    created_at: DateTime<Utc>,
+    updated_at: DateTime<Utc>,
+    request_fingerprint: Vec<u8>,
+    unit_price: i64,
+    currency: String,
+    initial_allocation: i64,
+    per_buyer_limit: i64,
+    per_order_limit: i64,
+    opens_at: DateTime<Utc>,
+    closes_at: Option<DateTime<Utc>>,
+    provisioned_at: Option<DateTime<Utc>>,
+    intent: String,
+    allocation: i64,
+    remaining: i64,
+    held: i64,
+    sold: i64,
+    seq: i64,
+}
+
+impl TryFrom<Columns> for Sale {
+    type Error = StoreError;
+
+    fn try_from(row: Columns) -> Result<Self, StoreError> {
+        let facts = SaleFacts {
+            id: SaleId(row.id),
+            number: SaleNumber(row.number.cast_unsigned()),
+            partition: Partition(row.partition.cast_unsigned()),
+            product: ProductId(row.product_id),
+            name: row.name,
+            small_print: row.terms,
+            round: row.round.cast_unsigned(),
+            terms: Terms {
+                window: window(row.opens_at, row.closes_at),
+                per_buyer_limit: row.per_buyer_limit.cast_unsigned(),
+                per_order_limit: row.per_order_limit.cast_unsigned(),
+                unit_price: money(row.unit_price, &row.currency)?,
+                allocation: row.initial_allocation.cast_unsigned(),
+            },
+            provisioned: row.provisioned_at.is_some(),
+            version: row.version,
+            created_by: row.created_by,
+            created_at: row.created_at,
+            updated_at: row.updated_at,
+        };
+        Ok(Self {
+            facts: Arc::new(facts),
+            intent: intent(&row.intent)?,
+            counters: Counters {
+                allocation: row.allocation.cast_unsigned(),
+                remaining: row.remaining.cast_unsigned(),
+                held: row.held.cast_unsigned(),
+                sold: row.sold.cast_unsigned(),
+                seq: row.seq.cast_unsigned(),
+            },
+        })
+    }
+}
+
+/// Selects sales with their current round; the macro keeps each one checked against the schema.
+macro_rules! select {
+    ($tail:literal, $($argument:expr),* $(,)?) => {
+        sqlx::query_as!(
+            Columns,
+            "SELECT sales.id, sales.number, sales.partition, sales.product_id, sales.name,
+                    sales.terms, sales.round, sales.version, sales.created_by, sales.created_at,
+                    sales.updated_at, sales.request_fingerprint, rounds.unit_price, rounds.currency,
+                    rounds.initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
+                    rounds.opens_at, rounds.closes_at, rounds.provisioned_at, rounds.intent,
+                    rounds.allocation, rounds.remaining, rounds.held, rounds.sold, rounds.seq
+             FROM sales
+             JOIN rounds ON rounds.sale = sales.number AND rounds.round = sales.round "
+            + $tail,
+            $($argument),*
+        )
+    };
+}
+
+/// The table `sales`.
+#[derive(Clone, Debug)]
+pub struct Sales {
+    database: Database,
+}
+
+impl Sales {
+    /// The sales in `database`.
+    pub fn new(database: Database) -> Self {
+        Self { database }
+    }
+
+    /// Makes a sale and its first round, both or none, once.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn insert(&self, sale: NewSale) -> Result<Inserted, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let terms = sale.terms;
+                let opens_at = DateTime::from_timestamp_millis(terms.window.opens_at_ms);
+                let closes_at = terms
+                    .window
+                    .closes_at_ms
+                    .and_then(DateTime::from_timestamp_millis);
+                let inserted = sqlx::query!(
+                    "WITH new AS (
+                         INSERT INTO sales (id, partition, product_id, name, terms, price_amount,
+                                            price_currency, allocation, per_buyer_limit,
+                                            per_order_limit, opens_at, closes_at, durability,
+                                            payment, created_by, request_fingerprint)
+                         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 'default',
+                                 'none', $13, $14)
+                         ON CONFLICT (id) DO NOTHING
+                         RETURNING number, round
+                     )
+                     INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation,
+                                         per_buyer_limit, per_order_limit, opens_at, closes_at,
+                                         allocation, remaining)
+                     SELECT number, round, $6, $7, $8, $9, $10, $11, $12, $8, $8 FROM new",
+                    sale.id.0,
+                    sale.partition.0.cast_signed(),
+                    sale.product.0,
+                    sale.name,
+                    sale.small_print,
+                    terms.unit_price.amount,
+                    terms.unit_price.currency.as_str(),
+                    terms.allocation.cast_signed(),
+                    terms.per_buyer_limit.cast_signed(),
+                    terms.per_order_limit.cast_signed(),
+                    opens_at,
+                    closes_at,
+                    sale.created_by,
+                    sale.fingerprint.0.as_slice(),
+                )
+                .execute(&pool)
+                .await;
+                let new = match inserted {
+                    Ok(done) => done.rows_affected() == 1,
+                    Err(error)
+                        if error
+                            .as_database_error()
+                            .and_then(|error| error.constraint())
+                            == Some("sales_product_id_fkey") =>
+                    {
+                        return Ok(Inserted::NoProduct);
+                    }
+                    Err(error) => return Err(error.into()),
+                };
+                let row = select!("WHERE sales.id = $1", sale.id.0)
+                    .fetch_one(&pool)
+                    .await?;
+                let same = row.request_fingerprint == sale.fingerprint.0;
+                let stored = Sale::try_from(row)?;
+                Ok(match (new, same) {
+                    (true, _) => Inserted::New(stored),
+                    (false, true) => Inserted::Replayed(stored),
+                    (false, false) => Inserted::Mismatch,
+                })
+            })
+            .await
+    }
+
+    /// The sale with this id.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_id(&self, id: SaleId) -> Result<Option<Sale>, StoreError> {
+        Ok(self.by_ids_or_numbers(vec![id], vec![]).await?.pop())
+    }
+
+    /// The sale with this number.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_number(&self, number: SaleNumber) -> Result<Option<Sale>, StoreError> {
+        Ok(self.by_ids_or_numbers(vec![], vec![number]).await?.pop())
+    }
+
+    /// Those that exist, each once, in no particular order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_ids_or_numbers(
+        &self,
+        ids: Vec<SaleId>,
+        numbers: Vec<SaleNumber>,
+    ) -> Result<Vec<Sale>, StoreError> {
+        let ids: Vec<Uuid> = ids.into_iter().map(|id| id.0).collect();
+        let numbers: Vec<i32> = numbers
+            .into_iter()
+            .map(|number| number.0.cast_signed())
+            .collect();
+        self.database
+            .run(async move |pool| {
+                select!(
+                    "WHERE sales.id = ANY ($1) OR sales.number = ANY ($2)",
+                    &ids,
+                    &numbers
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(Sale::try_from)
+                .collect()
+            })
+            .await
+    }
+
+    /// A page of sales, newest first. Intent and counters are as old as the writer is behind.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn list(&self, filter: Filter) -> Result<Vec<Sale>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                // The same order of questions as in domain::round::state.
+                select!(
+                    "WHERE ($1::text IS NULL OR $1 =
+                            CASE WHEN rounds.intent = 'closed' OR rounds.closes_at <= $2 THEN 'closed'
+                                 WHEN rounds.opens_at > $2 THEN 'scheduled'
+                                 WHEN rounds.intent = 'paused' THEN 'paused'
+                                 ELSE 'open' END)
+                       AND ($3::uuid IS NULL OR sales.product_id = $3)
+                       AND ($4::int IS NULL OR sales.number < $4)
+                     ORDER BY sales.number DESC
+                     LIMIT $5",
+                    filter.state.map(State::as_str),
+                    filter.now,
+                    filter.product.map(|id| id.0),
+                    filter.after.map(|number| number.0.cast_signed()),
+                    filter.limit
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(Sale::try_from)
+                .collect()
+            })
+            .await
+    }
+}

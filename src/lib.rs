@@ -7,3 +7,6 @@
 
 pub mod clock;
 pub mod domain;
+pub mod metrics;
+pub mod readiness;
+pub mod store;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use chrono::SubsecRound;
+
 use crate::{
     clock,
     store::{
@@ -90,7 +92,8 @@ impl Accounts {
             email: email.as_str().to_owned(),
             name,
             role: role.as_str().to_owned(),
-            created_at: clock::now(),
+            // As it will be stored, so that this answer and later ones agree.
+            created_at: clock::now().trunc_subsecs(3),
         };
         if self.users.add(&user, &password_hash).await? {
             Ok(user)

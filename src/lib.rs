@@ -8,6 +8,7 @@
 pub mod auth;
 pub mod clock;
 pub mod domain;
+pub mod http;
 pub mod metrics;
 pub mod readiness;
 pub mod store;

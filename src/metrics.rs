@@ -1,6 +1,6 @@
 //! Every metric there is: its name, its meaning, its labels. No label names a user or an order.
 
-use std::sync::{Arc, atomic::AtomicU64};
+use std::sync::Arc;
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
@@ -30,10 +30,12 @@ pub struct HttpMetrics {
     pub requests: Family<RequestLabels, Counter>,
     /// Seconds from a request's head to its answer's head.
     pub duration: Family<RouteLabels, Histogram>,
+    /// Problems answered.
+    pub refusals: Family<RefusalLabels, Counter>,
     /// Handlers that panicked.
     pub panics: Counter,
     /// Lines that the access log dropped because its writer was behind.
-    pub access_log_dropped: Counter<u64, AtomicU64>,
+    pub access_log_dropped: Counter,
 }
 
 /// A kind of request and its answer.
@@ -56,6 +58,13 @@ pub struct RouteLabels {
     pub method: &'static str,
 }
 
+/// A kind of problem.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RefusalLabels {
+    /// The problem's code.
+    pub code: &'static str,
+}
+
 /// How busy the hashing of passwords is.
 #[derive(Clone, Debug, Default)]
 pub struct PasswordMetrics {
@@ -72,6 +81,7 @@ impl Metrics {
         let http = HttpMetrics {
             requests: Family::default(),
             duration: Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS)),
+            refusals: Family::default(),
             panics: Counter::default(),
             access_log_dropped: Counter::default(),
         };
@@ -81,6 +91,7 @@ impl Metrics {
             "Seconds from a request's head to its answer's head",
             http.duration.clone(),
         );
+        registry.register("http_refusals", "Problems answered", http.refusals.clone());
         registry.register("http_panics", "Handlers that panicked", http.panics.clone());
         registry.register(
             "access_log_dropped_lines",

@@ -114,6 +114,16 @@ impl After {
             id: product.id.0,
         }
     }
+
+    /// Whether it is a place in the list sorted like this.
+    pub fn stands_in(&self, sort: Sort, descending: bool) -> bool {
+        let keyed = match sort {
+            Sort::Name => self.name.is_some(),
+            Sort::Price => self.price.is_some(),
+            Sort::CreatedAt => self.created_at.is_some(),
+        };
+        keyed && self.sort == sort && self.descending == descending
+    }
 }
 
 /// Which products to list.

@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 use self::apply::{Applied, apply};
 use crate::{
     domain::id::{Epoch, JournalId, OrderId, Partition, RoundId},
-    engine::journal::{JournalError, JournalReader, RawEntry},
+    engine::{JournalError, JournalReader, RawEntry},
     store::journal::{Ledger, Position},
 };
 
@@ -158,7 +158,7 @@ pub struct WriterStatus {
     pub state: State,
     /// Up to where PostgreSQL has the journal.
     pub position: JournalId,
-    /// Entries that it has read and not stored; there may be more.
+    /// Entries that are not stored, as of the last reading.
     pub lag_entries: u64,
     /// When the oldest of them was written, milliseconds since the Unix epoch by Redis' clock.
     pub oldest_at_ms: Option<i64>,
@@ -209,8 +209,8 @@ pub struct Writer {
     epoch: Epoch,
     /// Read and not stored.
     pending: VecDeque<RawEntry>,
-    /// Whether the journal had more than one read gives.
-    more: bool,
+    /// The last entry that the journal had when it was read.
+    last_pseq: u64,
     /// Dead letters in a row at the end of the last batch.
     dead_in_a_row: u32,
     status: watch::Sender<WriterStatus>,
@@ -232,7 +232,7 @@ impl Writer {
             position: None,
             epoch: Epoch::default(),
             pending: VecDeque::new(),
-            more: false,
+            last_pseq: 0,
             dead_in_a_row: 0,
             status: watch::Sender::default(),
             stored: watch::Sender::default(),
@@ -336,11 +336,11 @@ impl Writer {
         if self.pending.is_empty() {
             let read = self
                 .reader
-                .read(position.epoch, position.stored.pseq, ENTRIES_MAX)
+                .read(position.epoch, position.stored, ENTRIES_MAX)
                 .await;
-            let entries = read.map_err(|error| self.unread(error, position.stored))?;
-            self.more = entries.len() == ENTRIES_MAX;
-            self.pending = entries.into();
+            let page = read.map_err(|error| self.unread(error, position.stored))?;
+            self.last_pseq = page.last_pseq;
+            self.pending = page.entries.into();
             self.show_lag();
         }
         if self.pending.is_empty() {
@@ -351,7 +351,7 @@ impl Writer {
         let batch = pending.get(..len).unwrap_or_default();
         // While PostgreSQL works on the last of what was read, Redis can give the next.
         let ahead = match pending.last() {
-            Some(last) if self.more && len == pending.len() => Some(last.id.pseq),
+            Some(last) if last.id.pseq < self.last_pseq && len == pending.len() => Some(last.id),
             _ => None,
         };
         let storing = timeout(
@@ -374,8 +374,8 @@ impl Writer {
             Ok(Applied::Stored(batch)) => {
                 self.pending.drain(..len);
                 if let Some(next) = next {
-                    self.more = next.len() == ENTRIES_MAX;
-                    self.pending.extend(next);
+                    self.last_pseq = next.last_pseq;
+                    self.pending.extend(next.entries);
                 }
                 self.dead_in_a_row = batch.dead_in_a_row;
                 self.position = Some(Position {
@@ -462,12 +462,12 @@ impl Writer {
     fn forget(&mut self) {
         self.position = None;
         self.pending.clear();
-        self.more = false;
+        self.last_pseq = 0;
     }
 
     fn show_lag(&self) {
         self.status.send_modify(|status| {
-            status.lag_entries = self.pending.len() as u64;
+            status.lag_entries = self.last_pseq.saturating_sub(status.position.pseq);
             status.oldest_at_ms = self.pending.front().and_then(|entry| entry.at_ms);
         });
     }

@@ -464,3 +464,153 @@ fn live(frames: &[Frame]) -> Live {
 fn line(error: anyhow::Error) -> String {
     format!("{error:#}")
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::shop::{Faults, SECRET, Shop};
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(more: &[&str]) -> Args {
+        Command::try_parse_from(["drop"].iter().chain(more))
+            .unwrap()
+            .args
+    }
+
+    /// A drop at a small shop, whose database nobody knows.
+    fn drop_at(faults: Faults, more: &[&str]) -> (Report, Value) {
+        let shop = Shop::start(faults);
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("jwt_secret"), SECRET).unwrap();
+        let file = dir.path().join("out.json");
+        let args = Args {
+            url: shop.url(),
+            data_dir: dir.path().to_owned(),
+            json: Some(file.clone()),
+            opens_in: Duration::from_millis(500),
+            ..args(more)
+        };
+        let report = run(&args).unwrap();
+        let json = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        (report, json)
+    }
+
+    fn broken(report: &Report) -> Vec<&'static str> {
+        let failed = report
+            .checks
+            .iter()
+            .filter(|check| check.status == Status::Fail);
+        failed.map(|check| check.name).collect()
+    }
+
+    const CROWD: [&str; 6] = ["--buyers", "300", "--stock", "40", "--connections", "60"];
+
+    #[test]
+    fn a_sound_shop_fails_only_for_want_of_a_database() {
+        let (report, json) = drop_at(Faults::default(), &CROWD);
+        assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
+        assert_eq!(
+            (
+                report.outcomes.accepted,
+                report.outcomes.refused["sold_out"]
+            ),
+            (40, 260)
+        );
+        let live = report.live.as_ref().unwrap();
+        assert_eq!(
+            (live.first_remaining, live.last_remaining),
+            (Some(40), Some(0))
+        );
+        assert_eq!(json["schema"], SCHEMA);
+        assert_eq!(json["verdict"], "fail");
+    }
+
+    #[test]
+    fn a_shop_that_oversells_gets_no_throughput() {
+        let faults = Faults {
+            oversells: 1,
+            ..Faults::default()
+        };
+        let (report, json) = drop_at(faults, &CROWD);
+        let broken = broken(&report);
+        assert!(broken.contains(&"exactly the stock"), "{broken:?}");
+        assert!(broken.contains(&"the server's audit"), "{broken:?}");
+        assert_eq!(json["speed"], Value::Null);
+        let text = report.to_string();
+        assert!(
+            text.contains("oversold: 41 orders for 41 units exist"),
+            "{text}"
+        );
+        assert!(
+            text.contains("FAIL") && !text.contains("accepted/s"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn limits_and_quantities_are_judged_too() {
+        let more = [
+            "--tries",
+            "3",
+            "--quantity",
+            "2",
+            "--limit",
+            "4",
+            "--rate",
+            "2000/s",
+        ];
+        let (report, _) = drop_at(Faults::default(), &[&CROWD[..], &more].concat());
+        assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
+        assert_eq!(report.outcomes.accepted, 20);
+    }
+
+    #[test]
+    fn demand_below_the_stock_is_met_whole() {
+        let more = [
+            "--buyers", "20", "--tries", "3", "--stock", "100", "--limit", "2",
+        ];
+        let (report, _) = drop_at(Faults::default(), &more);
+        assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
+        assert_eq!(
+            (
+                report.outcomes.accepted,
+                report.outcomes.refused["buyer_limit"]
+            ),
+            (40, 20)
+        );
+    }
+
+    #[test]
+    fn no_server_is_one_clear_line() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("jwt_secret"), SECRET).unwrap();
+        let mut shop = Shop::start(Faults::default());
+        shop.stop();
+        let args = Args {
+            url: shop.url(),
+            data_dir: dir.path().to_owned(),
+            ..args(&[])
+        };
+        let error = run(&args).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("no server at {} — start one with `make run`", shop.url())
+        );
+    }
+
+    #[test]
+    fn rates_are_read_with_and_without_their_unit() {
+        assert_eq!((rate("2000"), rate("12.5/s")), (Ok(2000.0), Ok(12.5)));
+        for text in ["0", "-1", "fast", "inf", "NaN/s"] {
+            assert!(rate(text).is_err(), "{text}");
+        }
+    }
+}

@@ -12,6 +12,8 @@ mod operator;
 mod outcome;
 mod report;
 mod sender;
+#[cfg(test)]
+mod shop;
 mod sse;
 mod target;
 mod tokens;

@@ -179,7 +179,9 @@ impl Percentiles {
     /// Of all durations given.
     pub(crate) fn of(durations: impl Iterator<Item = Duration>) -> Result<Self> {
         let mut histogram = Histogram::<u64>::new_with_bounds(1, LATENCY_MAX_US, 3)?;
+        let mut max = Duration::ZERO;
         for duration in durations {
+            max = max.max(duration);
             let us = u64::try_from(duration.as_micros()).unwrap_or(LATENCY_MAX_US);
             histogram.saturating_record(us);
         }
@@ -194,7 +196,7 @@ impl Percentiles {
             p90: at(0.9),
             p99: at(0.99),
             p99_9: at(0.999),
-            max: at(1.0),
+            max: ms(max),
         })
     }
 }
@@ -311,7 +313,7 @@ impl Display for Report {
                 "  The harness itself was probably the bottleneck: the server can do more."
             )?;
         }
-        writeln!(f)?;
+        writeln!(f, "\n    {:<30}{:<22}actual", "check", "expected")?;
         for check in &self.checks {
             let mark = match check.status {
                 Status::Pass => "✓",
@@ -320,7 +322,7 @@ impl Display for Report {
             };
             writeln!(
                 f,
-                "  {mark} {:<28}{:<22}{}",
+                "  {mark} {:<30}{:<22}{}",
                 check.name, check.expected, check.actual
             )?;
             for line in &check.counter_example {
@@ -331,14 +333,14 @@ impl Display for Report {
             for check in &audit.checks {
                 let mark = if check.status == "pass" { "✓" } else { "✗" };
                 let (expected, actual) = (check.expected.to_string(), check.actual.to_string());
-                writeln!(f, "    {mark} {:<26}{expected:<22}{actual}", check.name)?;
+                writeln!(f, "    {mark} {:<28}{expected:<22}{actual}", check.name)?;
             }
         }
         match self.verdict {
             "pass" => writeln!(f, "\n  PASS: every promise was kept."),
             _ => writeln!(
                 f,
-                "\n  FAIL: a promise was broken (sale {}, seed {seed}).",
+                "\n  FAIL: a promise was broken, or could not be checked (sale {}, seed {seed}).",
                 self.setup.sale_id
             ),
         }

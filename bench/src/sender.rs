@@ -430,3 +430,6 @@ impl Worker {
 
 /// A request that never left this machine.
 struct Unsent(String);
+
+#[cfg(test)]
+mod tests;

@@ -140,9 +140,13 @@ async fn drop(args: &Args) -> Result<Report> {
     };
     let purchases = crowd.buyers * crowd.tries;
     let progress = progress(purchases)?;
+    let wanted = match args.connections {
+        Some(wanted) => usize::try_from(wanted)?,
+        None => CONNECTIONS.min(purchases),
+    };
     let load = Load {
         target: target.clone(),
-        connections: connections(args, purchases, &progress)?,
+        connections: wanted.min(host::connections_max()),
         threads: usize::try_from(args.threads)?,
         timeout: args.timeout,
         patience: args.patience,
@@ -163,13 +167,6 @@ async fn drop(args: &Args) -> Result<Report> {
     progress.set_message("opening connections");
     let pool = Pool::open(load.clone()).await?;
     let opened = pool.opened;
-    if opened < load.connections {
-        progress.println(format!(
-            "only {opened} of {} connections could be opened",
-            load.connections
-        ));
-    }
-
     let name = format!("Drop {seed}");
     let product = operator
         .create_product(&name, &format!("product-{run}"))
@@ -281,6 +278,7 @@ async fn drop(args: &Args) -> Result<Report> {
             limit: args.limit,
             rate_per_s: args.rate,
             connections: opened,
+            connections_wanted: wanted,
             seed,
         },
         outcomes: Outcomes::of(&records),
@@ -299,21 +297,6 @@ async fn drop(args: &Args) -> Result<Report> {
             .with_context(|| format!("{} cannot be written", file.display()))?;
     }
     Ok(report)
-}
-
-/// How many connections, within what the machine allows.
-fn connections(args: &Args, purchases: usize, progress: &ProgressBar) -> Result<usize> {
-    let wanted = match args.connections {
-        Some(wanted) => usize::try_from(wanted)?,
-        None => CONNECTIONS.min(purchases),
-    };
-    let most = host::connections_max();
-    if wanted > most {
-        progress.println(format!(
-            "only {most} of {wanted} connections: the limit of open files allows no more"
-        ));
-    }
-    Ok(wanted.min(most))
 }
 
 /// A bar on a terminal; nothing anywhere else.

@@ -57,6 +57,8 @@ pub(crate) struct Setup {
     /// Absent: all at once.
     pub(crate) rate_per_s: Option<f64>,
     pub(crate) connections: usize,
+    /// More than `connections` if the limit of open files or the server allowed no more.
+    pub(crate) connections_wanted: usize,
     pub(crate) seed: u64,
 }
 
@@ -284,6 +286,14 @@ impl Display for Report {
             grouped(stock),
             grouped(connections),
         )?;
+        if *connections < self.setup.connections_wanted {
+            writeln!(
+                f,
+                "  Only {connections} of {} connections: the limit of open files, or the server, \
+                 allowed no more.\n",
+                self.setup.connections_wanted
+            )?;
+        }
         self.outcomes.fmt(f)?;
         if let Some(speed) = &self.speed {
             speed.fmt(f)?;

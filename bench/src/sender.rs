@@ -207,7 +207,7 @@ impl Pool {
             let runtime = runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()?;
-            let (target, started) = (load.target.clone(), started.clone());
+            let (load, started) = (load.clone(), started.clone());
             let (report, gate) = (report.clone(), Arc::clone(&gate));
             thread::Builder::new()
                 .name(format!("crowd-{thread}"))
@@ -215,9 +215,9 @@ impl Pool {
                     let records = runtime.block_on(async {
                         let mut tasks = JoinSet::new();
                         for worker in workers {
-                            let (target, started) = (target.clone(), started.clone());
+                            let (load, started) = (load.clone(), started.clone());
                             let (report, gate) = (report.clone(), Arc::clone(&gate));
-                            tasks.spawn(worker.stand(target, gate, report, started));
+                            tasks.spawn(worker.stand(load, gate, report, started));
                         }
                         drop(report);
                         tasks.join_all().await.into_iter().flatten().collect()
@@ -235,7 +235,7 @@ impl Pool {
             }
         }
         match trouble {
-            Some(error) if opened == 0 => Err(error).context("no connection could be opened"),
+            Some(error) if opened == 0 => bail!("no connection could be opened: {error}"),
             _ => Ok(Self {
                 load,
                 start,
@@ -285,14 +285,14 @@ impl Worker {
     /// Connects, says so, waits for the plan and does its part.
     async fn stand(
         mut self,
-        target: Target,
+        load: Load,
         gate: Arc<Semaphore>,
-        report: mpsc::Sender<std::io::Result<()>>,
+        report: mpsc::Sender<Result<(), String>>,
         mut started: watch::Receiver<Option<Arc<Work>>>,
     ) -> Vec<Record> {
         {
             let _turn = gate.acquire().await;
-            let connected = Connection::open(target.address).await;
+            let connected = connect(&load).await;
             let told = connected.map(|connection| self.connection = Some(connection));
             // The receiver lives until every sender is gone.
             let _ = report.send(told).await;
@@ -312,18 +312,25 @@ impl Worker {
         self.records
     }
 
-    /// Waits, and replaces a connection that the server closes meanwhile.
+    /// Waits, and replaces a connection that the server closes meanwhile: once, lest a server
+    /// that wants nobody is asked again and again.
     async fn wait(&mut self, due: Instant, work: &Work) {
         let pause = sleep_until(due);
         tokio::pin!(pause);
-        while let Some(connection) = &mut self.connection {
+        for reopen in [true, false] {
+            let Some(connection) = &mut self.connection else {
+                break;
+            };
             tokio::select! {
                 biased;
                 () = &mut pause => return,
-                () = connection.closed() => {
-                    self.connection = Connection::open(work.load.target.address).await.ok();
-                }
+                () = connection.closed() => {}
             }
+            self.connection = if reopen {
+                connect(&work.load).await.ok()
+            } else {
+                None
+            };
         }
         pause.await;
     }
@@ -395,16 +402,7 @@ impl Worker {
     ) -> Result<Result<hyper::Response<Bytes>, String>, Unsent> {
         let mut connection = match self.connection.take() {
             Some(connection) if connection.is_open() => connection,
-            _ => match timeout(
-                work.load.timeout,
-                Connection::open(work.load.target.address),
-            )
-            .await
-            {
-                Ok(Ok(connection)) => connection,
-                Ok(Err(error)) => return Err(Unsent(format!("not connected: {}", error.kind()))),
-                Err(_) => return Err(Unsent("not connected: timed out".to_owned())),
-            },
+            _ => connect(&work.load).await.map_err(Unsent)?,
         };
         let request = work.sending.request(purchase, &work.load.target.host);
         Ok(
@@ -425,6 +423,15 @@ impl Worker {
             .saturating_mul(1 << retries.min(10))
             .min(PAUSE_MAX);
         longest.mul_f64(self.jitter.random_range(0.5..1.0))
+    }
+}
+
+/// A new connection, or why there is none.
+async fn connect(load: &Load) -> Result<Connection, String> {
+    match timeout(load.timeout, Connection::open(load.target.address)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(format!("not connected: {}", error.kind())),
+        Err(_) => Err("not connected: timed out".to_owned()),
     }
 }
 

@@ -59,8 +59,9 @@ async fn read(database: &str, sale: Uuid) -> Result<Option<Vec<Row>>> {
         return Ok(None);
     }
     let rows = sqlx::query_as(
-        "SELECT id, buyer_id, quantity::int8 AS quantity, seq::int8 AS seq, status::text AS status
-         FROM orders WHERE sale_id = $1 ORDER BY seq",
+        "SELECT orders.id, buyer_id, quantity, seq, orders.status
+         FROM orders JOIN sales ON sales.number = orders.sale
+         WHERE sales.id = $1 ORDER BY epoch, seq",
     )
     .bind(sale)
     .fetch_all(&mut connection)

@@ -19,7 +19,7 @@ use crate::client;
 use crate::clock;
 use crate::crowd::{Arrivals, Crowd};
 use crate::host;
-use crate::operator::{Operator, Terms};
+use crate::operator::{self, Operator, Terms};
 use crate::outcome::{Next, Outcome, judge};
 use crate::report::{self, Generator, Live, Outcomes, Report, SCHEMA, Setup, Speed};
 use crate::sender::{Load, Pool, Record, Sending, Tally};
@@ -36,7 +36,7 @@ const CONNECTIONS: usize = 4096;
 const FRAME_MAX: Duration = Duration::from_secs(5);
 
 /// Pause between two looks at the crowd, and between two tries of a single request.
-const REDRAW: Duration = Duration::from_millis(100);
+const REDRAW: Duration = Duration::from_millis(50);
 
 /// Codes of refusals that the shop may give for want of stock or room under the limit.
 const FAIR_REFUSALS: [&str; 4] = ["sold_out", "insufficient", "buyer_limit", "order_limit"];
@@ -129,6 +129,7 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
 
 async fn drop(args: &Args) -> Result<Report> {
     let target = Target::parse(&args.url)?;
+    operator::reach(&target).await?;
     let backstage = Backstage::new(&args.data_dir);
     let seed = args.seed.unwrap_or_else(rand::random);
     let crowd = Crowd {
@@ -160,7 +161,6 @@ async fn drop(args: &Args) -> Result<Report> {
         bearer: signer.bearer(run, Role::Operator)?,
         patience: args.patience,
     };
-    operator.reach().await?;
     progress.set_message("signing tokens");
     let (ids, plan) = (crowd.ids(), crowd.plan());
     let bearers = signer.buyers(&ids)?;
@@ -205,22 +205,32 @@ async fn drop(args: &Args) -> Result<Report> {
     progress.set_message("waiting for the opening");
     let tally = Arc::new(Tally::default());
     let watch = tokio::spawn(watch(progress.clone(), Arc::clone(&tally), opening));
-    let cpu_at_opening = async {
+    let opened_at = async {
         sleep_until(opening).await;
-        host::cpu_time()
+        Ok(host::cpu_time())
     };
-    let sent = pool.run(Arc::clone(&sending), tally);
-    let (records, cpu_before) = tokio::join!(sent, cpu_at_opening);
-    let cpu = host::cpu_time().saturating_sub(cpu_before);
-    let generator = Generator::new(cpu, opening.elapsed(), load.threads);
+    let sent = async {
+        let records = pool.run(Arc::clone(&sending), Arc::clone(&tally)).await?;
+        Ok((records, host::cpu_time(), opening.elapsed()))
+    };
+    let stored = async {
+        // Once the last order is in, the rest of the crowd only gets refused.
+        let (_, orders) = crowd.orders_expected(args.stock, args.limit, 0);
+        let orders = usize::try_from(orders)?;
+        while tally.accepted.load(Ordering::Relaxed) < orders && tally.ended() < purchases {
+            sleep(REDRAW).await;
+        }
+        let audit = operator.audit(sale).await;
+        let is_complete = audit.is_ok_and(|audit| audit.verdict != "pending");
+        anyhow::Ok(is_complete.then(|| opening.elapsed()))
+    };
+    let (cpu_before, (records, cpu_after, wall), stored_after) =
+        tokio::try_join!(opened_at, sent, stored)?;
     watch.abort();
-    let records = records?;
+    let cpu = cpu_after.saturating_sub(cpu_before);
+    let generator = Generator::new(cpu, wall, load.threads);
 
-    progress.set_message("waiting until the last order is stored");
-    let stored_after = match operator.audit(sale).await {
-        Ok(audit) if audit.verdict != "pending" => Some(opening.elapsed()),
-        _ => None,
-    };
+    progress.set_message("waiting for the last frame");
     let after = operator.sale(sale).await;
     if let (Some(subscriber), Ok(after)) = (&mut subscriber, &after) {
         let last = |frame: &Frame| {
@@ -573,13 +583,10 @@ mod tests {
 
     #[test]
     fn no_server_is_one_clear_line() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("jwt_secret"), SECRET).unwrap();
         let mut shop = Shop::start(Faults::default());
         shop.stop();
         let args = Args {
             url: shop.url(),
-            data_dir: dir.path().to_owned(),
             ..args(&[])
         };
         let error = run(&args).unwrap_err().to_string();

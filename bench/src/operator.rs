@@ -97,36 +97,37 @@ struct Page {
     next_cursor: Option<String>,
 }
 
-impl Operator {
-    /// Makes sure that a server answers and is ready.
-    ///
-    /// # Errors
-    ///
-    /// Nobody listens, or the server does not become ready.
-    pub(crate) async fn reach(&self) -> Result<()> {
-        let begun = Instant::now();
-        loop {
-            let answer = self.send(&Method::GET, "/readyz", None, None).await;
-            let status = match answer {
-                Ok(answer) => answer.status(),
-                Err(_) => bail!(
-                    "no server at http://{} — start one with `make run`",
-                    self.target.address
-                ),
-            };
-            if status.is_success() {
-                return Ok(());
-            }
-            if begun.elapsed() > START_MAX {
-                bail!(
-                    "the server at http://{} is not ready ({status})",
-                    self.target.address
-                );
-            }
-            sleep(LOOK_AGAIN).await;
+/// Makes sure that a server answers and is ready.
+///
+/// # Errors
+///
+/// Nobody listens, or the server does not become ready.
+pub(crate) async fn reach(target: &Target) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let request = Request::get("/readyz").header(HOST, &target.host);
+        let request = request.body(Full::new(Bytes::new()))?;
+        let Ok(answer) = client::call(target.address, request, ANSWER_MAX).await else {
+            bail!(
+                "no server at http://{} — start one with `make run`",
+                target.address
+            );
+        };
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(());
         }
+        if begun.elapsed() > START_MAX {
+            bail!(
+                "the server at http://{} is not ready ({status})",
+                target.address
+            );
+        }
+        sleep(LOOK_AGAIN).await;
     }
+}
 
+impl Operator {
     /// Makes a product.
     pub(crate) async fn create_product(&self, name: &str, key: &str) -> Result<Uuid> {
         let product = json!({

@@ -14,6 +14,8 @@ pub mod engine;
 pub mod http;
 pub mod lifecycle;
 pub mod metrics;
+pub mod ops;
 pub mod readiness;
+pub mod sales;
 pub mod store;
 pub mod writer;

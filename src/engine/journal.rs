@@ -22,11 +22,17 @@ impl JournalReader {
     /// Redis is in `epoch` and is the server that epoch was installed on.
     pub async fn read(
         &self,
-        _epoch: Epoch,
+        epoch: Epoch,
         after: u64,
         entries_max: usize,
     ) -> Result<Vec<RawEntry>, JournalError> {
         let all = self.entries.borrow().clone()?;
+        if let Some(last) = all.last().filter(|last| last.id.epoch != epoch) {
+            return Err(JournalError::Fenced(format!(
+                "Redis is in epoch {}",
+                last.id.epoch.0
+            )));
+        }
         Ok(all
             .into_iter()
             .filter(|entry| entry.id.pseq > after)

@@ -6,7 +6,10 @@
 #![warn(missing_docs)]
 
 pub mod clock;
+pub mod config;
 pub mod domain;
+pub mod embedded;
 pub mod engine;
+pub mod lifecycle;
 pub mod store;
 pub mod writer;

@@ -104,6 +104,13 @@ impl fmt::Display for JournalId {
     }
 }
 
+impl BuyerId {
+    /// Eight bytes of the id: enough to tell apart the buyers of one sale almost always.
+    pub fn prefix(self) -> u64 {
+        self.0.as_u64_pair().1
+    }
+}
+
 impl OrderId {
     /// The id of the order that this buyer's key makes in this sale, whatever the attempt.
     ///
@@ -125,8 +132,7 @@ impl OrderId {
 
     /// Eight bytes of the hash: enough to tell apart the orders of one sale almost always.
     pub fn prefix(self) -> u64 {
-        let [.., a, b, c, d, e, f, g, h] = *self.0.as_bytes();
-        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+        self.0.as_u64_pair().1
     }
 }
 

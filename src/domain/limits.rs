@@ -39,10 +39,10 @@ pub const CALL_DEADLINE_MS: i64 = 2_000;
 pub const CLOCK_JUMP_MS: i64 = 5_000;
 
 /// How long a node may believe what a reply said about a round.
-pub const MEMORY_MS: u64 = 100;
+pub const MEMORY_MS: i64 = 100;
 
 // An answer from memory must be gone long before a deadline could matter.
-const _: () = assert!(MEMORY_MS as i64 * 10 <= CALL_DEADLINE_MS);
+const _: () = assert!(MEMORY_MS * 10 <= CALL_DEADLINE_MS);
 // A late call must be refused as late, before its lateness could look like a jump of the clock.
 const _: () = assert!(CALL_DEADLINE_MS < CLOCK_JUMP_MS);
 // Lua's numbers are exact to 2^53; sums of these stay far below.

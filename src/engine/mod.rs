@@ -1,3 +1,240 @@
-//! The only Redis code.
+//! The only Redis code: keys, scripts, replies, the coalescer and the journal.
+//!
+//! One operation is one script is one method of [`Engine`]. Nothing outside this folder names the
+//! Redis client or a key.
 
-pub mod journal;
+mod audit;
+mod coalescer;
+mod connection;
+mod control;
+mod dump;
+mod epoch;
+mod error;
+mod journal;
+mod keys;
+mod leaderboard;
+mod memory;
+mod meter;
+mod order;
+mod packed;
+mod partition;
+mod provision;
+mod purchase;
+mod queue;
+mod release;
+mod reply;
+mod restock;
+mod script;
+mod snapshot;
+
+use std::{sync::Arc, time::Instant};
+
+use tokio::sync::{broadcast, watch};
+
+pub use self::{
+    audit::{RoundAudit, RoundKeys},
+    connection::{RedisUrl, ServerSettings},
+    epoch::{Inspection, InstallError},
+    error::EngineError,
+    journal::{EntryError, JournalError, JournalReader, RawEntry},
+    leaderboard::LeaderboardPage,
+    meter::EngineMeter,
+    packed::Standing,
+    partition::Fence,
+    purchase::Answer,
+};
+use self::{
+    coalescer::Coalescer, connection::Connection, keys::Keys, memory::Memory,
+    partition::PartitionView, purchase::PurchaseLane, reply::Reply, script::Scripts,
+    snapshot::SnapshotLane,
+};
+use crate::domain::{
+    id::{Epoch, Partition, RoundId},
+    order::Durability,
+};
+
+/// Calls of purchases under way at a time. More would make each carry less.
+const PURCHASE_CALLS_MAX: usize = 4;
+
+/// Calls of snapshots under way at a time.
+const SNAPSHOT_CALLS_MAX: usize = 2;
+
+/// News that a slow listener may be behind before it misses some.
+const NEWS_CAPACITY: usize = 1024;
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Where Redis is.
+    pub url: RedisUrl,
+    /// Purchases that may wait for a call.
+    pub queue_capacity: usize,
+}
+
+/// What sells the rounds of one partition.
+#[derive(Debug)]
+pub struct Engine {
+    partition: Partition,
+    url: RedisUrl,
+    shared: Arc<Shared>,
+    purchases: Arc<Coalescer<PurchaseLane>>,
+    snapshots: Arc<Coalescer<SnapshotLane>>,
+    /// Operators' calls and cancels never wait behind the crowd.
+    operations: Arc<Connection>,
+    reads: Arc<Connection>,
+    settings: ServerSettings,
+}
+
+/// What all operations of an engine share.
+#[derive(Debug)]
+struct Shared {
+    keys: Keys,
+    scripts: Scripts,
+    view: PartitionView,
+    memory: Memory,
+    meter: EngineMeter,
+    news: broadcast::Sender<Standing>,
+    durability: Durability,
+}
+
+impl Shared {
+    /// Remembers what a reply said about a round, and tells whoever watches.
+    fn learn(&self, standing: &Standing, at: Instant) {
+        self.memory.learn(standing, at);
+        // Nobody listens: nobody needs to know.
+        let _ = self.news.send(*standing);
+    }
+}
+
+impl Engine {
+    /// Connects. The partition stays fenced until [`Engine::install`] or [`Engine::adopt`].
+    ///
+    /// # Errors
+    /// [`EngineError`] when Redis is not there.
+    pub async fn connect(
+        options: &EngineOptions,
+        partition: Partition,
+        meter: EngineMeter,
+    ) -> Result<Self, EngineError> {
+        let url = options.url.clone();
+        let crowd = Connection::open_for_calls(&url).await?;
+        let operations = Connection::open_for_calls(&url).await?;
+        let reads = Connection::open_for_calls(&url).await?;
+        let settings = operations.settings().await?;
+        let durability = if settings.synced {
+            Durability::Fsync
+        } else {
+            Durability::Fast
+        };
+        let (news, _) = broadcast::channel(NEWS_CAPACITY);
+        let shared = Arc::new(Shared {
+            keys: Keys(partition),
+            scripts: Scripts::new(),
+            view: PartitionView::new(partition),
+            memory: Memory::default(),
+            meter,
+            news,
+            durability,
+        });
+        let purchases = PurchaseLane {
+            shared: Arc::clone(&shared),
+            connection: crowd,
+        };
+        let snapshots = SnapshotLane {
+            shared: Arc::clone(&shared),
+            connection: Arc::clone(&reads),
+        };
+        Ok(Self {
+            partition,
+            url,
+            shared,
+            purchases: Coalescer::new(purchases, options.queue_capacity, PURCHASE_CALLS_MAX),
+            snapshots: Coalescer::new(snapshots, options.queue_capacity, SNAPSHOT_CALLS_MAX),
+            operations,
+            reads,
+            settings,
+        })
+    }
+
+    /// Which partition this is.
+    pub fn partition(&self) -> Partition {
+        self.partition
+    }
+
+    /// What Redis said of its settings when the engine connected.
+    pub fn settings(&self) -> &ServerSettings {
+        &self.settings
+    }
+
+    /// What an acceptance survives.
+    pub fn durability(&self) -> Durability {
+        self.shared.durability
+    }
+
+    /// The state of the fence, and its changes.
+    pub fn fence(&self) -> watch::Receiver<Fence> {
+        self.shared.view.fence()
+    }
+
+    /// The highest pseq that any reply has shown.
+    pub fn floor(&self) -> u64 {
+        self.shared.view.floor()
+    }
+
+    /// Purchases that wait for a call.
+    pub fn waiting(&self) -> usize {
+        self.purchases.waiting()
+    }
+
+    /// Every standing that a reply carries from now on. A listener that falls behind misses some,
+    /// and must take a [`Engine::snapshot`].
+    pub fn news(&self) -> broadcast::Receiver<Standing> {
+        self.shared.news.subscribe()
+    }
+
+    /// Redis' clock now as far as this node can tell, milliseconds since the Unix epoch.
+    pub fn redis_ms(&self) -> Option<i64> {
+        self.shared.view.redis_ms(Instant::now())
+    }
+
+    /// The latest standing of a round that this node saw, however old.
+    pub fn latest(&self, round: RoundId) -> Option<Standing> {
+        self.shared.memory.latest(round)
+    }
+
+    /// Reads the standing in a reply of an operation on one round, and remembers it.
+    fn learn(
+        &self,
+        reply: &mut Reply,
+        epoch: Epoch,
+        now_ms: i64,
+        sent_at: Instant,
+    ) -> Result<Standing, EngineError> {
+        let standing = reply
+            .standing(epoch, now_ms)?
+            .ok_or_else(|| reply.unexpected("no standing"))?;
+        self.shared.learn(&standing, sent_at);
+        Ok(standing)
+    }
+}
+
+/// The engines of all partitions.
+#[derive(Clone, Debug)]
+pub struct Engines(Arc<Vec<Engine>>);
+
+impl Engines {
+    /// Puts engines together, in order of their partitions from 0 on.
+    pub fn new(engines: Vec<Engine>) -> Self {
+        Self(Arc::new(engines))
+    }
+
+    /// The engine of a partition; `None` when this node does not serve it.
+    pub fn of(&self, partition: Partition) -> Option<&Engine> {
+        self.0.get(usize::from(partition.0))
+    }
+
+    /// All engines.
+    pub fn all(&self) -> &[Engine] {
+        &self.0
+    }
+}

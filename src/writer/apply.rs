@@ -11,7 +11,7 @@ use crate::{
         id::{OrderId, RoundId},
         order::Order,
     },
-    engine::journal::RawEntry,
+    engine::RawEntry,
     store::{
         StoreError,
         journal::{

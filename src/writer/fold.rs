@@ -9,7 +9,7 @@ use crate::{
         order::{Order, Status},
         round::{Counters, Intent},
     },
-    engine::journal::{EntryError, RawEntry},
+    engine::{EntryError, RawEntry},
     store::journal::{
         DataError, EventRow, Fate, Letter, OrderRow, RoundRow, RoundState, StatusRow,
     },

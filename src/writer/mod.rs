@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 use self::apply::{Applied, apply};
 use crate::{
     domain::id::{Epoch, JournalId, OrderId, Partition, RoundId},
-    engine::journal::{JournalError, JournalReader, RawEntry},
+    engine::{JournalError, JournalReader, RawEntry},
     store::journal::{Ledger, Position},
 };
 
@@ -158,9 +158,9 @@ pub struct WriterStatus {
     pub state: State,
     /// Up to where PostgreSQL has the journal.
     pub position: JournalId,
-    /// Entries that it has read and not stored; there may be more.
+    /// Entries of the journal that are not stored, as of the last look at it.
     pub lag_entries: u64,
-    /// When the oldest of them was written, milliseconds since the Unix epoch by Redis' clock.
+    /// When the oldest entry that is not stored was written, milliseconds since the Unix epoch by Redis' clock.
     pub oldest_at_ms: Option<i64>,
     /// When it last committed.
     pub last_commit: Option<Instant>,
@@ -209,8 +209,8 @@ pub struct Writer {
     epoch: Epoch,
     /// Read and not stored.
     pending: VecDeque<RawEntry>,
-    /// Whether the journal had more than one read gives.
-    more: bool,
+    /// The number of the last entry of the journal, as of the last read.
+    last: u64,
     /// Dead letters in a row at the end of the last batch.
     dead_in_a_row: u32,
     status: watch::Sender<WriterStatus>,
@@ -232,7 +232,7 @@ impl Writer {
             position: None,
             epoch: Epoch::default(),
             pending: VecDeque::new(),
-            more: false,
+            last: 0,
             dead_in_a_row: 0,
             status: watch::Sender::default(),
             stored: watch::Sender::default(),
@@ -334,13 +334,13 @@ impl Writer {
             None => self.learn().await?,
         };
         if self.pending.is_empty() {
-            let read = self
+            let (entries, last) = self
                 .reader
-                .read(position.epoch, position.stored.pseq, ENTRIES_MAX)
-                .await;
-            let entries = read.map_err(|error| self.unread(error, position.stored))?;
-            self.more = entries.len() == ENTRIES_MAX;
+                .read(position.epoch, position.stored, ENTRIES_MAX)
+                .await
+                .map_err(|error| self.unread(error, position.stored))?;
             self.pending = entries.into();
+            self.last = last;
             self.show_lag();
         }
         if self.pending.is_empty() {
@@ -349,9 +349,13 @@ impl Writer {
         let len = batch_len(&self.pending);
         let pending = self.pending.make_contiguous();
         let batch = pending.get(..len).unwrap_or_default();
-        // While PostgreSQL works on the last of what was read, Redis can give the next.
+        // While PostgreSQL works on the last of what was read, Redis can give the next. While it
+        // does not work, Redis still says how far behind it is.
+        let behind = |last: JournalId| {
+            self.last > last.pseq || matches!(self.status.borrow().state, State::Halted(_))
+        };
         let ahead = match pending.last() {
-            Some(last) if self.more && len == pending.len() => Some(last.id.pseq),
+            Some(raw) if len == pending.len() && behind(raw.id) => Some(raw.id),
             _ => None,
         };
         let storing = timeout(
@@ -369,14 +373,15 @@ impl Writer {
             }
         };
         let (applied, next) = tokio::join!(storing, reading);
+        let next = next.map(|(entries, last)| {
+            self.last = last;
+            entries
+        });
         let late = || Halt::Store(format!("no commit within {} s", BATCH_TIMEOUT.as_secs()));
         match applied.map_err(|_| late()).flatten() {
             Ok(Applied::Stored(batch)) => {
                 self.pending.drain(..len);
-                if let Some(next) = next {
-                    self.more = next.len() == ENTRIES_MAX;
-                    self.pending.extend(next);
-                }
+                self.pending.extend(next.into_iter().flatten());
                 self.dead_in_a_row = batch.dead_in_a_row;
                 self.position = Some(Position {
                     stored: batch.to,
@@ -412,6 +417,7 @@ impl Writer {
                 Ok(Turn::Moved)
             }
             Err(halt) => {
+                self.show_lag();
                 if matches!(halt, Halt::Store(_)) {
                     self.ledger.disconnect();
                 } else {
@@ -462,12 +468,11 @@ impl Writer {
     fn forget(&mut self) {
         self.position = None;
         self.pending.clear();
-        self.more = false;
     }
 
     fn show_lag(&self) {
         self.status.send_modify(|status| {
-            status.lag_entries = self.pending.len() as u64;
+            status.lag_entries = self.last.saturating_sub(status.position.pseq);
             status.oldest_at_ms = self.pending.front().and_then(|entry| entry.at_ms);
         });
     }

@@ -1,0 +1,30 @@
+# `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
+
+.DEFAULT_GOAL := help
+.PHONY: help run test drop check
+
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+
+# Queries are checked against .sqlx/ even where DATABASE_URL points at a running server.
+export SQLX_OFFLINE := true
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: ## Build and serve, with a Redis and a PostgreSQL of its own below .stockade/
+	@.ci/install
+	cargo build --release --locked
+	@exec $(TARGET_DIR)/release/stockade serve $(ARGS)
+
+drop: ## Send a crowd at the running server and print the audit's verdict (ARGS="drop's options")
+	@.ci/install
+	cargo build --release --locked --package stockade-bench
+	@exec $(TARGET_DIR)/release/stockade-bench drop $(ARGS)
+
+test: ## Run every test, against real services that the tests start
+	@.ci/install
+	cargo test --workspace --locked
+
+check: ## Formatting and lints
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings

@@ -1,0 +1,31 @@
+-- leaderboard: a page of a round's confirmed orders, in order of purchase.
+--
+-- KEYS   1 meta, 2 round, 3 buyers, 4 board, 5 orders
+-- ARGV   1 caller (shared/partition.lua), 2 seq to start after, 3 entries at most
+-- Reply  { 'ok', now_ms, pseq, entries before the page, then raw id and record of each }
+--        { 'damaged', what is wrong with the round }
+--        { 'fenced', reason } or { 'expired', now_ms }
+-- Flags  no-writes
+
+local partition, refusal = enter(ARGV[1])
+if not partition then
+  return refusal
+end
+local round = read_round(KEYS[2])
+if not round or not intact(round, KEYS[3], KEYS[4]) then
+  return { 'damaged', 'round' }
+end
+local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq),
+  whole(redis.call('ZCOUNT', KEYS[4], '-inf', ARGV[2])) }
+local ids = redis.call('ZRANGE', KEYS[4], '(' .. ARGV[2], '+inf', 'BYSCORE', 'LIMIT', 0, ARGV[3])
+if #ids > 0 then
+  local records = redis.call('HMGET', KEYS[5], unpack(ids))
+  for i, id in ipairs(ids) do
+    if not records[i] then
+      return { 'damaged', 'orders' }
+    end
+    reply[#reply + 1] = id
+    reply[#reply + 1] = records[i]
+  end
+end
+return reply

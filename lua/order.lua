@@ -1,0 +1,19 @@
+-- order: looks up one order of a sale.
+--
+-- KEYS   1 meta, 2 sale, 3 orders
+-- ARGV   1 caller (shared/partition.lua), 2 raw order id
+-- Reply  { 'ok', now_ms, pseq, record }; record is '' when there is no such order
+--        { 'damaged', what is wrong with the round }
+--        { 'fenced', reason } or { 'expired', now_ms }
+-- Flags  no-writes
+
+local partition, refusal = enter(ARGV[1])
+if not partition then
+  return refusal
+end
+local sale = read_sale(KEYS[2])
+if not sale or redis.pcall('HLEN', KEYS[3]) ~= sale.n_orders then
+  return { 'damaged', 'orders' }
+end
+return { 'ok', whole(partition.now_ms), whole(partition.pseq),
+  redis.call('HGET', KEYS[3], ARGV[2]) or '' }

@@ -1,0 +1,84 @@
+-- A round: read with all the checks that a lost or foreign key must not pass.
+
+local INTENT = { live = 0, paused = 1, closed = 2 }
+local STATE = { scheduled = 0, open = 1, paused = 2, closed = 3 }
+
+-- sale number, round, allocation, remaining, held, sold, seq
+local COUNTERS = '>I4I4I6I6I6I6I6'
+-- COUNTERS, then intent, state, opens_ms, closes_ms (0: none), limit per order, orders of the sale
+local STANDING = '>BBI6I6I4I6'
+-- units that the buyer has, acceptances that the buyer ever got
+local BUYER = '>I4I4'
+
+-- Reads the round's own hash. Returns the round, or nil when it is missing or not a round.
+local function read_round(key)
+  local f = redis.pcall('HMGET', key,
+    'sale', 'round', 'intent', 'opens_ms', 'closes_ms', 'buyer_limit', 'order_limit', 'price',
+    'allocation', 'remaining', 'held', 'sold', 'seq', 'n_buyers', 'n_board')
+  if f.err then
+    return nil
+  end
+  local round = {
+    key = key,
+    sale_number = tonumber(f[1]), number = tonumber(f[2]),
+    opens_ms = tonumber(f[4]), closes_ms = tonumber(f[5]),
+    buyer_limit = tonumber(f[6]), order_limit = tonumber(f[7]),
+    allocation = tonumber(f[9]), remaining = tonumber(f[10]),
+    held = tonumber(f[11]), sold = tonumber(f[12]), seq = tonumber(f[13]),
+    n_buyers = tonumber(f[14]), n_board = tonumber(f[15]),
+  }
+  -- Thirteen numbers and the key: one that is missing or no number is not in the table.
+  local fields = 0
+  for _ in pairs(round) do
+    fields = fields + 1
+  end
+  round.intent, round.price = f[3], f[8]
+  if fields ~= 14 or not INTENT[round.intent] or not round.price or #round.price ~= 11 then
+    return nil
+  end
+  -- Conservation: every unit is in exactly one place.
+  if round.remaining + round.held + round.sold ~= round.allocation
+      or round.remaining < 0 or round.held < 0 or round.sold < 0 then
+    return nil
+  end
+  return round
+end
+
+-- Reads the sale's hash: { n_orders, n_ops }, or nil.
+local function read_sale(key)
+  local f = redis.pcall('HMGET', key, 'n_orders', 'n_ops')
+  if f.err or not f[1] or not f[2] then
+    return nil
+  end
+  return { key = key, n_orders = tonumber(f[1]), n_ops = tonumber(f[2]) }
+end
+
+-- Whether the keys beside the round's hash are as the hashes say. Lost keys are not empty keys:
+-- without these a buyer could buy twice. A key of another type gives an error here, not a count.
+local function intact(round, buyers_key, board_key)
+  return redis.pcall('HLEN', buyers_key) == round.n_buyers
+    and redis.pcall('ZCARD', board_key) == round.n_board
+end
+
+-- What the round is at this instant. Stored is only what the operator wants.
+local function state_of(round, now_ms)
+  if round.intent == 'closed' or (round.closes_ms > 0 and now_ms >= round.closes_ms) then
+    return 'closed'
+  elseif now_ms < round.opens_ms then
+    return 'scheduled'
+  elseif round.intent == 'paused' then
+    return 'paused'
+  end
+  return 'open'
+end
+
+local function pack_counters(round)
+  return struct.pack(COUNTERS, round.sale_number, round.number, round.allocation,
+    round.remaining, round.held, round.sold, round.seq)
+end
+
+local function pack_standing(round, sale, now_ms)
+  return pack_counters(round) .. struct.pack(STANDING, INTENT[round.intent],
+    STATE[state_of(round, now_ms)], round.opens_ms, round.closes_ms, round.order_limit,
+    sale.n_orders)
+end

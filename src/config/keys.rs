@@ -1,0 +1,129 @@
+//! Every key that configures Stockade, each declared once: its type, its names, its default, what it means
+//! and what it can do to you. The struct, the table of `stockade check-config` and the list of known names
+//! all come from this one declaration.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use secrecy::SecretString;
+use serde::Deserialize;
+
+use super::values::{AccessLog, LogFormat, Origins, RateLimit};
+
+/// One key, as `stockade check-config` shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Its name in the TOML file, and the name of its field in [`Config`].
+    pub name: &'static str,
+    /// Its name in the environment.
+    pub env: &'static str,
+    /// What it is when nobody sets it, as it would be written; `None` leaves it unset.
+    pub default: Option<&'static str>,
+    /// What it means: lines of prose.
+    pub meaning: &'static [&'static str],
+    /// What a bad value costs; empty if nothing worth a warning.
+    pub danger: &'static str,
+    /// Never shown. Such a key may also be given as a file: `<env>_FILE` names it.
+    pub secret: bool,
+}
+
+macro_rules! keys {
+    (@default $default:literal) => { Some($default) };
+    (@default unset) => { None };
+    (@secret secret) => { true };
+    (@secret shown) => { false };
+    ($(
+        $(#[doc = $meaning:literal])+
+        $name:ident: $kind:ty = $default:tt, $shown:ident, $env:literal, danger: $danger:literal;
+    )+) => {
+        /// The configuration, as loaded and checked by [`Config::load`](super::Config::load).
+        #[derive(Clone, Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct Config {
+            $( $(#[doc = $meaning])+ pub $name: $kind, )+
+        }
+
+        /// Every key, in the order in which `stockade check-config` shows them.
+        pub const KEYS: &[Key] = &[$(
+            Key {
+                name: stringify!($name),
+                env: $env,
+                default: keys!(@default $default),
+                meaning: &[$($meaning),+],
+                danger: $danger,
+                secret: keys!(@secret $shown),
+            },
+        )+];
+    };
+}
+
+keys! {
+    /// Address that serves everything, or everything but the operators' part if `STOCKADE_ADMIN_ADDR` is set.
+    http_addr: SocketAddr = "127.0.0.1:8080", shown, "STOCKADE_HTTP_ADDR",
+        danger: "0.0.0.0 serves every network; put TLS in front of it";
+    /// Address that takes the operators' routes and the metrics away from the public one.
+    admin_addr: Option<SocketAddr> = unset, shown, "STOCKADE_ADMIN_ADDR",
+        danger: "unset, operators' routes are guarded by their tokens alone";
+    /// Directory of the embedded services' data, of generated secrets and of `endpoints.json`.
+    data_dir: PathBuf = ".stockade", shown, "STOCKADE_DATA_DIR",
+        danger: "it holds every accepted order; a disk that fills up stops the sale";
+    /// Redis that decides (`redis://[user:password@]host:port`). Set together with `DATABASE_URL`, or not at all.
+    redis_url: Option<SecretString> = unset, secret, "REDIS_URL",
+        danger: "needs appendonly yes, appendfsync always, maxmemory-policy noeviction";
+    /// Redis for what may be lost: counters, caches, tickets.
+    cache_redis_url: Option<SecretString> = unset, secret, "CACHE_REDIS_URL",
+        danger: "the same server as REDIS_URL lets a cache fill the memory that sales need";
+    /// PostgreSQL that remembers (`postgres://user:password@host:port/database`).
+    /// Unset together with `REDIS_URL`, `serve` runs its own PostgreSQL and Redis.
+    database_url: Option<SecretString> = unset, secret, "DATABASE_URL",
+        danger: "synchronous_commit must stay on";
+    /// Connections that this process opens to PostgreSQL at most, 2 to 500. The writer has one of its own besides.
+    database_pool: u32 = "10", shown, "STOCKADE_DATABASE_POOL",
+        danger: "all nodes together must stay below PostgreSQL's max_connections";
+    /// Partitions that new sales are spread over, 1 to 1024. One Redis core serves one partition.
+    partitions: u16 = "1", shown, "STOCKADE_PARTITIONS",
+        danger: "";
+    /// Key of the access tokens (HMAC-SHA256, its UTF-8 bytes): at least 32 bytes.
+    /// Embedded: generated once and kept as `jwt_secret` in the data directory.
+    jwt_secret: Option<SecretString> = unset, secret, "STOCKADE_JWT_SECRET",
+        danger: "who knows it can sign a token for anyone, operators too";
+    /// E-mail address of the operator that is created at start if absent.
+    operator_email: Option<String> = unset, shown, "STOCKADE_OPERATOR_EMAIL",
+        danger: "";
+    /// Password of that operator, 8 to 72 bytes; an operator that exists keeps the old one.
+    /// Embedded: generated and printed once.
+    operator_password: Option<SecretString> = unset, secret, "STOCKADE_OPERATOR_PASSWORD",
+        danger: "operators create, pause and restock sales";
+    /// Cost of a password hash (bcrypt), 10 to 16; each step doubles it: 10 costs about 50 ms of a core.
+    bcrypt_cost: u32 = "10", shown, "STOCKADE_BCRYPT_COST",
+        danger: "at 12 ten logins a second fill two cores";
+    /// Logins and registrations that may wait for the hashing pool, 1 to 1024; further ones are refused.
+    password_hash_queue: usize = "32", shown, "STOCKADE_PASSWORD_HASH_QUEUE",
+        danger: "a long queue answers long after its clients have gone";
+    /// Origins that browsers may call from, separated by commas (`https://shop.example`). None by default.
+    cors_origins: Origins = "", shown, "STOCKADE_CORS_ORIGINS",
+        danger: "";
+    /// `on` or `off`. Limits per user and address are not built yet, so today both mean the same;
+    /// `off` is for benchmarks only and is logged loudly.
+    rate_limit: RateLimit = "on", shown, "STOCKADE_RATE_LIMIT",
+        danger: "off lets one client take the whole machine";
+    /// Milliseconds after which a request is answered 503, 3000 to 60000. It must outlive a script's
+    /// deadline of 2 seconds, or a purchase is given up while Redis may still accept it.
+    request_timeout_ms: u64 = "10000", shown, "STOCKADE_REQUEST_TIMEOUT_MS",
+        danger: "";
+    /// Purchases of one partition that may wait for Redis on this node, 1 to 1048576; one more is answered 503.
+    queue_capacity: usize = "16384", shown, "STOCKADE_QUEUE_CAPACITY",
+        danger: "below the size of a crowd's first wave it refuses buyers whom Redis could have served";
+    /// `off`, `combined` (as web servers write it) or `json`: one line per request.
+    access_log: AccessLog = "off", shown, "STOCKADE_ACCESS_LOG",
+        danger: "costs time on every purchase";
+    /// File that the access log is appended to; standard output if unset.
+    access_log_file: Option<PathBuf> = unset, shown, "STOCKADE_ACCESS_LOG_FILE",
+        danger: "";
+    /// What is logged: a level, or directives such as `info,stockade::writer=debug`.
+    log: String = "info", shown, "STOCKADE_LOG",
+        danger: "debug logs every purchase";
+    /// `text` or `json`, to standard error.
+    log_format: LogFormat = "text", shown, "STOCKADE_LOG_FORMAT",
+        danger: "";
+}

@@ -1,0 +1,85 @@
+//! What Redis and its journal say of a round: `audit.lua`.
+
+use super::{
+    Engine, Shared,
+    error::EngineError,
+    packed::{COUNTERS_BYTES, Standing, Unpack},
+    reply::Reply,
+};
+use crate::domain::{id::RoundId, round::Counters};
+
+/// Redis' side of an audit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoundAudit {
+    /// Where the units are; `None` when the round's hash is missing or not whole.
+    pub standing: Option<RoundKeys>,
+    /// The last journal entry of the partition.
+    pub pseq: u64,
+}
+
+/// The keys of a round that is there, counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoundKeys {
+    /// Where the units are.
+    pub standing: Standing,
+    /// Buyers as the round counts them, and as there are; −1 for a key of another type.
+    pub buyers: (i64, i64),
+    /// Places on the leaderboard, likewise.
+    pub board: (i64, i64),
+    /// Orders of the sale, likewise.
+    pub orders: (i64, i64),
+    /// The journal entry that last touched the round.
+    pub entry: String,
+    /// What that entry says; `None` when the journal has it no more.
+    pub journal: Option<Counters>,
+}
+
+impl Engine {
+    /// Reads what an audit compares.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is ever changed.
+    pub async fn audit(&self, round: RoundId) -> Result<RoundAudit, EngineError> {
+        let Shared {
+            keys,
+            scripts,
+            view,
+            ..
+        } = &*self.shared;
+        let (epoch, caller) = view.caller()?;
+        let names = vec![
+            keys.meta(),
+            keys.journal(),
+            keys.round(round),
+            keys.buyers(round),
+            keys.board(round),
+            keys.sale(round.sale),
+            keys.orders(round.sale),
+        ];
+        let reply = self.reads.call(&scripts.audit, names, vec![caller]).await?;
+        let mut reply = Reply::new("audit", reply);
+        let head = view.admit(epoch, &mut reply)?;
+        let Some(standing) = reply.standing(epoch, head.now_ms)? else {
+            return Ok(RoundAudit {
+                standing: None,
+                pseq: head.pseq,
+            });
+        };
+        let keys = RoundKeys {
+            standing,
+            buyers: (reply.number()?, reply.number()?),
+            board: (reply.number()?, reply.number()?),
+            orders: (reply.number()?, reply.number()?),
+            entry: reply.text()?,
+            journal: reply
+                .bytes()?
+                .chunks(COUNTERS_BYTES)
+                .filter_map(|bytes| Unpack(bytes).counters())
+                .find_map(|(id, counters)| (id == round).then_some(counters)),
+        };
+        Ok(RoundAudit {
+            standing: Some(keys),
+            pseq: head.pseq,
+        })
+    }
+}

@@ -1,0 +1,62 @@
+//! Pausing, resuming and closing a round: `control.lua`.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::{Engine, Shared, error::EngineError, packed::Standing, reply::Reply};
+use crate::domain::{id::RoundId, model::Controlled, round::Intent};
+
+impl Engine {
+    /// Says what the operator wants of a round from now on.
+    ///
+    /// # Errors
+    /// [`EngineError`] when there is no answer. Asking again is safe.
+    pub async fn control(
+        &self,
+        round: RoundId,
+        intent: Intent,
+        actor: Uuid,
+    ) -> Result<(Controlled, Standing), EngineError> {
+        let Shared {
+            keys,
+            scripts,
+            view,
+            ..
+        } = &*self.shared;
+        let (epoch, caller) = view.caller()?;
+        let names = vec![
+            keys.meta(),
+            keys.journal(),
+            keys.round(round),
+            keys.sale(round.sale),
+        ];
+        let word: &'static [u8] = match intent {
+            Intent::Live => b"live",
+            Intent::Paused => b"paused",
+            Intent::Closed => b"closed",
+        };
+        let arguments = vec![
+            caller,
+            Bytes::from_static(word),
+            Bytes::copy_from_slice(actor.as_bytes()),
+        ];
+        let sent_at = Instant::now();
+        let reply = self
+            .operations
+            .call(&scripts.control, names, arguments)
+            .await?;
+        let mut reply = Reply::new("control", reply);
+        let head = view.admit(epoch, &mut reply)?;
+        let standing = self.learn(&mut reply, epoch, head.now_ms, sent_at)?;
+        let word = reply.text()?;
+        let controlled = match word.as_str() {
+            "done" => Controlled::Done,
+            "already" => Controlled::Already,
+            "closed" => Controlled::Closed,
+            _ => return Err(reply.unexpected(&word)),
+        };
+        Ok((controlled, standing))
+    }
+}

@@ -1,0 +1,294 @@
+//! The packed values that scripts and Rust exchange. The formats are those of `lua/shared/`.
+//!
+//! Numbers are big-endian; `I6` is a number of six bytes.
+
+use uuid::Uuid;
+
+use crate::domain::{
+    id::{BuyerId, Epoch, Fingerprint, OperationId, OrderId, RoundId, SaleNumber},
+    journal::{Event, EventKind},
+    money::{Currency, Money},
+    order::{Durability, Order, Purchase, Status},
+    round::{Counters, Intent, State, Window},
+};
+
+/// The version of records and journal entries that this build writes and reads.
+pub(super) const VERSION: u8 = 1;
+
+/// Bytes of an order's record.
+const RECORD_BYTES: usize = 69;
+/// Bytes of an acceptance in a journal entry: index of its round, id, record.
+pub(super) const ACCEPTANCE_BYTES: usize = 1 + 16 + RECORD_BYTES;
+/// Bytes of another event in a journal entry.
+pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
+/// Bytes of the counters of a round.
+pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
+/// Bytes of one purchase in the arguments of its script.
+pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8;
+
+/// Where a round is at an instant: what every reply says about every round it read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Which round.
+    pub round: RoundId,
+    /// The timeline that the reply belongs to.
+    pub epoch: Epoch,
+    /// Where its units are.
+    pub counters: Counters,
+    /// What the operator wants.
+    pub intent: Intent,
+    /// What that makes of it at `now_ms`.
+    pub state: State,
+    /// When it sells.
+    pub window: Window,
+    /// Units that one order may ask for.
+    pub per_order_limit: u64,
+    /// Orders of the sale, all its rounds together; it never falls.
+    pub orders: u64,
+    /// The instant, milliseconds since the Unix epoch by Redis' clock.
+    pub now_ms: i64,
+}
+
+impl Standing {
+    /// Whether nothing is left.
+    pub fn sold_out(&self) -> bool {
+        self.counters.remaining == 0
+    }
+}
+
+/// Takes packed values apart; `None` when there are too few bytes or a value has no meaning.
+pub(super) struct Unpack<'a>(pub(super) &'a [u8]);
+
+impl<'a> Unpack<'a> {
+    fn take<const N: usize>(&mut self) -> Option<&'a [u8; N]> {
+        let (head, tail) = self.0.split_first_chunk::<N>()?;
+        self.0 = tail;
+        Some(head)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.take::<1>().map(|[byte]| *byte)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.take().copied().map(u32::from_be_bytes)
+    }
+
+    fn u48(&mut self) -> Option<u64> {
+        let [a, b, c, d, e, f] = *self.take::<6>()?;
+        Some(u64::from_be_bytes([0, 0, a, b, c, d, e, f]))
+    }
+
+    fn instant(&mut self) -> Option<i64> {
+        self.u48()?.try_into().ok()
+    }
+
+    fn uuid(&mut self) -> Option<Uuid> {
+        self.take().copied().map(Uuid::from_bytes)
+    }
+
+    fn money(&mut self) -> Option<Money> {
+        let amount = i64::from_be_bytes(*self.take()?);
+        let currency = Currency::parse(str::from_utf8(self.take::<3>()?).ok()?).ok()?;
+        Money::new(amount, currency).ok()
+    }
+
+    /// `RECORD`.
+    pub(super) fn order(&mut self, id: OrderId) -> Option<Order> {
+        if self.byte()? != VERSION {
+            return None;
+        }
+        let status = status(self.byte()?)?;
+        let accepted_as = self::status(self.byte()?)?;
+        let durability = durability(self.byte()?)?;
+        Some(Order {
+            id,
+            status,
+            accepted_as,
+            durability,
+            round: RoundId {
+                sale: id.sale(),
+                round: self.u32()?,
+            },
+            epoch: Epoch(self.u32()?),
+            seq: self.u48()?,
+            pseq: self.u48()?,
+            quantity: self.u32()?.into(),
+            unit_price: self.money()?,
+            accepted_at_ms: self.instant()?,
+            fingerprint: Fingerprint(*self.take()?),
+            buyer: BuyerId(self.uuid()?),
+        })
+    }
+
+    /// `COUNTERS`.
+    pub(super) fn counters(&mut self) -> Option<(RoundId, Counters)> {
+        let round = RoundId {
+            sale: SaleNumber(self.u32()?),
+            round: self.u32()?,
+        };
+        let counters = Counters {
+            allocation: self.u48()?,
+            remaining: self.u48()?,
+            held: self.u48()?,
+            sold: self.u48()?,
+            seq: self.u48()?,
+        };
+        Some((round, counters))
+    }
+
+    /// `COUNTERS` and `STANDING`.
+    pub(super) fn standing(&mut self, epoch: Epoch, now_ms: i64) -> Option<Standing> {
+        let (round, counters) = self.counters()?;
+        let intent = match self.byte()? {
+            0 => Intent::Live,
+            1 => Intent::Paused,
+            2 => Intent::Closed,
+            _ => return None,
+        };
+        let state = match self.byte()? {
+            0 => State::Scheduled,
+            1 => State::Open,
+            2 => State::Paused,
+            3 => State::Closed,
+            _ => return None,
+        };
+        let opens_at_ms = self.instant()?;
+        let closes_at_ms = Some(self.instant()?).filter(|end| *end > 0);
+        let window = Window {
+            opens_at_ms,
+            closes_at_ms,
+        };
+        let per_order_limit = self.u32()?.into();
+        let orders = self.u48()?;
+        Some(Standing {
+            round,
+            epoch,
+            counters,
+            intent,
+            state,
+            window,
+            per_order_limit,
+            orders,
+            now_ms,
+        })
+    }
+
+    /// One acceptance of a journal entry: index of its round, and the order.
+    pub(super) fn acceptance(&mut self) -> Option<(u8, Order)> {
+        let index = self.byte()?;
+        let id = OrderId(self.uuid()?);
+        Some((index, self.order(id)?))
+    }
+
+    /// `EVENT_FORMAT`: index of its round, and the event without its round.
+    pub(super) fn event(&mut self) -> Option<(u8, Event)> {
+        let index = self.byte()?;
+        let seq = self.u48()?;
+        let kind = match self.byte()? {
+            0 => EventKind::Epoch,
+            1 => EventKind::Provision,
+            2 => EventKind::Cancel,
+            3 => EventKind::Restock,
+            4 => EventKind::Pause,
+            5 => EventKind::Resume,
+            6 => EventKind::Close,
+            _ => return None,
+        };
+        let order = self.uuid()?;
+        let units = self.u48()?;
+        let actor = self.uuid()?;
+        let operation = self.uuid()?;
+        let event = Event {
+            round: None,
+            seq,
+            kind,
+            order: Some(OrderId(order)).filter(|id| !id.0.is_nil()),
+            units,
+            actor: Some(actor).filter(|id| !id.is_nil()),
+            operation: Some(OperationId(operation)).filter(|id| !id.0.is_nil()),
+        };
+        Some((index, event))
+    }
+
+    /// Two counts: `>I6I6`.
+    pub(super) fn pair(&mut self) -> Option<(u64, u64)> {
+        Some((self.u48()?, self.u48()?))
+    }
+}
+
+fn status(byte: u8) -> Option<Status> {
+    match byte {
+        0 => Some(Status::Held),
+        1 => Some(Status::Confirmed),
+        2 => Some(Status::Expired),
+        3 => Some(Status::Cancelled),
+        4 => Some(Status::Refunded),
+        _ => None,
+    }
+}
+
+fn durability(byte: u8) -> Option<Durability> {
+    match byte {
+        0 => Some(Durability::Fast),
+        1 => Some(Durability::Fsync),
+        _ => None,
+    }
+}
+
+/// The byte of a durability.
+pub(super) fn durability_byte(durability: Durability) -> u8 {
+    match durability {
+        Durability::Fast => 0,
+        Durability::Fsync => 1,
+    }
+}
+
+/// The eleven bytes of a price.
+pub(super) fn price(money: Money) -> [u8; 11] {
+    let mut bytes = [0; 11];
+    bytes[..8].copy_from_slice(&money.amount.to_be_bytes());
+    bytes[8..].copy_from_slice(&money.currency.bytes());
+    bytes
+}
+
+/// Appends `ITEM`: a purchase for the arguments of its script.
+pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchase) {
+    bytes.push(round_index);
+    bytes.extend_from_slice(purchase.order.0.as_bytes());
+    bytes.extend_from_slice(purchase.buyer.0.as_bytes());
+    let quantity = u32::try_from(purchase.quantity).unwrap_or(u32::MAX);
+    bytes.extend_from_slice(&quantity.to_be_bytes());
+    bytes.extend_from_slice(&purchase.fingerprint.0);
+}
+
+/// `CALLER`: the caller's view of the partition.
+pub(super) fn caller(epoch: Epoch, floor: u64, expected_ms: i64, not_after_ms: i64) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(22);
+    bytes.extend_from_slice(&epoch.0.to_be_bytes());
+    for number in [
+        floor,
+        expected_ms.unsigned_abs(),
+        not_after_ms.unsigned_abs(),
+    ] {
+        bytes.extend_from_slice(&number.to_be_bytes()[2..]);
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_few_bytes_and_unknown_values_are_no_value() {
+        let id = OrderId(Uuid::nil());
+        assert_eq!(Unpack(&[1; RECORD_BYTES - 1]).order(id), None);
+        let mut record = [0; RECORD_BYTES];
+        record[0] = VERSION + 1;
+        assert_eq!(Unpack(&record).order(id), None);
+        let mut event = [0; EVENT_BYTES];
+        event[7] = 99;
+        assert_eq!(Unpack(&event).event(), None);
+    }
+}

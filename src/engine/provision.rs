@@ -1,0 +1,61 @@
+//! Creating a round with its stock: `provision.lua`.
+
+use bytes::Bytes;
+
+use super::{Engine, Shared, error::EngineError, packed, reply::Reply};
+use crate::domain::{id::RoundId, model::Provisioned, round::Terms};
+
+impl Engine {
+    /// Creates a round. Asking again with the same terms is safe.
+    ///
+    /// # Errors
+    /// [`EngineError`] when there is no answer.
+    pub async fn provision(
+        &self,
+        round: RoundId,
+        terms: &Terms,
+    ) -> Result<Provisioned, EngineError> {
+        let Shared {
+            keys,
+            scripts,
+            view,
+            ..
+        } = &*self.shared;
+        let (epoch, caller) = view.caller()?;
+        let names = vec![
+            keys.meta(),
+            keys.journal(),
+            keys.round(round),
+            keys.buyers(round),
+            keys.board(round),
+            keys.sale(round.sale),
+            keys.orders(round.sale),
+            keys.ops(round.sale),
+        ];
+        let number = |number: u64| Bytes::from(number.to_string());
+        let instant = |ms: i64| number(ms.max(0).unsigned_abs());
+        let arguments = vec![
+            caller,
+            number(round.sale.0.into()),
+            number(round.round.into()),
+            instant(terms.window.opens_at_ms),
+            instant(terms.window.closes_at_ms.unwrap_or(0)),
+            number(terms.per_buyer_limit),
+            number(terms.per_order_limit),
+            Bytes::copy_from_slice(&packed::price(terms.unit_price)),
+            number(terms.allocation),
+        ];
+        let reply = self
+            .operations
+            .call(&scripts.provision, names, arguments)
+            .await?;
+        let mut reply = Reply::new("provision", reply);
+        view.admit(epoch, &mut reply)?;
+        match reply.text()?.as_str() {
+            "created" => Ok(Provisioned::Created),
+            "exists" => Ok(Provisioned::Exists),
+            "conflict" => Ok(Provisioned::Conflict),
+            word => Err(reply.unexpected(word)),
+        }
+    }
+}

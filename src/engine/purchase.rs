@@ -1,0 +1,231 @@
+//! Purchases: many in one call of `purchase.lua`.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+
+use super::{
+    Engine, Shared,
+    coalescer::Lane,
+    connection::Connection,
+    error::EngineError,
+    packed::{self, ITEM_BYTES, Unpack},
+    reply::Reply,
+};
+use crate::domain::{
+    id::RoundId,
+    limits::{CALL_ARGUMENT_BYTES_MAX, CALL_ITEMS_MAX, CALL_ROUNDS_MAX},
+    order::{Decision, Purchase, Refusal},
+};
+
+// The caps of a call fit together.
+const _: () = assert!(CALL_ITEMS_MAX * ITEM_BYTES <= CALL_ARGUMENT_BYTES_MAX);
+const _: () = assert!(CALL_ROUNDS_MAX <= CALL_ITEMS_MAX && CALL_ROUNDS_MAX < 255);
+
+/// What became of a purchase, and what that is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The decision.
+    pub decision: Decision,
+    /// Whether a script looked the key up: only then is a refusal final for the key.
+    pub looked_up: bool,
+    /// Redis' clock at the decision, milliseconds since the Unix epoch.
+    pub now_ms: i64,
+}
+
+/// The lane of purchases.
+pub(super) struct PurchaseLane {
+    pub(super) shared: Arc<Shared>,
+    pub(super) connection: Arc<Connection>,
+}
+
+impl Lane for PurchaseLane {
+    type Item = Purchase;
+    type Answer = Result<Answer, EngineError>;
+    type Room = (usize, Vec<RoundId>);
+
+    fn fits((items, rounds): &mut Self::Room, purchase: &Purchase) -> bool {
+        let known = rounds.contains(&purchase.round);
+        if *items == CALL_ITEMS_MAX || (!known && rounds.len() == CALL_ROUNDS_MAX) {
+            return false;
+        }
+        *items += 1;
+        if !known {
+            rounds.push(purchase.round);
+        }
+        true
+    }
+
+    async fn call(&self, items: Vec<Purchase>) -> Result<Vec<Self::Answer>, EngineError> {
+        let Shared {
+            keys,
+            scripts,
+            view,
+            meter,
+            durability,
+            ..
+        } = &*self.shared;
+        let (epoch, caller) = view.caller()?;
+        let mut rounds: Vec<RoundId> = Vec::new();
+        let mut packed_items = Vec::with_capacity(items.len() * ITEM_BYTES);
+        for purchase in &items {
+            let index = rounds.iter().position(|round| *round == purchase.round);
+            let index = index.unwrap_or_else(|| {
+                rounds.push(purchase.round);
+                rounds.len() - 1
+            });
+            let index = u8::try_from(index).map_err(|_| EngineError::Overloaded(rounds.len()))?;
+            packed::push_item(&mut packed_items, index, purchase);
+        }
+        let mut names = Vec::with_capacity(2 + 5 * rounds.len());
+        names.extend([keys.meta(), keys.journal()]);
+        for round in &rounds {
+            names.extend([
+                keys.round(*round),
+                keys.buyers(*round),
+                keys.board(*round),
+                keys.sale(round.sale),
+                keys.orders(round.sale),
+            ]);
+        }
+        let durability = packed::durability_byte(*durability).to_string();
+        let arguments = vec![caller, durability.into(), packed_items.into()];
+
+        let sent_at = Instant::now();
+        meter.calls.inc();
+        #[expect(clippy::cast_precision_loss, reason = "at most 128")]
+        meter.call_items.observe(items.len() as f64);
+        let reply = self
+            .connection
+            .call(&scripts.purchase, names, arguments)
+            .await;
+        meter.call_seconds.observe(sent_at.elapsed().as_secs_f64());
+        let mut reply = Reply::new("purchase", reply?);
+
+        let head = view.admit(epoch, &mut reply)?;
+        if reply.number::<usize>()? != rounds.len() {
+            return Err(reply.unexpected("number of rounds"));
+        }
+        for round in &rounds {
+            match reply.standing(epoch, head.now_ms)? {
+                Some(standing) => self.shared.learn(&standing, sent_at),
+                None => {
+                    tracing::error!(%round, "round damaged: nothing of it is sold until it has been rebuilt")
+                }
+            }
+        }
+        let mut answers = Vec::with_capacity(items.len());
+        for purchase in &items {
+            answers.push(decision(&mut reply, purchase)?.map(|decision| Answer {
+                decision,
+                looked_up: true,
+                now_ms: head.now_ms,
+            }));
+        }
+        if reply.is_empty() {
+            Ok(answers)
+        } else {
+            Err(reply.unexpected("too long"))
+        }
+    }
+}
+
+fn decision(
+    reply: &mut Reply,
+    purchase: &Purchase,
+) -> Result<Result<Decision, EngineError>, EngineError> {
+    let word = reply.text()?;
+    let refusal = match word.as_str() {
+        "accepted" | "replayed" => {
+            let order = reply
+                .record(purchase.order)?
+                .ok_or_else(|| reply.unexpected("record"))?;
+            return Ok(Ok(if word == "accepted" {
+                Decision::Accepted(order)
+            } else {
+                Decision::Replayed(order)
+            }));
+        }
+        "damaged" => return Ok(Err(EngineError::Damaged(reply.text()?))),
+        "not_open" => {
+            return Ok(Ok(Decision::Refused(Refusal::NotOpen {
+                opens_at_ms: reply.number()?,
+            })));
+        }
+        "insufficient" => {
+            return Ok(Ok(Decision::Refused(Refusal::Insufficient {
+                remaining: reply.number()?,
+            })));
+        }
+        "order_limit" | "buyer_limit" => {
+            let facts: Bytes = reply.bytes()?;
+            let (limit, held) = Unpack(&facts)
+                .pair()
+                .ok_or_else(|| reply.unexpected("limit"))?;
+            return Ok(Ok(Decision::Refused(if word == "order_limit" {
+                Refusal::OrderLimit { limit, held }
+            } else {
+                Refusal::BuyerLimit { limit, held }
+            })));
+        }
+        "mismatch" => Refusal::Mismatch,
+        "paused" => Refusal::Paused,
+        "closed" => Refusal::Closed,
+        "sold_out" => Refusal::SoldOut,
+        other => return Err(reply.unexpected(other)),
+    };
+    reply.bytes()?;
+    Ok(Ok(Decision::Refused(refusal)))
+}
+
+impl Engine {
+    /// Decides on a purchase.
+    ///
+    /// # Errors
+    /// [`EngineError`] when there is no decision; [`EngineError::may_have_run`] says whether there
+    /// may be an order nevertheless. The same purchase may be sent again at any time: it replays.
+    pub async fn purchase(&self, purchase: Purchase) -> Result<Answer, EngineError> {
+        let meter = &self.shared.meter;
+        let answer = match self.refuse_from_memory(&purchase)? {
+            Some(answer) => {
+                meter.refused_from_memory.inc();
+                Ok(answer)
+            }
+            None => self.purchases.submit(purchase).await.flatten(),
+        };
+        match &answer {
+            Ok(Answer {
+                decision: Decision::Accepted(_),
+                ..
+            }) => meter.accepted.inc(),
+            Ok(Answer {
+                decision: Decision::Replayed(_),
+                ..
+            }) => meter.replayed.inc(),
+            Ok(Answer {
+                looked_up: true, ..
+            }) => meter.refused.inc(),
+            Err(error) if error.may_have_run() => meter.unknown.inc(),
+            _ => 0,
+        };
+        answer
+    }
+
+    fn refuse_from_memory(&self, purchase: &Purchase) -> Result<Option<Answer>, EngineError> {
+        let Shared { view, memory, .. } = &*self.shared;
+        let epoch = view.epoch()?;
+        let at = Instant::now();
+        if memory.wants_proof(purchase.round, at) {
+            self.load_proof(purchase.round);
+        }
+        let Some(now_ms) = view.redis_ms(at) else {
+            return Ok(None);
+        };
+        let refusal = memory.refuse(purchase, epoch, at, now_ms);
+        Ok(refusal.map(|refusal| Answer {
+            decision: Decision::Refused(refusal),
+            looked_up: false,
+            now_ms,
+        }))
+    }
+}

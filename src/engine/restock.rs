@@ -1,0 +1,67 @@
+//! Adding units to a round: `restock.lua`.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::{Engine, Shared, error::EngineError, packed::Standing, reply::Reply};
+use crate::domain::{
+    id::{Fingerprint, OperationId, RoundId},
+    model::Restocked,
+};
+
+impl Engine {
+    /// Adds `units` to a round, once for each operation id.
+    ///
+    /// # Errors
+    /// [`EngineError`] when there is no answer. Asking again with the same operation is safe.
+    pub async fn restock(
+        &self,
+        round: RoundId,
+        units: u64,
+        operation: OperationId,
+        fingerprint: Fingerprint,
+        actor: Uuid,
+    ) -> Result<(Restocked, Standing), EngineError> {
+        let Shared {
+            keys,
+            scripts,
+            view,
+            ..
+        } = &*self.shared;
+        let (epoch, caller) = view.caller()?;
+        let names = vec![
+            keys.meta(),
+            keys.journal(),
+            keys.round(round),
+            keys.sale(round.sale),
+            keys.ops(round.sale),
+        ];
+        let arguments = vec![
+            caller,
+            Bytes::from(units.to_string()),
+            Bytes::copy_from_slice(operation.0.as_bytes()),
+            Bytes::copy_from_slice(&fingerprint.0),
+            Bytes::copy_from_slice(actor.as_bytes()),
+        ];
+        let sent_at = Instant::now();
+        let reply = self
+            .operations
+            .call(&scripts.restock, names, arguments)
+            .await?;
+        let mut reply = Reply::new("restock", reply);
+        let head = view.admit(epoch, &mut reply)?;
+        let standing = self.learn(&mut reply, epoch, head.now_ms, sent_at)?;
+        let word = reply.text()?;
+        let restocked = match word.as_str() {
+            "done" => Restocked::Done,
+            "replayed" => Restocked::Replayed,
+            "mismatch" => Restocked::Mismatch,
+            "closed" => Restocked::Closed,
+            "too_many" => Restocked::TooMany,
+            _ => return Err(reply.unexpected(&word)),
+        };
+        Ok((restocked, standing))
+    }
+}

@@ -1,0 +1,83 @@
+//! The scripts: their text, joined at compile time, and their names inside Redis.
+
+use sha1::{Digest, Sha1};
+
+/// A script, ready to be called by its hash.
+#[derive(Debug)]
+pub(super) struct Script {
+    /// The operation, for messages and metrics.
+    pub(super) name: &'static str,
+    /// The text.
+    pub(super) text: &'static str,
+    /// Its SHA-1 in hex.
+    pub(super) sha: String,
+}
+
+impl Script {
+    fn new(name: &'static str, text: &'static str) -> Self {
+        let sha = Sha1::digest(text.as_bytes())
+            .iter()
+            .fold(String::new(), |mut hex, byte| {
+                use std::fmt::Write;
+                let _ = write!(hex, "{byte:02x}");
+                hex
+            });
+        Self { name, text, sha }
+    }
+}
+
+/// Joins the flags, the shared fragments and the script.
+macro_rules! script {
+    ($flags:literal, $name:literal) => {
+        Script::new(
+            $name,
+            concat!(
+                "#!lua",
+                $flags,
+                "\n",
+                include_str!("../../lua/shared/partition.lua"),
+                include_str!("../../lua/shared/round.lua"),
+                include_str!("../../lua/shared/journal.lua"),
+                include_str!(concat!("../../lua/", $name, ".lua")),
+            ),
+        )
+    };
+}
+
+/// All scripts.
+#[derive(Debug)]
+pub(super) struct Scripts {
+    pub(super) audit: Script,
+    pub(super) control: Script,
+    pub(super) inspect: Script,
+    pub(super) install: Script,
+    pub(super) journal: Script,
+    pub(super) leaderboard: Script,
+    pub(super) order: Script,
+    pub(super) provision: Script,
+    pub(super) purchase: Script,
+    pub(super) release: Script,
+    pub(super) restock: Script,
+    pub(super) snapshot: Script,
+    pub(super) whole: Script,
+}
+
+impl Scripts {
+    pub(super) fn new() -> Self {
+        Self {
+            audit: script!(" flags=no-writes", "audit"),
+            control: script!(" flags=allow-oom", "control"),
+            inspect: script!(" flags=no-writes", "inspect"),
+            install: script!("", "install"),
+            journal: script!(" flags=no-writes", "journal"),
+            leaderboard: script!(" flags=no-writes", "leaderboard"),
+            order: script!(" flags=no-writes", "order"),
+            provision: script!("", "provision"),
+            purchase: script!("", "purchase"),
+            release: script!(" flags=allow-oom", "release"),
+            restock: script!("", "restock"),
+            snapshot: script!(" flags=no-writes", "snapshot"),
+            whole: script!(" flags=no-writes", "whole"),
+        }
+    }
+}

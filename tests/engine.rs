@@ -1,0 +1,355 @@
+//! The scripts against their specification: random commands, on a real Redis.
+
+mod support;
+
+use proptest::{
+    prelude::*,
+    strategy::ValueTree,
+    test_runner::{Config, TestRunner},
+};
+use stockade::{
+    domain::{
+        id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, RoundId, SaleNumber},
+        model::{Command, Model, Reply},
+        money::{Currency, Money},
+        order::{Durability, Purchase},
+        round::{Intent, Terms, Window},
+    },
+    engine::{Engine, EngineError},
+};
+use support::Redis;
+use uuid::Uuid;
+
+const ACTOR: Uuid = Uuid::from_u128(0xac);
+
+/// A command with small names, so that random commands meet each other.
+#[derive(Clone, Debug)]
+enum Step {
+    Provision { round: u8, terms: RandomTerms },
+    Purchase(Vec<RandomPurchase>),
+    Cancel { round: u8, buyer: u8, key: u8 },
+    Control { round: u8, intent: Intent },
+    Restock { round: u8, units: u64, key: u8 },
+}
+
+#[derive(Clone, Debug)]
+struct RandomTerms {
+    allocation: u64,
+    per_buyer_limit: u64,
+    per_order_limit: u64,
+    opens_in_ms: i64,
+    closes_in_ms: Option<i64>,
+}
+
+#[derive(Clone, Debug)]
+struct RandomPurchase {
+    round: u8,
+    buyer: u8,
+    key: u8,
+    quantity: u64,
+}
+
+/// Four rounds: two of sale 1, one each of sales 2 and 3.
+fn round(index: u8) -> RoundId {
+    let (sale, round) = [(1, 1), (1, 2), (2, 1), (3, 1)][usize::from(index % 4)];
+    RoundId {
+        sale: SaleNumber(sale),
+        round,
+    }
+}
+
+fn buyer(index: u8) -> BuyerId {
+    BuyerId(Uuid::from_u128(u128::from(index) + 1))
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let any_round = 0..4_u8;
+    let terms = (
+        prop_oneof![1..6_u64, 20..40_u64],
+        1..6_u64,
+        1..6_u64,
+        prop_oneof![6 => Just(-60_000_i64), 2 => 1..60_i64, 1 => Just(3_600_000_i64)],
+        prop_oneof![6 => Just(None), 2 => (1..90_i64).prop_map(Some), 1 => Just(Some(-1))],
+    )
+        .prop_map(
+            |(allocation, buyer, order, opens_in_ms, closes_in_ms)| RandomTerms {
+                allocation,
+                per_buyer_limit: buyer,
+                per_order_limit: order.min(buyer),
+                opens_in_ms,
+                closes_in_ms,
+            },
+        );
+    let purchase = (
+        any_round.clone(),
+        0..6_u8,
+        0..5_u8,
+        prop_oneof![4 => 1..3_u64, 1 => 3..9_u64],
+    )
+        .prop_map(|(round, buyer, key, quantity)| RandomPurchase {
+            round,
+            buyer,
+            key,
+            quantity,
+        });
+    let intent = prop_oneof![
+        3 => Just(Intent::Live),
+        3 => Just(Intent::Paused),
+        1 => Just(Intent::Closed)
+    ];
+    prop_oneof![
+        2 => (any_round.clone(), terms).prop_map(|(round, terms)| Step::Provision { round, terms }),
+        12 => prop::collection::vec(purchase, 1..24).prop_map(Step::Purchase),
+        4 => (any_round.clone(), 0..6_u8, 0..5_u8)
+            .prop_map(|(round, buyer, key)| Step::Cancel { round, buyer, key }),
+        2 => (any_round.clone(), intent).prop_map(|(round, intent)| Step::Control { round, intent }),
+        2 => (any_round, prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
+            .prop_map(|(round, units, key)| Step::Restock { round, units, key }),
+    ]
+}
+
+/// One partition with its model.
+struct Conformance {
+    engine: Engine,
+    model: Model,
+    operations: usize,
+    from_memory: usize,
+}
+
+impl Conformance {
+    async fn new(redis: &Redis, partition: Partition) -> Self {
+        let engine = support::engine(redis, partition).await;
+        let model = engine.dump(&[]).await.unwrap();
+        Self {
+            engine,
+            model,
+            operations: 0,
+            from_memory: 0,
+        }
+    }
+
+    fn rounds(&self) -> Vec<RoundId> {
+        self.model.rounds.keys().copied().collect()
+    }
+
+    /// Runs a step on both sides. The model gets the instant that Redis used.
+    async fn run(&mut self, step: &Step) {
+        match step {
+            Step::Provision {
+                round: index,
+                terms,
+            } => {
+                let now_ms = self.engine.redis_ms().unwrap();
+                let terms = Terms {
+                    window: Window {
+                        opens_at_ms: now_ms + terms.opens_in_ms,
+                        closes_at_ms: terms
+                            .closes_in_ms
+                            .map(|ms| now_ms + terms.opens_in_ms.max(-1_000) + ms),
+                    },
+                    per_buyer_limit: terms.per_buyer_limit,
+                    per_order_limit: terms.per_order_limit,
+                    unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
+                    allocation: terms.allocation,
+                };
+                let round = round(*index);
+                let reply = self.engine.provision(round, &terms).await.unwrap();
+                self.apply(
+                    None,
+                    Command::Provision { round, terms },
+                    Reply::Provisioned(reply),
+                )
+                .await;
+            }
+            Step::Purchase(items) => self.purchase(items).await,
+            Step::Cancel {
+                round: index,
+                buyer: owner,
+                key,
+            } => {
+                let round = round(*index);
+                let order = OrderId::derive(round.sale, buyer(*owner), &format!("key {key}"));
+                // An order is cancelled in its own round: the handler looks it up first.
+                let own = self
+                    .model
+                    .sales
+                    .get(&round.sale)
+                    .and_then(|s| s.orders.get(&order));
+                let round = own.map_or(round, |order| order.round);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let reply = self.engine.cancel(round, order, ACTOR).await.unwrap();
+                let command = Command::Cancel {
+                    round,
+                    order,
+                    actor: ACTOR,
+                };
+                self.apply(None, command, Reply::Cancelled(reply)).await;
+            }
+            Step::Control {
+                round: index,
+                intent,
+            } => {
+                let (round, intent) = (round(*index), *intent);
+                let reply = self.engine.control(round, intent, ACTOR).await;
+                if !self.model.rounds.contains_key(&round) {
+                    assert!(matches!(reply, Err(EngineError::Damaged(_))), "{reply:?}");
+                    return;
+                }
+                let (reply, standing) = reply.unwrap();
+                let command = Command::Control {
+                    round,
+                    intent,
+                    actor: ACTOR,
+                };
+                self.apply(Some(standing.now_ms), command, Reply::Controlled(reply))
+                    .await;
+            }
+            Step::Restock {
+                round: index,
+                units,
+                key,
+            } => {
+                let (round, units) = (round(*index), *units);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let operation = OperationId::derive("restock", ACTOR, &format!("key {key}"));
+                let fingerprint = Fingerprint::of(&[&units.to_be_bytes()]);
+                let reply = self
+                    .engine
+                    .restock(round, units, operation, fingerprint, ACTOR)
+                    .await;
+                let (reply, standing) = reply.unwrap();
+                let command = Command::Restock {
+                    round,
+                    units,
+                    operation,
+                    fingerprint,
+                    actor: ACTOR,
+                };
+                self.apply(Some(standing.now_ms), command, Reply::Restocked(reply))
+                    .await;
+            }
+        }
+    }
+
+    async fn purchase(&mut self, items: &[RandomPurchase]) {
+        let items: Vec<Purchase> = items
+            .iter()
+            .map(|item| {
+                let (round, buyer) = (round(item.round), buyer(item.buyer));
+                Purchase {
+                    round,
+                    order: OrderId::derive(round.sale, buyer, &format!("key {}", item.key)),
+                    buyer,
+                    quantity: item.quantity,
+                    fingerprint: Fingerprint::of(&[&item.quantity.to_be_bytes()]),
+                }
+            })
+            .collect();
+        let answers =
+            futures::future::join_all(items.iter().map(|item| self.engine.purchase(*item))).await;
+        // Refused from memory is refused before the call that carries the others; items of a round
+        // that is not there are refused alone.
+        let (mut early, mut called, mut now_ms) = (Vec::new(), Vec::new(), None);
+        for (item, answer) in items.into_iter().zip(answers) {
+            if !self.model.rounds.contains_key(&item.round) {
+                assert!(matches!(answer, Err(EngineError::Damaged(_))), "{answer:?}");
+                continue;
+            }
+            let answer = answer.unwrap();
+            if answer.looked_up {
+                now_ms = Some(answer.now_ms);
+                called.push((item, answer.decision));
+            } else {
+                self.from_memory += 1;
+                early.push((item, answer.decision));
+            }
+        }
+        for (pairs, now_ms) in [(early, self.engine.redis_ms()), (called, now_ms)] {
+            if let Some(now_ms) = now_ms {
+                let (items, decisions): (Vec<_>, _) = pairs.into_iter().unzip();
+                self.operations += items.len();
+                let command = Command::Purchase {
+                    durability: Durability::Fsync,
+                    items,
+                };
+                self.apply(Some(now_ms), command, Reply::Decided(decisions))
+                    .await;
+            }
+        }
+    }
+
+    async fn apply(&mut self, now_ms: Option<i64>, command: Command, reply: Reply) {
+        self.operations += 1;
+        // Without an instant in the reply the decision did not depend on it: only its stamp does.
+        let now_ms = match now_ms {
+            Some(now_ms) => now_ms,
+            None => self.engine.dump(&[]).await.unwrap().last_ms,
+        };
+        let expected = self.model.apply(now_ms, &command);
+        match (&expected, &reply) {
+            (Some(Reply::Decided(expected)), Reply::Decided(real)) => {
+                for (at, pair) in expected.iter().zip(real).enumerate() {
+                    assert_eq!(pair.0, pair.1, "item {at} of {command:?} at {now_ms}");
+                }
+            }
+            _ => assert_eq!(expected, Some(reply), "{command:?}"),
+        }
+    }
+
+    async fn compare(&self) {
+        let real = self.engine.dump(&self.rounds()).await.unwrap();
+        assert_eq!(real, self.model);
+    }
+}
+
+/// Cases and the commands in each; `STOCKADE_CASES` asks for more.
+fn cases() -> u32 {
+    std::env::var("STOCKADE_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(96)
+}
+
+#[tokio::test]
+async fn scripts_do_what_the_model_says() {
+    let redis = Redis::start().await;
+    let steps = prop::collection::vec(step(), 1..60);
+    let mut runner = TestRunner::new(Config {
+        cases: cases(),
+        ..Config::default()
+    });
+    let (mut operations, mut from_memory) = (0, 0);
+    for case in 0..cases() {
+        let steps = steps.new_tree(&mut runner).unwrap().current();
+        let mut both = Conformance::new(&redis, Partition(u16::try_from(case).unwrap())).await;
+        let provision = Step::Provision {
+            round: 0,
+            terms: RandomTerms {
+                allocation: 12,
+                per_buyer_limit: 3,
+                per_order_limit: 2,
+                opens_in_ms: -1,
+                closes_in_ms: None,
+            },
+        };
+        both.run(&provision).await;
+        for (at, step) in steps.iter().enumerate() {
+            both.run(step).await;
+            if at % 16 == 0 {
+                both.compare().await;
+            }
+        }
+        both.compare().await;
+        operations += both.operations;
+        from_memory += both.from_memory;
+    }
+    println!("{operations} operations agreed, {from_memory} of them answered from memory");
+    assert!(
+        from_memory > 0,
+        "nothing was refused from memory: the test no longer covers it"
+    );
+}

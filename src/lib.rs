@@ -5,11 +5,15 @@
 //! `config` `metrics` `clock` → `domain`.
 #![warn(missing_docs)]
 
+pub mod auth;
 pub mod clock;
 pub mod config;
 pub mod domain;
 pub mod embedded;
 pub mod engine;
+pub mod http;
 pub mod lifecycle;
+pub mod metrics;
+pub mod readiness;
 pub mod store;
 pub mod writer;

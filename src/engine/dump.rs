@@ -44,7 +44,9 @@ impl Engine {
         let mut after = JournalId::default();
         loop {
             let read = reader.read(epoch, after, 1000).await;
-            let (entries, _) = read.map_err(|error| EngineError::Protocol(error.to_string()))?;
+            let entries = read
+                .map_err(|error| EngineError::Protocol(error.to_string()))?
+                .entries;
             let Some(last) = entries.last() else {
                 return Ok(model);
             };

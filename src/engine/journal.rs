@@ -29,6 +29,15 @@ pub struct JournalReader {
     connection: Arc<Connection>,
 }
 
+/// Some entries, in order.
+#[derive(Clone, Debug)]
+pub struct JournalPage {
+    /// The entries.
+    pub entries: Vec<RawEntry>,
+    /// The number of the last entry that there is, here or beyond.
+    pub last_pseq: u64,
+}
+
 /// A journal entry as far as it could be read.
 #[derive(Clone, Debug)]
 pub struct RawEntry {
@@ -97,9 +106,8 @@ impl Engine {
 }
 
 impl JournalReader {
-    /// The entries after `after`, at most `entries_max`, with the number of the last entry that
-    /// there is. Read in one script that also checks that Redis is in `epoch`, and is the server
-    /// that the epoch began on.
+    /// The entries after `after`, at most `entries_max`. Read in one script that also checks that
+    /// Redis is in `epoch`, and is the server that the epoch began on.
     ///
     /// # Errors
     /// [`JournalError`].
@@ -108,7 +116,7 @@ impl JournalReader {
         epoch: Epoch,
         after: JournalId,
         entries_max: usize,
-    ) -> Result<(Vec<RawEntry>, u64), JournalError> {
+    ) -> Result<JournalPage, JournalError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let arguments = vec![
             Bytes::from(epoch.0.to_string()),
@@ -127,7 +135,7 @@ impl JournalReader {
             "fenced" => return Err(JournalError::Fenced(reply.text()?)),
             word => return Err(reply.unexpected(word).into()),
         }
-        let last = reply.number()?;
+        let last_pseq = reply.number()?;
         let mut entries = Vec::new();
         for value in reply.value()?.into_array() {
             entries.push(raw_entry(value).ok_or_else(|| reply.unexpected("entry"))?);
@@ -136,8 +144,10 @@ impl JournalReader {
             Some(first) if first.id.pseq != after.pseq + 1 => Err(JournalError::Missing {
                 oldest: first.id.pseq,
             }),
-            None if last > after.pseq => Err(JournalError::Missing { oldest: last + 1 }),
-            _ => Ok((entries, last)),
+            None if last_pseq > after.pseq => Err(JournalError::Missing {
+                oldest: last_pseq + 1,
+            }),
+            _ => Ok(JournalPage { entries, last_pseq }),
         }
     }
 

@@ -36,7 +36,7 @@ pub use self::{
     connection::{RedisUrl, ServerSettings},
     epoch::{Inspection, InstallError},
     error::EngineError,
-    journal::{EntryError, JournalError, JournalReader, RawEntry},
+    journal::{EntryError, JournalError, JournalPage, JournalReader, RawEntry},
     leaderboard::LeaderboardPage,
     meter::EngineMeter,
     packed::Standing,

@@ -4,8 +4,11 @@ pub mod audit;
 pub mod directory;
 pub mod journal;
 pub mod orders;
+pub mod products;
 pub mod rounds;
 pub mod sales;
+pub mod sessions;
+pub mod users;
 
 use std::{future::Future, panic, time::Duration};
 

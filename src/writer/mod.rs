@@ -25,8 +25,9 @@ use crate::{
     store::journal::{Ledger, Position},
 };
 
-/// Entries that one script call reads: at 128 orders each about 6 MB.
-const ENTRIES_MAX: usize = 512;
+/// Entries that one script call reads: at 128 orders each about 1.4 MB, so that reading keeps the
+/// purchases waiting no longer than one of their own calls does.
+const ENTRIES_MAX: usize = 128;
 /// Orders in one transaction: it stays far below the statement timeout, and a larger one is hardly
 /// cheaper per order.
 const ORDERS_MAX: usize = 10_000;
@@ -209,8 +210,8 @@ pub struct Writer {
     epoch: Epoch,
     /// Read and not stored.
     pending: VecDeque<RawEntry>,
-    /// The number of the last entry of the journal, as of the last read.
-    last: u64,
+    /// The last entry that the journal had when it was read.
+    last_pseq: u64,
     /// Dead letters in a row at the end of the last batch.
     dead_in_a_row: u32,
     status: watch::Sender<WriterStatus>,
@@ -232,7 +233,7 @@ impl Writer {
             position: None,
             epoch: Epoch::default(),
             pending: VecDeque::new(),
-            last: 0,
+            last_pseq: 0,
             dead_in_a_row: 0,
             status: watch::Sender::default(),
             stored: watch::Sender::default(),
@@ -334,13 +335,13 @@ impl Writer {
             None => self.learn().await?,
         };
         if self.pending.is_empty() {
-            let (entries, last) = self
+            let page = self
                 .reader
                 .read(position.epoch, position.stored, ENTRIES_MAX)
                 .await
                 .map_err(|error| self.unread(error, position.stored))?;
-            self.pending = entries.into();
-            self.last = last;
+            self.pending = page.entries.into();
+            self.last_pseq = page.last_pseq;
             self.show_lag();
         }
         if self.pending.is_empty() {
@@ -352,7 +353,7 @@ impl Writer {
         // While PostgreSQL works on the last of what was read, Redis can give the next. While it
         // does not work, Redis still says how far behind it is.
         let behind = |last: JournalId| {
-            self.last > last.pseq || matches!(self.status.borrow().state, State::Halted(_))
+            self.last_pseq > last.pseq || matches!(self.status.borrow().state, State::Halted(_))
         };
         let ahead = match pending.last() {
             Some(raw) if len == pending.len() && behind(raw.id) => Some(raw.id),
@@ -373,9 +374,9 @@ impl Writer {
             }
         };
         let (applied, next) = tokio::join!(storing, reading);
-        let next = next.map(|(entries, last)| {
-            self.last = last;
-            entries
+        let next = next.map(|page| {
+            self.last_pseq = page.last_pseq;
+            page.entries
         });
         let late = || Halt::Store(format!("no commit within {} s", BATCH_TIMEOUT.as_secs()));
         match applied.map_err(|_| late()).flatten() {
@@ -472,7 +473,7 @@ impl Writer {
 
     fn show_lag(&self) {
         self.status.send_modify(|status| {
-            status.lag_entries = self.last.saturating_sub(status.position.pseq);
+            status.lag_entries = self.last_pseq.saturating_sub(status.position.pseq);
             status.oldest_at_ms = self.pending.front().and_then(|entry| entry.at_ms);
         });
     }

@@ -1,0 +1,134 @@
+//! Who comes and when: the plan of a crowd, made before the first request is sent.
+
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use uuid::Uuid;
+
+/// How a crowd arrives.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Arrivals {
+    /// Everybody at the instant of the opening.
+    Burst,
+    /// Independently of each other (a Poisson process), so many a second on average.
+    Rate(f64),
+}
+
+/// A crowd of buyers, every one with the same wish.
+#[derive(Clone, Debug)]
+pub(crate) struct Crowd {
+    /// Different people.
+    pub(crate) buyers: usize,
+    /// Purchases that each of them tries.
+    pub(crate) tries: usize,
+    /// Units per purchase.
+    pub(crate) quantity: u64,
+    /// When they come.
+    pub(crate) arrivals: Arrivals,
+    /// Decides everything random, so that a run can be repeated.
+    pub(crate) seed: u64,
+}
+
+/// One purchase that the plan foresees.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Arrival {
+    /// Which buyer, from 0.
+    pub(crate) buyer: usize,
+    /// When the request is to be sent, counted from the opening.
+    pub(crate) due: Duration,
+}
+
+impl Crowd {
+    /// The ids of the buyers.
+    pub(crate) fn ids(&self) -> Vec<Uuid> {
+        let mut random = StdRng::seed_from_u64(self.seed);
+        (0..self.buyers)
+            .map(|_| uuid::Builder::from_random_bytes(random.random()).into_uuid())
+            .collect()
+    }
+
+    /// Every purchase with its instant, in order of time. A buyer's next try comes after
+    /// everybody else's last one.
+    pub(crate) fn plan(&self) -> Vec<Arrival> {
+        let mut random = StdRng::seed_from_u64(self.seed ^ 0x5eed_0000_0000_0001);
+        let mut due = Duration::ZERO;
+        (0..self.buyers * self.tries)
+            .map(|n| {
+                if let Arrivals::Rate(per_second) = self.arrivals {
+                    let gap = -(1.0 - random.random::<f64>()).ln() / per_second;
+                    due += Duration::from_secs_f64(gap);
+                }
+                Arrival {
+                    buyer: n % self.buyers,
+                    due,
+                }
+            })
+            .collect()
+    }
+
+    /// Orders that a shop with this stock and limit must accept if it answers everybody; with
+    /// `lost` requests that never got an answer, at least how many.
+    pub(crate) fn orders_expected(&self, stock: u64, limit: u64, lost: u64) -> (u64, u64) {
+        let supply = stock / self.quantity;
+        let tries = u64::try_from(self.tries).unwrap_or(u64::MAX);
+        let buyers = u64::try_from(self.buyers).unwrap_or(u64::MAX);
+        let demand = buyers.saturating_mul(tries.min(limit / self.quantity));
+        (supply.min(demand.saturating_sub(lost)), supply.min(demand))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn crowd(arrivals: Arrivals) -> Crowd {
+        Crowd {
+            buyers: 1000,
+            tries: 2,
+            quantity: 2,
+            arrivals,
+            seed: 7,
+        }
+    }
+
+    #[test]
+    fn a_burst_is_due_at_the_opening() {
+        let plan = crowd(Arrivals::Burst).plan();
+        assert_eq!(plan.len(), 2000);
+        assert!(plan.iter().all(|arrival| arrival.due == Duration::ZERO));
+        assert_eq!(plan[1001].buyer, 1);
+    }
+
+    #[test]
+    fn a_rate_is_kept_on_average_and_never_goes_back_in_time() {
+        let plan = crowd(Arrivals::Rate(500.0)).plan();
+        assert!(plan.is_sorted_by_key(|arrival| arrival.due));
+        let seconds = plan[1999].due.as_secs_f64();
+        assert!((3.6..4.4).contains(&seconds), "{seconds}");
+    }
+
+    #[test]
+    fn the_seed_decides_everything() {
+        let one = crowd(Arrivals::Rate(500.0));
+        assert_eq!(one.plan(), one.clone().plan());
+        assert_eq!(one.ids(), one.clone().ids());
+        let other = Crowd {
+            seed: 8,
+            ..one.clone()
+        };
+        assert_ne!(one.plan(), other.plan());
+        assert_ne!(one.ids(), other.ids());
+    }
+
+    #[test]
+    fn expected_orders_follow_stock_demand_limit_and_losses() {
+        let crowd = crowd(Arrivals::Burst);
+        assert_eq!(crowd.orders_expected(101, 4, 0), (50, 50));
+        assert_eq!(crowd.orders_expected(10_000, 4, 0), (2000, 2000));
+        assert_eq!(crowd.orders_expected(10_000, 3, 0), (1000, 1000));
+        assert_eq!(crowd.orders_expected(10_000, 1, 0), (0, 0));
+        assert_eq!(crowd.orders_expected(10_000, 4, 5), (1995, 2000));
+        assert_eq!(crowd.orders_expected(101, 4, 1980), (20, 50));
+    }
+}

@@ -1,0 +1,71 @@
+//! The witness outside the server: counts the rows in PostgreSQL itself.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use sqlx::{Connection, PgConnection};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::target::Backstage;
+
+/// Time for the whole look.
+const LOOK_MAX: Duration = Duration::from_mins(1);
+
+/// An order as PostgreSQL has it.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub(crate) struct Row {
+    pub(crate) id: Uuid,
+    pub(crate) buyer_id: Uuid,
+    pub(crate) quantity: i64,
+    pub(crate) seq: i64,
+    pub(crate) status: String,
+}
+
+/// Every order of a sale.
+///
+/// # Errors
+///
+/// No known database has the sale, or none can be read.
+pub(crate) async fn orders(backstage: &Backstage, sale: Uuid) -> Result<Vec<Row>> {
+    let mut trouble = None;
+    for database in backstage.databases() {
+        match timeout(LOOK_MAX, read(&database, sale)).await {
+            Ok(Ok(Some(rows))) => return Ok(rows),
+            Ok(Ok(None)) => trouble = trouble.or(Some("it does not have the sale".to_owned())),
+            Ok(Err(error)) => trouble = Some(format!("{error:#}")),
+            Err(_) => trouble = Some("it does not answer".to_owned()),
+        }
+    }
+    match trouble {
+        Some(trouble) => bail!("the server's database could not be read: {trouble}"),
+        None => bail!(
+            "the server's database is not known: set DATABASE_URL, or point --data-dir at the data \
+             directory of an embedded server"
+        ),
+    }
+}
+
+/// The orders, or nothing if this is another server's database.
+async fn read(database: &str, sale: Uuid) -> Result<Option<Vec<Row>>> {
+    let mut connection = PgConnection::connect(database)
+        .await
+        .context("not connected")?;
+    let known: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM sales WHERE id = $1)")
+        .bind(sale)
+        .fetch_one(&mut connection)
+        .await?;
+    if !known {
+        return Ok(None);
+    }
+    let rows = sqlx::query_as(
+        "SELECT orders.id, buyer_id, quantity, seq, orders.status
+         FROM orders JOIN sales ON sales.number = orders.sale
+         WHERE sales.id = $1 ORDER BY epoch, seq",
+    )
+    .bind(sale)
+    .fetch_all(&mut connection)
+    .await?;
+    connection.close().await?;
+    Ok(Some(rows))
+}

@@ -1,0 +1,189 @@
+//! Accounts: registering, logging in, staying logged in, leaving.
+
+use std::sync::Arc;
+
+use chrono::SubsecRound;
+
+use crate::{
+    clock,
+    store::{
+        StoreError,
+        sessions::{Rotation, Sessions},
+        users::{User, Users},
+    },
+};
+
+use super::{
+    Role,
+    email::Email,
+    password::{HashError, PasswordHasher},
+    session::{LIFETIME, LIMITS, RefreshToken, Successors},
+    token::{Identity, TokenKeys},
+};
+
+/// Everything that accounts need.
+#[derive(Clone)]
+pub struct Accounts {
+    /// Who has registered.
+    pub users: Users,
+    /// Who is logged in.
+    pub sessions: Sessions,
+    /// Hashes passwords.
+    pub passwords: PasswordHasher,
+    /// Signs access tokens.
+    pub tokens: Arc<TokenKeys>,
+    /// Derives refresh tokens.
+    pub successors: Arc<Successors>,
+}
+
+/// What a client gets when it has logged in.
+pub struct Grant {
+    /// Who the tokens speak for.
+    pub identity: Identity,
+    /// Lets its bearer act.
+    pub access_token: String,
+    /// How long, in seconds.
+    pub expires_in: u32,
+    /// Gets the next grant, once.
+    pub refresh_token: String,
+}
+
+/// Why nothing was granted.
+#[derive(Debug, thiserror::Error)]
+pub enum AccountError {
+    /// Somebody has registered with the address.
+    #[error("the e-mail address is taken")]
+    EmailTaken,
+    /// Unknown user, wrong password, bad or used refresh token: nobody learns which.
+    #[error("the credentials are not valid")]
+    InvalidCredentials,
+    /// Too many passwords are waiting.
+    #[error(transparent)]
+    Hash(#[from] HashError),
+    /// PostgreSQL did not do it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The token could not be signed: a mistake of ours.
+    #[error("signing failed: {0}")]
+    Sign(#[from] jsonwebtoken::errors::Error),
+    /// The operating system has no randomness.
+    #[error("no randomness: {0}")]
+    Random(#[from] rand::rand_core::OsError),
+    /// A row that no version of this program writes.
+    #[error("user {0} has an unknown role")]
+    Role(uuid::Uuid),
+}
+
+impl Accounts {
+    /// Adds a user whose password passed [`check`](super::password::check).
+    ///
+    /// # Errors
+    /// [`AccountError`].
+    pub async fn register(
+        &self,
+        email: Email,
+        name: String,
+        password: String,
+        role: Role,
+    ) -> Result<User, AccountError> {
+        let password_hash = self.passwords.hash(password).await?;
+        let user = User {
+            id: clock::new_id(),
+            email: email.as_str().to_owned(),
+            name,
+            role: role.as_str().to_owned(),
+            // As it will be stored, so that this answer and later ones agree.
+            created_at: clock::now().trunc_subsecs(3),
+        };
+        if self.users.add(&user, &password_hash).await? {
+            Ok(user)
+        } else {
+            Err(AccountError::EmailTaken)
+        }
+    }
+
+    /// Begins a session. Takes as long for an unknown user as for a wrong password.
+    ///
+    /// # Errors
+    /// [`AccountError`].
+    pub async fn login(&self, email: &str, password: String) -> Result<Grant, AccountError> {
+        let known = match Email::parse(email) {
+            Some(email) => self.users.by_email(email.as_str()).await?,
+            None => None,
+        };
+        let hash = known.as_ref().map(|known| known.password_hash.as_str());
+        let matches = self.passwords.verify(password.clone(), hash).await?;
+        let Some(known) = known.filter(|_| matches) else {
+            return Err(AccountError::InvalidCredentials);
+        };
+        if self.passwords.outdated(&known.password_hash) {
+            let hash = self.passwords.hash(password).await?;
+            self.users
+                .rehash(known.user.id, &known.password_hash, &hash)
+                .await?;
+        }
+        let (session, now) = (clock::new_id(), clock::now());
+        let token = RefreshToken::random()?;
+        self.sessions
+            .begin(session, known.user.id, token.hash(), now, now + LIFETIME)
+            .await?;
+        self.grant(known.user.id, &known.user.role, session, &token)
+    }
+
+    /// Exchanges a refresh token for the next grant.
+    ///
+    /// # Errors
+    /// [`AccountError`].
+    pub async fn refresh(&self, refresh_token: &str) -> Result<Grant, AccountError> {
+        let Some(used) = RefreshToken::parse(refresh_token) else {
+            return Err(AccountError::InvalidCredentials);
+        };
+        let successor = self.successors.of(&used);
+        match self
+            .sessions
+            .rotate(used.hash(), successor.hash(), clock::now(), LIMITS)
+            .await?
+        {
+            Rotation::Rotated(holder) => {
+                self.grant(holder.user, &holder.role, holder.session, &successor)
+            }
+            Rotation::Reused(session) => {
+                tracing::warn!(%session, "a used refresh token came again: its session is revoked");
+                Err(AccountError::InvalidCredentials)
+            }
+            Rotation::Refused => Err(AccountError::InvalidCredentials),
+        }
+    }
+
+    /// Ends the session of a refresh token. One that is not known has no session to end.
+    ///
+    /// # Errors
+    /// [`AccountError`].
+    pub async fn logout(&self, refresh_token: &str) -> Result<(), AccountError> {
+        if let Some(token) = RefreshToken::parse(refresh_token) {
+            self.sessions.revoke(token.hash(), clock::now()).await?;
+        }
+        Ok(())
+    }
+
+    fn grant(
+        &self,
+        user: uuid::Uuid,
+        role: &str,
+        session: uuid::Uuid,
+        refresh_token: &RefreshToken,
+    ) -> Result<Grant, AccountError> {
+        let role = Role::parse(role).ok_or(AccountError::Role(user))?;
+        let identity = Identity {
+            user,
+            role,
+            session: Some(session),
+        };
+        Ok(Grant {
+            identity,
+            access_token: self.tokens.mint(identity, clock::new_id(), clock::now())?,
+            expires_in: self.tokens.lifetime_seconds(),
+            refresh_token: refresh_token.text(),
+        })
+    }
+}

@@ -1,0 +1,156 @@
+//! Who asks: the access token, understood, and the roles that routes require.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{FromRef, FromRequestParts},
+    http::{header::AUTHORIZATION, request},
+};
+
+use super::problem::{Code, Problem};
+use crate::auth::token::{Identity, TokenKeys};
+
+/// Whoever has a valid token. Every role may buy, for itself only.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Caller(pub(super) Identity);
+
+/// A caller who runs sales.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operator(pub(super) Identity);
+
+impl<S> FromRequestParts<S> for Caller
+where
+    S: Sync,
+    Arc<TokenKeys>: FromRef<S>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
+        // One answer to everything that is wrong: it does not help whoever tries.
+        bearer(parts)
+            .and_then(|token| Arc::<TokenKeys>::from_ref(state).verify(token).ok())
+            .map(Self)
+            .ok_or_else(|| Problem::new(Code::Unauthenticated, "A valid access token is required."))
+    }
+}
+
+impl<S> FromRequestParts<S> for Operator
+where
+    S: Sync,
+    Arc<TokenKeys>: FromRef<S>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
+        let Caller(identity) = Caller::from_request_parts(parts, state).await?;
+        if identity.role.operates() {
+            Ok(Self(identity))
+        } else {
+            Err(Problem::new(Code::Forbidden, "Only operators may do this."))
+        }
+    }
+}
+
+fn bearer(parts: &request::Parts) -> Option<&str> {
+    let mut values = parts.headers.get_all(AUTHORIZATION).iter();
+    let (scheme, token) = values.next()?.to_str().ok()?.split_once(' ')?;
+    let single = values.next().is_none();
+    (single && scheme.eq_ignore_ascii_case("bearer")).then(|| token.trim_matches(' '))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{
+        Router,
+        body::Body,
+        http::{Request, StatusCode, header::WWW_AUTHENTICATE},
+        routing::get,
+    };
+    use serde_json::Value;
+    use uuid::Uuid;
+
+    use super::{
+        super::tests::{Answer, edged},
+        *,
+    };
+    use crate::{
+        auth::{
+            Role,
+            token::tests::{forged, keys},
+        },
+        clock,
+    };
+
+    fn app() -> Router {
+        let router = Router::new()
+            .route(
+                "/me",
+                get(async |Caller(identity): Caller| identity.user.to_string()),
+            )
+            .route("/run", get(async |_: Operator| ()));
+        edged(router.with_state(Arc::new(keys())))
+    }
+
+    async fn send(uri: &str, authorization: &[&str]) -> Answer {
+        let mut request = Request::get(uri);
+        for value in authorization {
+            request = request.header(AUTHORIZATION, *value);
+        }
+        Answer::of(app(), request.body(Body::empty()).unwrap()).await
+    }
+
+    fn token(role: Role) -> String {
+        let identity = Identity {
+            user: Uuid::from_u128(9),
+            role,
+            session: None,
+        };
+        keys()
+            .mint(identity, clock::new_id(), clock::now())
+            .unwrap()
+    }
+
+    #[tokio::test]
+    async fn every_bad_token_gets_the_same_answer() {
+        let good = token(Role::Buyer);
+        let mut headers: Vec<_> = forged()
+            .into_iter()
+            .map(|(_, token)| vec![format!("Bearer {token}")])
+            .collect();
+        headers.extend([
+            vec![],
+            vec![good.clone()],
+            vec![format!("Basic {good}")],
+            vec![format!("Bearer{good}")],
+            vec![format!("Bearer {good} {good}")],
+            vec![format!("Bearer {good}"), format!("Bearer {good}")],
+        ]);
+        let mut bodies: Vec<Value> = Vec::new();
+        for values in headers {
+            let values: Vec<_> = values.iter().map(String::as_str).collect();
+            let mut answer = send("/me", &values).await;
+            answer.is_problem(StatusCode::UNAUTHORIZED, Code::Unauthenticated);
+            assert_eq!(answer.headers[WWW_AUTHENTICATE], "Bearer");
+            answer.body.as_object_mut().unwrap().remove("instance");
+            bodies.push(answer.body);
+        }
+        assert!(bodies.len() > 40 && bodies.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[tokio::test]
+    async fn roles_are_required_where_they_are() {
+        for (role, status) in [
+            (Role::Buyer, StatusCode::FORBIDDEN),
+            (Role::Operator, StatusCode::OK),
+            (Role::Admin, StatusCode::OK),
+        ] {
+            let header = format!("bearer {}", token(role));
+            assert_eq!(
+                send("/me", &[&header]).await.text,
+                Uuid::from_u128(9).to_string()
+            );
+            assert_eq!(send("/run", &[&header]).await.status, status);
+        }
+        assert_eq!(send("/run", &[]).await.status, StatusCode::UNAUTHORIZED);
+    }
+}

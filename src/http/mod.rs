@@ -1,0 +1,167 @@
+//! The only axum code: the router on one screen, one file per resource.
+//!
+//! A request passes the [`edge`], then extractors in the order authentication, path, key, body,
+//! then a handler of three moves: extract, call, render.
+
+mod access_log;
+mod accounts;
+mod body;
+mod caller;
+mod check;
+mod docs;
+mod edge;
+mod idempotency;
+mod page;
+mod probes;
+pub mod problem;
+mod products;
+mod routes;
+mod version;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::FromRef,
+    http::{
+        HeaderName, HeaderValue, Method,
+        header::{
+            AUTHORIZATION, CONTENT_TYPE, ETAG, IF_MATCH, IF_NONE_MATCH, LOCATION, RETRY_AFTER,
+        },
+    },
+};
+use tower_http::cors::CorsLayer;
+use utoipa_axum::router::OpenApiRouter;
+
+pub use access_log::{AccessLog, AccessLogWriter, Format};
+
+use crate::{
+    auth::{accounts::Accounts, token::TokenKeys},
+    metrics::Metrics,
+    readiness::Readiness,
+    store::products::Products,
+};
+use edge::{Edge, EdgeLayer};
+
+/// What handlers work with. Each gets the parts that it names, never the whole.
+#[derive(Clone)]
+pub struct HttpState(Arc<Parts>);
+
+/// The parts of [`HttpState`].
+pub struct Parts {
+    /// Verifies access tokens.
+    pub tokens: Arc<TokenKeys>,
+    /// Registers users and logs them in.
+    pub accounts: Accounts,
+    /// The catalogue.
+    pub products: Products,
+    /// Shown at `/metrics`.
+    pub metrics: Arc<Metrics>,
+    /// Shown at `/readyz`.
+    pub readiness: Readiness,
+}
+
+impl HttpState {
+    /// Puts the parts together.
+    pub fn new(parts: Parts) -> Self {
+        Self(Arc::new(parts))
+    }
+}
+
+macro_rules! parts {
+    ($($field:ident: $part:ty),* $(,)?) => {$(
+        impl FromRef<HttpState> for $part {
+            fn from_ref(state: &HttpState) -> Self {
+                state.0.$field.clone()
+            }
+        }
+    )*};
+}
+
+parts! {
+    tokens: Arc<TokenKeys>,
+    accounts: Accounts,
+    products: Products,
+    metrics: Arc<Metrics>,
+    readiness: Readiness,
+}
+
+/// Who a listener is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    /// Everybody: the only listener, or the operators' own.
+    All,
+    /// The crowd, when the operators have a listener of their own: without their routes and
+    /// without metrics.
+    Public,
+}
+
+/// How requests are treated, whatever they ask for.
+#[derive(Clone)]
+pub struct HttpSettings {
+    /// The origins whose pages may read answers, exactly as browsers send them.
+    pub cors_origins: Vec<HeaderValue>,
+    /// How long a handler may take.
+    pub request_timeout: Duration,
+    /// Where requests are logged.
+    pub access_log: AccessLog,
+}
+
+/// Every resource; a new one is a file and a line here.
+fn resources() -> Vec<routes::Routes> {
+    vec![accounts::routes(), products::routes(), probes::routes()]
+}
+
+/// Everything that `listener` serves.
+pub fn router(state: HttpState, settings: &HttpSettings, listener: Listener) -> Router {
+    let api = OpenApiRouter::with_openapi(docs::openapi());
+    let (api, names) = routes::mount(api, resources(), listener);
+    let (api, openapi) = api.split_for_parts();
+    let metrics = state.0.metrics.http.clone();
+    let edge = Edge::new(
+        settings.request_timeout,
+        metrics,
+        settings.access_log.clone(),
+        names,
+    );
+    let mut router = api.with_state(state).merge(docs::router(&openapi));
+    if !settings.cors_origins.is_empty() {
+        router = router.layer(cors(settings.cors_origins.clone()));
+    }
+    router.layer(EdgeLayer(Arc::new(edge)))
+}
+
+/// The OpenAPI document of everything.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    let api = OpenApiRouter::with_openapi(docs::openapi());
+    routes::mount(api, resources(), Listener::All)
+        .0
+        .into_openapi()
+}
+
+/// Exactly the configured origins; no credentials, since tokens travel in a header.
+fn cors(origins: Vec<HeaderValue>) -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+        .allow_headers([
+            AUTHORIZATION,
+            CONTENT_TYPE,
+            IF_MATCH,
+            IF_NONE_MATCH,
+            idempotency::IDEMPOTENCY_KEY,
+            edge::REQUEST_ID,
+            HeaderName::from_static("last-event-id"),
+        ])
+        .expose_headers([
+            ETAG,
+            LOCATION,
+            RETRY_AFTER,
+            idempotency::IDEMPOTENCY_REPLAYED,
+            edge::REQUEST_ID,
+        ])
+        .max_age(Duration::from_mins(10))
+}
+
+#[cfg(test)]
+mod tests;

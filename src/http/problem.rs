@@ -1,0 +1,646 @@
+//! Refusals: one closed list of codes, each with everything there is to say about it, and the
+//! RFC 9457 document that carries one to a client.
+
+use std::{borrow::Cow, fmt, time::Duration};
+
+use axum::{
+    body::Body,
+    http::{
+        HeaderValue, StatusCode,
+        header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
+    },
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+use crate::store::StoreError;
+
+/// The media type of a problem document.
+pub const MEDIA_TYPE: &str = "application/problem+json";
+
+/// What a client may believe after a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The request changed nothing.
+    NotApplied,
+    /// It may have, or may still: only a retry with the same key tells.
+    Unknown,
+}
+
+/// Whether the same request can succeed later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Retry {
+    /// It cannot.
+    Never,
+    /// It can, with the same key.
+    SameKey,
+    /// It can, with the same key, but not before `Retry-After`.
+    After,
+}
+
+/// What there is to know about a code.
+#[derive(Clone, Copy, Debug)]
+pub struct Meaning {
+    /// The word in `code` and in the page's address.
+    pub word: &'static str,
+    /// The HTTP status; `validation` also occurs with 422.
+    pub status: StatusCode,
+    /// The same for every occurrence.
+    pub title: &'static str,
+    /// Unless the place that refuses knows better.
+    pub retry: Retry,
+    /// Unless the place that refuses knows better.
+    pub outcome: Outcome,
+    /// Why it happens.
+    pub cause: &'static str,
+    /// What to do about it.
+    pub fix: &'static str,
+    /// A request that gets it, or that mends it.
+    pub curl: &'static str,
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $code:ident $word:literal $status:ident $title:literal $retry:ident $outcome:ident
+        cause $cause:literal fix $fix:literal curl $curl:literal)*) => {
+        /// Every reason to refuse.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ToSchema)]
+        pub enum Code {
+            $($(#[$doc])* #[serde(rename = $word)] $code,)*
+        }
+
+        impl Code {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$code),*];
+
+            /// What it means.
+            pub const fn meaning(self) -> Meaning {
+                match self {
+                    $(Self::$code => Meaning {
+                        word: $word,
+                        status: StatusCode::$status,
+                        title: $title,
+                        retry: Retry::$retry,
+                        outcome: Outcome::$outcome,
+                        cause: $cause,
+                        fix: $fix,
+                        curl: $curl,
+                    },)*
+                }
+            }
+        }
+    };
+}
+
+// Nothing that sells says `Never` here: only a script that looked the key up may, see `looked_up`.
+codes! {
+    /// Before the window, or between rounds.
+    NotOpen "not_open" CONFLICT "The sale is not open yet" After NotApplied
+        cause "The purchase came before the sale's window, by the clock of the store that decides, or between two rounds. `opens_at` and `starts_in_ms` say when it opens."
+        fix "Wait for `starts_in_ms` milliseconds and send the same request with the same key."
+        curl "curl $STOCKADE/v1/sales/$SALE_ID"
+
+    /// Stopped by an operator.
+    Paused "paused" CONFLICT "The sale is paused" After NotApplied
+        cause "An operator has stopped the sale for now. Nothing was taken and nobody else can buy either."
+        fix "Retry with the same key after `Retry-After`, or follow the sale's event stream."
+        curl "curl -N $STOCKADE/v1/sales/$SALE_ID/events"
+
+    /// After the window, or closed by an operator.
+    Closed "closed" CONFLICT "The sale is closed" SameKey NotApplied
+        cause "The sale's window has passed, or an operator closed it."
+        fix "If an earlier attempt may have been accepted, repeat it with its own key: it answers 201 even now. Otherwise there is nothing more to buy."
+        curl "curl $STOCKADE/v1/sales/$SALE_ID"
+
+    /// Nothing is left.
+    SoldOut "sold_out" CONFLICT "Sold out" SameKey NotApplied
+        cause "No unit is left in this round."
+        fix "If an earlier attempt may have been accepted, repeat it with its own key. Units that are given back are sold again: follow the event stream."
+        curl "curl -N $STOCKADE/v1/sales/$SALE_ID/events"
+
+    /// Fewer are left than asked for.
+    Insufficient "insufficient" CONFLICT "Fewer units are left than asked for" SameKey NotApplied
+        cause "Some units are left, but fewer than `quantity`. `remaining` says how many there were."
+        fix "Ask for fewer, with a new key: another quantity is another request."
+        curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H 'Idempotency-Key: order-2' -H 'Content-Type: application/json' -d '{\"quantity\": 1}'"
+
+    /// More than one buyer may hold.
+    BuyerLimit "buyer_limit" CONFLICT "More than one buyer may have" SameKey NotApplied
+        cause "The buyer would hold more than `limit` units of this round, or has bought and cancelled too often. `held` says how many the buyer has."
+        fix "Ask for at most `limit` - `held` units. Cancelling an order makes room."
+        curl "curl $STOCKADE/v1/orders?sale_id=$SALE_ID -H \"Authorization: Bearer $TOKEN\""
+
+    /// More than one order may ask for.
+    OrderLimit "order_limit" UNPROCESSABLE_ENTITY "More than one order may ask for" SameKey NotApplied
+        cause "`quantity` is above the sale's `per_order_limit`, given as `limit`."
+        fix "Ask for at most `limit` units, with a new key."
+        curl "curl $STOCKADE/v1/sales/$SALE_ID"
+
+    /// The header is absent or empty.
+    IdempotencyKeyMissing "idempotency_key_missing" BAD_REQUEST "An Idempotency-Key is required" Never NotApplied
+        cause "The request moves units or money, and has no `Idempotency-Key` header, or an empty one. Without a key a lost answer could not be told from a lost request."
+        fix "Make a key (a UUID will do), keep it before you send, and send it again with every retry."
+        curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"quantity\": 1}'"
+
+    /// The key stands for another request.
+    IdempotencyKeyMismatch "idempotency_key_mismatch" UNPROCESSABLE_ENTITY "The key belongs to another request" Never NotApplied
+        cause "The same user has used this key for the same operation with another body."
+        fix "Repeat the first request exactly to get its answer, or take a new key for a new one."
+        curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"quantity\": 2}'"
+
+    /// Cannot be read (400), or is out of range (422).
+    Validation "validation" BAD_REQUEST "The request is not valid" Never NotApplied
+        cause "Status 400: the request cannot be read, because of its syntax, a wrong type, an unknown field or a bad query. Status 422: it can be read, but a value is out of range. `errors` points to each place."
+        fix "Mend what `errors` points to. Unknown fields are refused, not ignored."
+        curl "curl $STOCKADE/v1/products?limit=1000"
+
+    /// No token, or none to believe.
+    Unauthenticated "unauthenticated" UNAUTHORIZED "A valid access token is required" SameKey NotApplied
+        cause "There is no access token, or it is not valid: expired, signed by somebody else, or of another kind. The answer is the same for all of them."
+        fix "Log in or refresh, and send `Authorization: Bearer <access_token>`."
+        curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
+
+    /// Wrong e-mail, password or refresh token.
+    InvalidCredentials "invalid_credentials" UNAUTHORIZED "The credentials are not valid" Never NotApplied
+        cause "The e-mail address and the password do not belong together, or the refresh token is unknown, expired or used. A refresh token works once; using it again ends its session."
+        fix "Check what was typed, or log in again."
+        curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
+
+    /// The role does not suffice.
+    Forbidden "forbidden" FORBIDDEN "Not allowed for this role" Never NotApplied
+        cause "The token is valid, but its role may not do this."
+        fix "Use an operator's token."
+        curl "curl $STOCKADE/v1/me -H \"Authorization: Bearer $TOKEN\""
+
+    /// Nothing is there, or nothing that is yours.
+    NotFound "not_found" NOT_FOUND "Not found" Never NotApplied
+        cause "There is no such route, or nothing with this id, or it belongs to somebody else."
+        fix "Check the address. Ids are UUIDs, as the lists show them."
+        curl "curl $STOCKADE/v1/products"
+
+    /// The route does not have this method.
+    MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED "The method is not allowed here" Never NotApplied
+        cause "The route exists, but not with this method."
+        fix "Use one of the methods in the `Allow` header."
+        curl "curl -i -X OPTIONS $STOCKADE/v1/products"
+
+    /// The state of things does not allow it.
+    Conflict "conflict" CONFLICT "The state of things does not allow this" Never NotApplied
+        cause "What was asked for contradicts what is there, such as removing a product that a sale refers to."
+        fix "Read the present state, then decide."
+        curl "curl $STOCKADE/v1/products/$PRODUCT_ID"
+
+    /// Somebody has registered with the address.
+    EmailTaken "email_taken" CONFLICT "The e-mail address is taken" Never NotApplied
+        cause "Somebody has registered with this address. Capitals do not make another one."
+        fix "Log in instead."
+        curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
+
+    /// Somebody else changed it meanwhile.
+    PreconditionFailed "precondition_failed" PRECONDITION_FAILED "It has changed meanwhile" Never NotApplied
+        cause "`If-Match` names a version that is not the present one."
+        fix "Get it again, look at what changed, and send your change with the new `ETag`."
+        curl "curl -i $STOCKADE/v1/products/$PRODUCT_ID"
+
+    /// `If-Match` is absent.
+    PreconditionRequired "precondition_required" PRECONDITION_REQUIRED "If-Match is required" Never NotApplied
+        cause "A change needs an `If-Match` header, so that nobody overwrites what somebody else has just written."
+        fix "Send the `ETag` that the last read gave."
+        curl "curl -X PATCH $STOCKADE/v1/products/$PRODUCT_ID -H \"Authorization: Bearer $TOKEN\" -H 'If-Match: \"1\"' -H 'Content-Type: application/json' -d '{\"name\": \"Blue lamp\"}'"
+
+    /// The body is too large.
+    PayloadTooLarge "payload_too_large" PAYLOAD_TOO_LARGE "The body is too large" Never NotApplied
+        cause "The body is larger than 16 KiB."
+        fix "Send less. No request of this API needs so much."
+        curl "curl $STOCKADE/openapi.json"
+
+    /// The body is not declared as JSON.
+    UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE "The body must be JSON" Never NotApplied
+        cause "The body's `Content-Type` is not `application/json`."
+        fix "Send `Content-Type: application/json`."
+        curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
+
+    /// A part that is needed does not answer, or there is too much to do.
+    Unavailable "unavailable" SERVICE_UNAVAILABLE "Not available at the moment" After NotApplied
+        cause "A store does not answer, or too much is waiting already. With `outcome: unknown` the request may have been carried out, or may still be."
+        fix "Repeat the same request with the same key after `Retry-After`: it has one effect, however often it is sent."
+        curl "curl -i $STOCKADE/readyz"
+
+    /// A mistake of the server.
+    Internal "internal" INTERNAL_SERVER_ERROR "An error inside the server" SameKey Unknown
+        cause "Something happened that should not. The server's log has more, under the id in `instance`."
+        fix "Repeat the same request with the same key. If it stays, report the id."
+        curl "curl -i $STOCKADE/livez"
+}
+
+impl Code {
+    /// The code with this word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|code| code.meaning().word == word)
+    }
+}
+
+/// One place that is wrong in a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct FieldError {
+    /// Where: a JSON pointer into the body, or below `#/query` or `#/headers`.
+    #[schema(example = "#/quantity")]
+    pub pointer: String,
+    /// What is wrong there.
+    pub detail: String,
+}
+
+impl FieldError {
+    /// `detail` at `pointer`.
+    pub fn new(pointer: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self {
+            pointer: pointer.into(),
+            detail: detail.into(),
+        }
+    }
+}
+
+/// A refusal on its way to the client.
+///
+/// Boxed, because it travels in the error of every handler's result.
+#[derive(Clone)]
+pub struct Problem(Box<Parts>);
+
+#[derive(Clone, Debug)]
+struct Parts {
+    code: Code,
+    status: StatusCode,
+    detail: Cow<'static, str>,
+    outcome: Outcome,
+    retry: Retry,
+    retry_after_seconds: Option<u64>,
+    errors: Vec<FieldError>,
+    facts: Map<String, Value>,
+    cause: Option<String>,
+}
+
+/// The document: RFC 9457, with the members that every refusal here has, and the facts of this
+/// one beside them.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(super) struct Document<'a> {
+    /// The page that explains the code.
+    #[serde(rename = "type")]
+    #[schema(example = "/docs/problems/sold_out")]
+    page: String,
+    title: &'static str,
+    #[schema(example = 409)]
+    status: u16,
+    detail: &'a str,
+    /// The request's id, also in `x-request-id`.
+    instance: &'a str,
+    code: Code,
+    outcome: Outcome,
+    retry: Retry,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    errors: &'a [FieldError],
+    #[serde(flatten)]
+    facts: &'a Map<String, Value>,
+}
+
+impl Problem {
+    /// A refusal with the code's own retry and outcome. `detail` is for a human, about this case.
+    pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
+        let Meaning {
+            status,
+            retry,
+            outcome,
+            ..
+        } = code.meaning();
+        let retry_after_seconds = (retry == Retry::After).then_some(1);
+        Self(Box::new(Parts {
+            code,
+            status,
+            detail: detail.into(),
+            outcome,
+            retry,
+            retry_after_seconds,
+            errors: Vec::new(),
+            facts: Map::new(),
+            cause: None,
+        }))
+    }
+
+    /// A request that cannot be read at one place (400).
+    pub fn unreadable(pointer: impl Into<String>, detail: impl Into<String>) -> Self {
+        let mut problem = Self::new(Code::Validation, "The request cannot be read.");
+        problem.0.errors.push(FieldError::new(pointer, detail));
+        problem
+    }
+
+    /// A request that can be read but has values out of range (422).
+    pub fn out_of_range(errors: Vec<FieldError>) -> Self {
+        let mut problem = Self::new(Code::Validation, "A value is out of range.");
+        problem.0.status = StatusCode::UNPROCESSABLE_ENTITY;
+        problem.0.errors = errors;
+        problem
+    }
+
+    /// There is nothing here, or nothing that the caller may know of: both answer the same.
+    pub fn not_found() -> Self {
+        Self::new(Code::NotFound, "There is nothing at this address.")
+    }
+
+    /// A mistake of ours. `cause` goes to the log under the request's id, never to the client.
+    pub fn internal(cause: impl fmt::Display) -> Self {
+        let mut problem = Self::new(Code::Internal, "Something went wrong inside the server.");
+        problem.0.cause = Some(cause.to_string());
+        problem
+    }
+
+    /// Nothing was done; the same request may succeed in a second.
+    pub fn unavailable(detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(Code::Unavailable, detail)
+    }
+
+    /// The request may have been carried out, or may still be for so long.
+    pub fn unknown(detail: impl Into<Cow<'static, str>>, may_run_for: Duration) -> Self {
+        let mut problem = Self::new(Code::Unavailable, detail).after(may_run_for);
+        problem.0.outcome = Outcome::Unknown;
+        problem
+    }
+
+    /// The refusal comes from a script that looked the key up: no retry with it can succeed.
+    #[must_use]
+    pub fn looked_up(mut self) -> Self {
+        self.0.retry = Retry::Never;
+        self.0.retry_after_seconds = None;
+        self
+    }
+
+    /// Retry, but not before `wait`, rounded up to whole seconds.
+    #[must_use]
+    pub fn after(mut self, wait: Duration) -> Self {
+        self.0.retry = Retry::After;
+        self.0.retry_after_seconds = Some(
+            wait.as_millis()
+                .div_ceil(1000)
+                .try_into()
+                .unwrap_or(u64::MAX),
+        );
+        self
+    }
+
+    /// With a fact that a client needs, as a further member.
+    #[must_use]
+    pub fn fact(mut self, name: &'static str, value: impl Into<Value>) -> Self {
+        self.0.facts.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// With what the log should say beside it.
+    #[must_use]
+    pub fn caused_by(mut self, cause: impl fmt::Display) -> Self {
+        self.0.cause = Some(cause.to_string());
+        self
+    }
+
+    /// Its code.
+    pub fn code(&self) -> Code {
+        self.0.code
+    }
+
+    /// Its status.
+    pub fn status(&self) -> StatusCode {
+        self.0.status
+    }
+
+    /// What the log should say beside it.
+    pub(super) fn cause(&self) -> Option<&str> {
+        self.0.cause.as_deref()
+    }
+
+    /// Turns `response` into the document, keeping its other headers (such as `Allow`).
+    pub(super) fn render(&self, request_id: &str, response: &mut Response) {
+        let Parts {
+            code,
+            status,
+            detail,
+            outcome,
+            retry,
+            errors,
+            facts,
+            ..
+        } = &*self.0;
+        let meaning = code.meaning();
+        let document = Document {
+            page: format!("/docs/problems/{}", meaning.word),
+            title: meaning.title,
+            status: status.as_u16(),
+            detail,
+            instance: request_id,
+            code: *code,
+            outcome: *outcome,
+            retry: *retry,
+            errors,
+            facts,
+        };
+        // Strings, numbers and maps with string keys always become JSON.
+        let body = serde_json::to_vec(&document).unwrap_or_default();
+        *response.status_mut() = *status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(seconds) = self.0.retry_after_seconds {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if *status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        *response.body_mut() = Body::from(body);
+    }
+}
+
+impl fmt::Debug for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The document needs the request's id, which a handler does not know: [`edge`](super::edge)
+/// takes the problem out again and renders it.
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = self.status().into_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(_) => {
+                Self::unknown("The database does not answer.", Duration::from_secs(1))
+                    .caused_by(error)
+            }
+            StoreError::Unexpected(_) => Self::internal(error),
+        }
+    }
+}
+
+/// What [`edge`](super::edge) makes of an answer that refuses without saying why, such as the
+/// router's own 404 and 405.
+pub(super) fn bare(status: StatusCode) -> Problem {
+    match status {
+        StatusCode::NOT_FOUND => Problem::not_found(),
+        StatusCode::METHOD_NOT_ALLOWED => Problem::new(
+            Code::MethodNotAllowed,
+            "The route does not have this method.",
+        ),
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Problem::new(Code::PayloadTooLarge, "The body is larger than 16 KiB.")
+        }
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => Problem::new(
+            Code::UnsupportedMediaType,
+            "The body must be application/json.",
+        ),
+        StatusCode::SERVICE_UNAVAILABLE => Problem::unavailable("Not available at the moment."),
+        status if status.is_client_error() => {
+            Problem::unreadable("#", "The request cannot be read.")
+        }
+        status => Problem::internal(format_args!(
+            "a handler answered {status} without a problem"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The contract's list; a code that is missing here or there is a mistake.
+    const CONTRACT: &[(&str, u16)] = &[
+        ("not_open", 409),
+        ("paused", 409),
+        ("closed", 409),
+        ("sold_out", 409),
+        ("insufficient", 409),
+        ("buyer_limit", 409),
+        ("order_limit", 422),
+        ("idempotency_key_missing", 400),
+        ("idempotency_key_mismatch", 422),
+        ("validation", 400),
+        ("unauthenticated", 401),
+        ("invalid_credentials", 401),
+        ("forbidden", 403),
+        ("not_found", 404),
+        ("method_not_allowed", 405),
+        ("conflict", 409),
+        ("email_taken", 409),
+        ("precondition_failed", 412),
+        ("precondition_required", 428),
+        ("payload_too_large", 413),
+        ("unsupported_media_type", 415),
+        ("unavailable", 503),
+        ("internal", 500),
+    ];
+
+    fn document(problem: &Problem) -> (Response, Value) {
+        let mut response = problem.clone().into_response();
+        problem.render("r-1", &mut response);
+        let body = std::mem::take(response.body_mut());
+        let bytes = futures::executor::block_on(axum::body::to_bytes(body, usize::MAX)).unwrap();
+        assert_eq!(response.headers()[CONTENT_LENGTH], bytes.len().to_string());
+        (response, serde_json::from_slice(&bytes).unwrap())
+    }
+
+    #[test]
+    fn the_codes_are_those_of_the_contract() {
+        let codes: Vec<_> = Code::ALL
+            .iter()
+            .map(|code| (code.meaning().word, code.meaning().status.as_u16()))
+            .collect();
+        assert_eq!(codes, CONTRACT);
+    }
+
+    #[test]
+    fn every_code_makes_a_whole_document() {
+        for &code in Code::ALL {
+            let (response, body) = document(&Problem::new(code, "why"));
+            let meaning = code.meaning();
+            assert_eq!(Code::parse(meaning.word), Some(code));
+            assert_eq!(response.status(), meaning.status);
+            assert_eq!(response.headers()[CONTENT_TYPE], MEDIA_TYPE);
+            assert_eq!(response.headers()[CACHE_CONTROL], "no-store");
+            assert_eq!(body["type"], format!("/docs/problems/{}", meaning.word));
+            assert_eq!(body["code"], meaning.word);
+            assert_eq!(body["status"], meaning.status.as_u16());
+            assert_eq!(body["detail"], "why");
+            assert_eq!(body["instance"], "r-1");
+            assert_eq!(body["title"], meaning.title);
+            assert_eq!(
+                response.headers().contains_key(RETRY_AFTER),
+                body["retry"] == "after",
+                "{code:?}"
+            );
+            assert_eq!(
+                response
+                    .headers()
+                    .get(WWW_AUTHENTICATE)
+                    .is_some_and(|value| value == "Bearer"),
+                meaning.status == StatusCode::UNAUTHORIZED
+            );
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_a_sale_is_final_only_when_the_key_was_looked_up() {
+        for code in [
+            Code::NotOpen,
+            Code::Paused,
+            Code::Closed,
+            Code::SoldOut,
+            Code::Insufficient,
+            Code::BuyerLimit,
+            Code::OrderLimit,
+        ] {
+            let problem = Problem::new(code, "why");
+            assert_ne!(document(&problem).1["retry"], "never", "{code:?}");
+            assert_eq!(document(&problem.looked_up()).1["retry"], "never");
+        }
+    }
+
+    #[test]
+    fn facts_stand_beside_the_other_members_and_causes_stay_inside() {
+        let problem = Problem::new(Code::BuyerLimit, "why")
+            .fact("limit", 2)
+            .fact("held", 1)
+            .caused_by("key {p0}");
+        let (_, body) = document(&problem);
+        assert_eq!((&body["limit"], &body["held"]), (&2.into(), &1.into()));
+        assert!(!body.to_string().contains("p0"));
+        assert!(body.get("errors").is_none());
+    }
+
+    #[test]
+    fn an_unknown_outcome_is_unavailable_and_says_how_long_it_may_last() {
+        let (response, body) = document(&Problem::unknown("why", Duration::from_millis(1001)));
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers()[RETRY_AFTER], "2");
+        assert_eq!(
+            (&body["outcome"], &body["retry"]),
+            (&"unknown".into(), &"after".into())
+        );
+    }
+
+    #[test]
+    fn out_of_range_points_to_each_place() {
+        let errors = vec![FieldError::new("#/a", "x"), FieldError::new("#/b/0", "y")];
+        let (response, body) = document(&Problem::out_of_range(errors));
+        assert_eq!(response.status(), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(body["errors"][1]["pointer"], "#/b/0");
+    }
+}

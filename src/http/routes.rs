@@ -1,0 +1,176 @@
+//! How a resource names its routes: who may use them and what they refuse, beside the handler.
+
+use std::{collections::BTreeMap, collections::HashMap, sync::Arc};
+
+use axum::routing::MethodRouter;
+use utoipa::openapi::{
+    ContentBuilder, Ref, ResponseBuilder,
+    path::{Operation, PathItem, Paths},
+    security::SecurityRequirement,
+};
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
+
+use super::{
+    HttpState, Listener,
+    problem::{Code, MEDIA_TYPE},
+};
+
+/// The name of the way to authenticate in the OpenAPI document.
+pub(super) const SECURITY: &str = "access_token";
+
+/// Who may use a route. The handler's extractors enforce it; a test compares the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Everybody.
+    Anyone,
+    /// Whoever has a valid token.
+    Caller,
+    /// Who runs sales. On the operators' listener only, if there is one.
+    Operator,
+    /// Everybody who reaches the operators' listener, or the only one.
+    Internal,
+}
+
+/// One operation.
+pub(super) struct Route {
+    pub(super) access: Access,
+    refusals: &'static [Code],
+    parts: UtoipaMethodRouter<HttpState>,
+}
+
+/// The routes of one resource.
+#[derive(Default)]
+pub(super) struct Routes(Vec<Route>);
+
+impl Routes {
+    /// None yet.
+    pub(super) fn new() -> Self {
+        Self::default()
+    }
+
+    /// One more, made by `routes!(handler)`. `refusals` are the codes of its own; those that
+    /// follow from its access and its body are added to the document anyway.
+    #[must_use]
+    pub(super) fn add(
+        mut self,
+        access: Access,
+        parts: UtoipaMethodRouter<HttpState>,
+        refusals: &'static [Code],
+    ) -> Self {
+        self.0.push(Route {
+            access,
+            refusals,
+            parts,
+        });
+        self
+    }
+}
+
+#[cfg(test)]
+impl Routes {
+    pub(super) fn into_iter(self) -> impl Iterator<Item = Route> {
+        self.0.into_iter()
+    }
+}
+
+#[cfg(test)]
+impl Route {
+    pub(super) fn paths(&mut self) -> impl Iterator<Item = (&String, &mut PathItem)> {
+        self.parts.1.paths.iter_mut()
+    }
+}
+
+/// Every template that was mounted, and what metrics call it.
+pub(super) type Names = HashMap<String, Arc<str>>;
+
+/// Mounts `resources`: what starts with `/v1/` also at `/api/`.
+pub(super) fn mount(
+    mut router: OpenApiRouter<HttpState>,
+    resources: Vec<Routes>,
+    listener: Listener,
+) -> (OpenApiRouter<HttpState>, Names) {
+    let mut names = Names::new();
+    for route in resources.into_iter().flat_map(|routes| routes.0) {
+        if listener == Listener::Public
+            && matches!(route.access, Access::Operator | Access::Internal)
+        {
+            continue;
+        }
+        let (schemas, mut paths, methods) = route.parts;
+        describe(&mut paths, route.access, route.refusals);
+        for path in paths.paths.keys() {
+            let name: Arc<str> = path.as_str().into();
+            if let Some(rest) = path.strip_prefix("/v1/") {
+                let alias = format!("/api/{rest}");
+                router = router.route(&alias, MethodRouter::clone(&methods));
+                names.insert(alias, Arc::clone(&name));
+            }
+            names.insert(path.clone(), name);
+        }
+        router = router.routes((schemas, paths, methods));
+    }
+    (router, names)
+}
+
+/// The operations of a path.
+pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [
+        &mut item.get,
+        &mut item.post,
+        &mut item.put,
+        &mut item.patch,
+        &mut item.delete,
+    ]
+    .into_iter()
+    .filter_map(Option::as_mut)
+}
+
+/// Writes into the document who may use an operation, and every problem that it can answer.
+fn describe(paths: &mut Paths, access: Access, own: &[Code]) {
+    for operation in paths.paths.values_mut().flat_map(operations) {
+        let mut codes = own.to_vec();
+        codes.push(Code::Internal);
+        codes.push(Code::Unavailable);
+        if operation.request_body.is_some() {
+            codes.extend([
+                Code::Validation,
+                Code::PayloadTooLarge,
+                Code::UnsupportedMediaType,
+            ]);
+        }
+        match access {
+            Access::Anyone | Access::Internal => {}
+            Access::Caller => codes.push(Code::Unauthenticated),
+            Access::Operator => codes.extend([Code::Unauthenticated, Code::Forbidden]),
+        }
+        if matches!(access, Access::Caller | Access::Operator) {
+            operation.security = Some(vec![SecurityRequirement::new(SECURITY, [""; 0])]);
+        }
+        let mut by_status: BTreeMap<u16, Vec<&str>> = BTreeMap::new();
+        for code in codes {
+            let meaning = code.meaning();
+            by_status
+                .entry(meaning.status.as_u16())
+                .or_default()
+                .push(meaning.word);
+            if code == Code::Validation && operation.request_body.is_some() {
+                by_status.entry(422).or_default().push(meaning.word);
+            }
+        }
+        for (status, mut words) in by_status {
+            words.sort_unstable();
+            words.dedup();
+            let content = ContentBuilder::new()
+                .schema(Some(Ref::from_schema_name("Problem")))
+                .build();
+            let response = ResponseBuilder::new()
+                .description(words.join(", "))
+                .content(MEDIA_TYPE, content)
+                .build();
+            operation
+                .responses
+                .responses
+                .insert(status.to_string(), response.into());
+        }
+    }
+}

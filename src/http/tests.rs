@@ -1,0 +1,395 @@
+//! The whole router without its stores, and what the other tests of this folder send through it.
+
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    http::{
+        HeaderMap, HeaderValue, Method, StatusCode,
+        header::{
+            ACCESS_CONTROL_ALLOW_ORIGIN, AUTHORIZATION, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
+            ORIGIN,
+        },
+    },
+};
+use serde_json::Value;
+use tower::ServiceExt;
+use uuid::Uuid;
+
+use super::{
+    AccessLog, HttpSettings, HttpState, Listener, Parts,
+    edge::{Edge, EdgeLayer},
+    problem::{Code, MEDIA_TYPE},
+    resources, router,
+    routes::{Access, Names, operations},
+};
+use crate::{
+    auth::{
+        Role,
+        accounts::Accounts,
+        password::PasswordHasher,
+        session::Successors,
+        token::{
+            Identity,
+            tests::{SECRET, keys},
+        },
+    },
+    clock,
+    metrics::Metrics,
+    readiness::Readiness,
+    store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
+};
+
+/// An answer, read to its end.
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) text: String,
+    /// The text as JSON; null when it is none.
+    pub(super) body: Value,
+}
+
+impl Answer {
+    pub(super) async fn of(router: Router, request: Request) -> Self {
+        let (parts, body) = router.oneshot(request).await.unwrap().into_parts();
+        let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let body = serde_json::from_str(&text).unwrap_or(Value::Null);
+        Self {
+            status: parts.status,
+            headers: parts.headers,
+            text,
+            body,
+        }
+    }
+
+    pub(super) async fn get(router: Router, method: Method, uri: &str) -> Self {
+        let request = Request::builder()
+            .method(method)
+            .uri(uri)
+            .body(Body::empty())
+            .unwrap();
+        Self::of(router, request).await
+    }
+
+    /// Asserts that it is this problem, as every problem looks.
+    pub(super) fn is_problem(&self, status: StatusCode, code: Code) {
+        assert_eq!(self.status, status, "{}", self.text);
+        assert_eq!(self.headers[CONTENT_TYPE], MEDIA_TYPE);
+        assert_eq!(self.body["code"], code.meaning().word);
+        assert_eq!(self.body["status"], status.as_u16());
+        assert_eq!(
+            self.body["type"],
+            format!("/docs/problems/{}", code.meaning().word)
+        );
+        for member in ["title", "detail", "instance", "outcome", "retry"] {
+            assert!(self.body[member].is_string(), "{member}");
+        }
+    }
+}
+
+/// A router with the edge around it.
+pub(super) fn edged(router: Router) -> Router {
+    edged_within(router, Duration::from_secs(5))
+}
+
+/// A router with the edge around it, for handlers that take longer than `timeout`.
+pub(super) fn edged_within(router: Router, timeout: Duration) -> Router {
+    let edge = Edge::new(timeout, Metrics::new().http, AccessLog::off(), Names::new());
+    router.layer(EdgeLayer(Arc::new(edge)))
+}
+
+/// The real router, whose database does not answer.
+fn app(listener: Listener) -> Router {
+    let settings = DatabaseSettings {
+        acquire_timeout: Duration::from_millis(200),
+        ..DatabaseSettings::default()
+    };
+    // The port of the discard service, where nothing listens.
+    let database = Database::new("postgres://nobody@127.0.0.1:9/none", settings).unwrap();
+    let metrics = Arc::new(Metrics::new());
+    let tokens = Arc::new(keys());
+    let passwords =
+        PasswordHasher::new(4, NonZeroUsize::MIN, 4, metrics.passwords.clone()).unwrap();
+    let accounts = Accounts {
+        users: Users::new(database.clone()),
+        sessions: Sessions::new(database.clone()),
+        passwords,
+        tokens: Arc::clone(&tokens),
+        successors: Arc::new(Successors::new(SECRET).unwrap()),
+    };
+    let state = HttpState::new(Parts {
+        tokens,
+        accounts,
+        products: Products::new(database),
+        metrics,
+        readiness: Readiness::new(&["postgresql"]),
+    });
+    let settings = HttpSettings {
+        cors_origins: vec![HeaderValue::from_static("https://shop.example.org")],
+        request_timeout: Duration::from_secs(5),
+        access_log: AccessLog::off(),
+    };
+    router(state, &settings, listener)
+}
+
+/// Every operation: its method, a path that could exist, and who may use it.
+fn all_operations() -> Vec<(Method, String, Access)> {
+    let mut found = Vec::new();
+    for mut route in resources()
+        .into_iter()
+        .flat_map(super::routes::Routes::into_iter)
+    {
+        let access = route.access;
+        for (path, item) in route.paths() {
+            let path = path.replace("{id}", &Uuid::nil().to_string());
+            for (method, operation) in [
+                (Method::GET, &item.get),
+                (Method::POST, &item.post),
+                (Method::PATCH, &item.patch),
+                (Method::DELETE, &item.delete),
+            ] {
+                if operation.is_some() {
+                    found.push((method, path.clone(), access));
+                }
+            }
+        }
+    }
+    found
+}
+
+async fn with_role(router: Router, method: Method, uri: &str, role: Option<Role>) -> Answer {
+    let mut request = Request::builder().method(method).uri(uri);
+    if let Some(role) = role {
+        let identity = Identity {
+            user: Uuid::from_u128(1),
+            role,
+            session: None,
+        };
+        let token = keys()
+            .mint(identity, clock::new_id(), clock::now())
+            .unwrap();
+        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+    }
+    Answer::of(router, request.body(Body::empty()).unwrap()).await
+}
+
+#[tokio::test]
+async fn every_operation_is_guarded_as_it_says_under_both_prefixes() {
+    let app = app(Listener::All);
+    let operations = all_operations();
+    assert!(operations.len() >= 13);
+    for (method, path, access) in operations {
+        for path in [path.clone(), path.replacen("/v1/", "/api/", 1)] {
+            let anonymous = with_role(app.clone(), method.clone(), &path, None).await;
+            let buyer = with_role(app.clone(), method.clone(), &path, Some(Role::Buyer)).await;
+            assert_ne!(anonymous.status, StatusCode::NOT_FOUND, "{method} {path}");
+            match access {
+                Access::Anyone | Access::Internal => {
+                    assert_ne!(anonymous.body["code"], "unauthenticated", "{method} {path}");
+                }
+                Access::Caller => {
+                    anonymous.is_problem(StatusCode::UNAUTHORIZED, Code::Unauthenticated);
+                    assert_ne!(buyer.body["code"], "forbidden", "{method} {path}");
+                }
+                Access::Operator => {
+                    anonymous.is_problem(StatusCode::UNAUTHORIZED, Code::Unauthenticated);
+                    buyer.is_problem(StatusCode::FORBIDDEN, Code::Forbidden);
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_public_listener_has_nothing_for_operators() {
+    let app = app(Listener::Public);
+    for (method, path, access) in all_operations() {
+        let answer = with_role(app.clone(), method.clone(), &path, Some(Role::Operator)).await;
+        let absent = matches!(
+            answer.status,
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED
+        );
+        assert_eq!(
+            absent,
+            matches!(access, Access::Operator | Access::Internal),
+            "{method} {path}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_is_unavailable_and_says_nothing_about_the_inside() {
+    for uri in [
+        "/v1/products",
+        "/api/products",
+        "/v1/products/0192f0c1-2345-7890-abcd-ef0123456789",
+    ] {
+        let answer = Answer::get(app(Listener::All), Method::GET, uri).await;
+        answer.is_problem(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable);
+        for inside in ["127.0.0.1", "pool", "sqlx", "nobody", "PostgreSQL"] {
+            assert!(!answer.text.contains(inside), "{}", answer.text);
+        }
+    }
+}
+
+#[tokio::test]
+async fn readiness_says_what_is_missing() {
+    let app = app(Listener::All);
+    assert_eq!(
+        Answer::get(app.clone(), Method::GET, "/livez").await.status,
+        StatusCode::OK
+    );
+    let answer = Answer::get(app, Method::GET, "/readyz").await;
+    answer.is_problem(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable);
+    assert_eq!(answer.body["checks"][0]["name"], "postgresql");
+    assert_eq!(answer.body["checks"][0]["ok"], false);
+}
+
+#[tokio::test]
+async fn metrics_count_routes_by_template_and_never_by_address() {
+    let app = app(Listener::All);
+    for uri in ["/nowhere/1", "/nowhere/2", "/v1/me", "/api/me"] {
+        Answer::get(app.clone(), Method::GET, uri).await;
+    }
+    let answer = Answer::get(app, Method::GET, "/metrics").await;
+    assert!(
+        answer.headers[CONTENT_TYPE]
+            .to_str()
+            .unwrap()
+            .starts_with("application/openmetrics-text")
+    );
+    for line in [
+        r#"stockade_http_requests_total{route="unmatched",method="GET",status="404"} 2"#,
+        r#"stockade_http_requests_total{route="/v1/me",method="GET",status="401"} 2"#,
+        r#"stockade_http_refusals_total{code="unauthenticated"} 2"#,
+        r#"stockade_http_request_duration_seconds_count{route="/v1/me",method="GET"} 2"#,
+        "stockade_password_queue 0",
+    ] {
+        assert!(answer.text.contains(line), "{line} in {}", answer.text);
+    }
+    assert!(answer.text.ends_with("# EOF\n") && !answer.text.contains("nowhere"));
+}
+
+#[tokio::test]
+async fn every_problem_has_its_page_and_the_pages_load_nothing_from_elsewhere() {
+    let app = app(Listener::All);
+    for &code in Code::ALL {
+        let meaning = code.meaning();
+        let uri = format!("/docs/problems/{}", meaning.word);
+        let page = Answer::get(app.clone(), Method::GET, &uri).await;
+        assert_eq!(page.status, StatusCode::OK, "{uri}");
+        assert!(
+            page.headers[CONTENT_TYPE]
+                .to_str()
+                .unwrap()
+                .starts_with("text/html")
+        );
+        for part in [meaning.word, "Cause", "Fix", "curl "] {
+            assert!(page.text.contains(part), "{uri}: {part}");
+        }
+        assert!(page.text.matches("<code>").count() == page.text.matches("</code>").count());
+        assert!(!page.text.contains("http://") && !page.text.contains("https://"));
+    }
+    Answer::get(app.clone(), Method::GET, "/docs/problems/nothing")
+        .await
+        .is_problem(StatusCode::NOT_FOUND, Code::NotFound);
+    let index = Answer::get(app.clone(), Method::GET, "/docs/problems").await;
+    assert!(
+        Code::ALL
+            .iter()
+            .all(|code| index.text.contains(code.meaning().word))
+    );
+    for uri in [
+        "/docs/",
+        "/docs/swagger-ui-bundle.js",
+        "/docs/swagger-initializer.js",
+        "/docs/problems.css",
+    ] {
+        let answer = Answer::get(app.clone(), Method::GET, uri).await;
+        assert_eq!(answer.status, StatusCode::OK, "{uri}");
+        let policy = answer.headers[CONTENT_SECURITY_POLICY].to_str().unwrap();
+        assert!(
+            policy.contains("style-src 'self'") && !policy.contains("http"),
+            "{uri}"
+        );
+    }
+    Answer::get(app, Method::GET, "/docs/nothing")
+        .await
+        .is_problem(StatusCode::NOT_FOUND, Code::NotFound);
+}
+
+#[tokio::test]
+async fn the_document_has_every_operation_with_its_problems() {
+    let mut document = super::openapi();
+    let served = Answer::get(app(Listener::All), Method::GET, "/openapi.json").await;
+    assert_eq!(
+        served.body["openapi"]
+            .as_str()
+            .unwrap()
+            .rsplit_once('.')
+            .unwrap()
+            .0,
+        "3.1"
+    );
+    assert_eq!(served.body, serde_json::to_value(&document).unwrap());
+    for member in [
+        "type", "title", "status", "detail", "instance", "code", "outcome", "retry",
+    ] {
+        let required = served.body["components"]["schemas"]["Problem"]["required"]
+            .as_array()
+            .unwrap();
+        assert!(required.contains(&member.into()), "{member}");
+    }
+    let mut ids = Vec::new();
+    for (path, item) in &mut document.paths.paths {
+        for operation in operations(item) {
+            ids.push(operation.operation_id.clone().unwrap());
+            assert!(operation.responses.responses.contains_key("503"), "{path}");
+            assert_eq!(
+                operation.responses.responses.contains_key("401"),
+                operation.security.is_some()
+                    || path.contains("/login")
+                    || path.contains("/refresh"),
+                "{path}"
+            );
+        }
+    }
+    let count = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(
+        (ids.len(), count),
+        (count, all_operations().len()),
+        "operation ids are unique"
+    );
+}
+
+#[tokio::test]
+async fn only_configured_origins_are_allowed() {
+    for (origin, allowed) in [
+        ("https://shop.example.org", true),
+        ("https://shop.example.org.evil.example", false),
+        ("http://shop.example.org", false),
+        ("https://SHOP.example.org", false),
+        ("null", false),
+    ] {
+        for method in [Method::GET, Method::OPTIONS] {
+            let request = Request::builder()
+                .method(method)
+                .uri("/livez")
+                .header(ORIGIN, origin)
+                .header("access-control-request-method", "GET");
+            let answer = Answer::of(app(Listener::All), request.body(Body::empty()).unwrap()).await;
+            let header = answer.headers.get(ACCESS_CONTROL_ALLOW_ORIGIN);
+            assert_eq!(
+                header.is_some_and(|value| value == origin),
+                allowed,
+                "{origin}"
+            );
+            assert!(answer.headers.contains_key(super::edge::REQUEST_ID));
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Every metric there is: its name, its meaning, its labels. No label names a user or an order.
+
+use std::sync::Arc;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+/// Seconds, from a purchase that did not wait to a request that timed out.
+const DURATION_BUCKETS: [f64; 14] = [
+    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+];
+
+/// The metrics of this process.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Of the HTTP listeners.
+    pub http: HttpMetrics,
+    /// Of the hashing of passwords.
+    pub passwords: PasswordMetrics,
+}
+
+/// Requests by route and status.
+#[derive(Clone, Debug)]
+pub struct HttpMetrics {
+    /// Requests answered.
+    pub requests: Family<RequestLabels, Counter>,
+    /// Seconds from a request's head to its answer's head.
+    pub duration: Family<RouteLabels, Histogram>,
+    /// Problems answered.
+    pub refusals: Family<RefusalLabels, Counter>,
+    /// Handlers that panicked.
+    pub panics: Counter,
+    /// Lines that the access log dropped because its writer was behind.
+    pub access_log_dropped: Counter,
+}
+
+/// A kind of request and its answer.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// The route's template, or `unmatched`.
+    pub route: Arc<str>,
+    /// A standard method, or `OTHER`.
+    pub method: &'static str,
+    /// The status code.
+    pub status: u16,
+}
+
+/// A kind of request.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RouteLabels {
+    /// The route's template, or `unmatched`.
+    pub route: Arc<str>,
+    /// A standard method, or `OTHER`.
+    pub method: &'static str,
+}
+
+/// A kind of problem.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RefusalLabels {
+    /// The problem's code.
+    pub code: &'static str,
+}
+
+/// How busy the hashing of passwords is.
+#[derive(Clone, Debug, Default)]
+pub struct PasswordMetrics {
+    /// Passwords that wait or are being hashed.
+    pub queue: Gauge,
+    /// Passwords refused because the queue was full.
+    pub refused: Counter,
+}
+
+impl Metrics {
+    /// All metrics, at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("stockade");
+        let http = HttpMetrics {
+            requests: Family::default(),
+            duration: Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS)),
+            refusals: Family::default(),
+            panics: Counter::default(),
+            access_log_dropped: Counter::default(),
+        };
+        registry.register("http_requests", "Requests answered", http.requests.clone());
+        registry.register(
+            "http_request_duration_seconds",
+            "Seconds from a request's head to its answer's head",
+            http.duration.clone(),
+        );
+        registry.register("http_refusals", "Problems answered", http.refusals.clone());
+        registry.register("http_panics", "Handlers that panicked", http.panics.clone());
+        registry.register(
+            "access_log_dropped_lines",
+            "Lines that the access log dropped because its writer was behind",
+            http.access_log_dropped.clone(),
+        );
+        let passwords = PasswordMetrics::default();
+        registry.register(
+            "password_queue",
+            "Passwords that wait or are being hashed",
+            passwords.queue.clone(),
+        );
+        registry.register(
+            "password_refused",
+            "Passwords refused because the queue was full",
+            passwords.refused.clone(),
+        );
+        Self {
+            registry,
+            http,
+            passwords,
+        }
+    }
+
+    /// Everything as OpenMetrics text.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing into a string cannot fail; a metric that could not be encoded is left out.
+        if let Err(error) = text::encode(&mut text, &self.registry) {
+            tracing::error!(%error, "metrics could not be encoded");
+        }
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,153 @@
+//! Users: who has registered here.
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::{Database, StoreError};
+
+/// A registered user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// The subject of the user's tokens.
+    pub id: Uuid,
+    /// Normalised.
+    pub email: String,
+    /// What to call the user.
+    pub name: String,
+    /// `buyer`, `operator` or `admin`.
+    pub role: String,
+    /// When the user registered.
+    pub created_at: DateTime<Utc>,
+}
+
+/// A user and what proves to be that user.
+#[derive(Clone, Debug)]
+pub struct Credentials {
+    /// The user.
+    pub user: User,
+    /// bcrypt, with its cost and salt.
+    pub password_hash: String,
+}
+
+/// The table `users`.
+#[derive(Clone, Debug)]
+pub struct Users {
+    database: Database,
+}
+
+impl Users {
+    /// The users in `database`.
+    pub fn new(database: Database) -> Self {
+        Self { database }
+    }
+
+    /// Adds a user; `false` when the address is taken.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn add(&self, user: &User, password_hash: &str) -> Result<bool, StoreError> {
+        let (user, password_hash) = (user.clone(), password_hash.to_owned());
+        self.database
+            .run(async move |pool| {
+                let done = sqlx::query!(
+                    "INSERT INTO users (id, email, name, password_hash, role, created_at)
+                     VALUES ($1, $2, $3, $4, $5, $6)
+                     ON CONFLICT (email) DO NOTHING",
+                    user.id,
+                    user.email,
+                    user.name,
+                    password_hash,
+                    user.role,
+                    user.created_at,
+                )
+                .execute(&pool)
+                .await?;
+                Ok(done.rows_affected() == 1)
+            })
+            .await
+    }
+
+    /// The user with this id.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_id(&self, id: Uuid) -> Result<Option<User>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                Ok(sqlx::query_as!(
+                    User,
+                    "SELECT id, email, name, role, created_at FROM users WHERE id = $1",
+                    id
+                )
+                .fetch_optional(&pool)
+                .await?)
+            })
+            .await
+    }
+
+    /// The user with this normalised address, and the password's hash.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn by_email(&self, email: &str) -> Result<Option<Credentials>, StoreError> {
+        let email = email.to_owned();
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query!(
+                    "SELECT id, email, name, role, created_at, password_hash
+                     FROM users WHERE email = $1",
+                    email
+                )
+                .fetch_optional(&pool)
+                .await?;
+                Ok(row.map(|row| Credentials {
+                    user: User {
+                        id: row.id,
+                        email: row.email,
+                        name: row.name,
+                        role: row.role,
+                        created_at: row.created_at,
+                    },
+                    password_hash: row.password_hash,
+                }))
+            })
+            .await
+    }
+
+    /// Replaces the hash of a password, if it still is `old`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn rehash(&self, id: Uuid, old: &str, new: &str) -> Result<(), StoreError> {
+        let (old, new) = (old.to_owned(), new.to_owned());
+        self.database
+            .run(async move |pool| {
+                sqlx::query!(
+                    "UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2",
+                    id,
+                    old,
+                    new
+                )
+                .execute(&pool)
+                .await?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Whether somebody can operate sales.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn has_operator(&self) -> Result<bool, StoreError> {
+        self.database
+            .run(async |pool| {
+                Ok(sqlx::query_scalar!(
+                    r#"SELECT EXISTS (SELECT 1 FROM users WHERE role <> 'buyer') AS "exists!""#
+                )
+                .fetch_one(&pool)
+                .await?)
+            })
+            .await
+    }
+}

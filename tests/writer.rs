@@ -1,4 +1,9 @@
 //! The writer between a real Redis and a real PostgreSQL, and everything that may go wrong there.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod support;
 

@@ -65,7 +65,7 @@ impl Role {
 }
 
 /// An application that has started. Its tasks live as long as its [`Lifecycle`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct App {
     /// Where it answers; `None` without [`Role::Http`].
     pub http_addr: Option<SocketAddr>,
@@ -73,6 +73,10 @@ pub struct App {
     pub admin_addr: Option<SocketAddr>,
     /// Whether it wants traffic.
     pub readiness: Readiness,
+    /// Everything that sells; `None` without [`Role::Http`].
+    pub shop: Option<Arc<Shop>>,
+    /// The catalogue.
+    pub products: Products,
     /// A password that was generated for the configured operator: shown once, kept nowhere.
     pub generated_password: Option<SecretString>,
 }
@@ -123,10 +127,19 @@ pub async fn start(
         Ok(())
     });
 
-    let writers = if roles.contains(&Role::Writer) { writers(&stores).await? } else { Vec::new() };
-    let stored = writers.iter().map(|writer| (writer.partition(), writer.stored())).collect();
-    let statuses: Vec<_> =
-        writers.iter().map(|writer| (writer.partition(), writer.status())).collect();
+    let writers = if roles.contains(&Role::Writer) {
+        writers(&stores).await?
+    } else {
+        Vec::new()
+    };
+    let stored = writers
+        .iter()
+        .map(|writer| (writer.partition(), writer.stored()))
+        .collect();
+    let statuses: Vec<_> = writers
+        .iter()
+        .map(|writer| (writer.partition(), writer.status()))
+        .collect();
     for writer in writers {
         let (stop, hard) = (life.token(Stage::Writer), life.hard());
         life.spawn(Stage::Writer, "writer", async move {
@@ -144,13 +157,24 @@ pub async fn start(
     };
     let stop = life.token(Stage::Background);
     life.spawn(Stage::Background, "look", async move {
-        while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
+        while stop
+            .run_until_cancelled(tokio::time::sleep(LOOK))
+            .await
+            .is_some()
+        {
             look.once().await;
         }
         Ok(())
     });
 
-    let mut app = App { http_addr: None, admin_addr: None, readiness, generated_password: None };
+    let mut app = App {
+        http_addr: None,
+        admin_addr: None,
+        readiness,
+        shop: None,
+        products: Products::new(stores.database.clone()),
+        generated_password: None,
+    };
     if roles.contains(&Role::Http) {
         serve(config, &stores, stored, &metrics, life, &mut app).await?;
     } else {
@@ -164,8 +188,10 @@ async fn connect(
     endpoints: &Endpoints,
     metrics: &Metrics,
 ) -> anyhow::Result<Stores> {
-    let settings =
-        DatabaseSettings { connections_max: config.database_pool, ..DatabaseSettings::default() };
+    let settings = DatabaseSettings {
+        connections_max: config.database_pool,
+        ..DatabaseSettings::default()
+    };
     let database = Database::new(endpoints.database_url.expose_secret(), settings)
         .context("DATABASE_URL cannot be read")?;
     migrate(&database).await?;
@@ -183,7 +209,12 @@ async fn connect(
             .context("Redis does not answer at REDIS_URL: start it")?;
         engines.push(engine);
     }
-    Ok(Stores { database, engines: Engines::new(engines), positions, rounds })
+    Ok(Stores {
+        database,
+        engines: Engines::new(engines),
+        positions,
+        rounds,
+    })
 }
 
 /// Migrates, as soon as PostgreSQL is there.
@@ -226,9 +257,15 @@ async fn serve(
     life: &Lifecycle,
     app: &mut App,
 ) -> anyhow::Result<()> {
-    let secret = config.jwt_secret.as_ref().context("STOCKADE_JWT_SECRET is not set")?;
+    let secret = config
+        .jwt_secret
+        .as_ref()
+        .context("STOCKADE_JWT_SECRET is not set")?;
     let secret = secret.expose_secret().as_bytes();
-    let keys = [Secret { id: "1", bytes: secret }];
+    let keys = [Secret {
+        id: "1",
+        bytes: secret,
+    }];
     let tokens = Arc::new(TokenKeys::new(&keys, LIFETIME_MAX_SECONDS)?);
     // One core stays for everybody who is logged in already.
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);
@@ -275,16 +312,17 @@ async fn serve(
             .collect::<Result<_, _>>()
             .context("STOCKADE_CORS_ORIGINS")?,
         request_timeout: Duration::from_millis(config.request_timeout_ms),
-        access_log: access_log(config, metrics, life).await?,
+        access_log: access_log(config, metrics).await?,
     };
     let state = HttpState::new(http::Parts {
         tokens,
         accounts,
-        products: Products::new(database.clone()),
-        shop,
+        products: app.products.clone(),
+        shop: Arc::clone(&shop),
         metrics: Arc::clone(metrics),
         readiness: app.readiness.clone(),
     });
+    app.shop = Some(shop);
     let public = match config.admin_addr {
         Some(_) => Listener::Public,
         None => Listener::All,
@@ -301,8 +339,11 @@ async fn serve(
 /// Makes the configured operator, if there is none with that address. Gives the password that was
 /// generated for it, if none was configured.
 async fn operator(config: &Config, accounts: &Accounts) -> anyhow::Result<Option<SecretString>> {
-    let Some(address) = &config.operator_email else { return Ok(None) };
-    let email = Email::parse(address).context("STOCKADE_OPERATOR_EMAIL is not an e-mail address")?;
+    let Some(address) = &config.operator_email else {
+        return Ok(None);
+    };
+    let email =
+        Email::parse(address).context("STOCKADE_OPERATOR_EMAIL is not an e-mail address")?;
     if accounts.users.by_email(email.as_str()).await?.is_some() {
         return Ok(None);
     }
@@ -317,7 +358,10 @@ async fn operator(config: &Config, accounts: &Accounts) -> anyhow::Result<Option
         .context("STOCKADE_OPERATOR_PASSWORD is too weak")?;
     let password = password.expose_secret().to_owned();
     let name = "Operator".to_owned();
-    match accounts.register(email, name, password, auth::Role::Operator).await {
+    match accounts
+        .register(email, name, password, auth::Role::Operator)
+        .await
+    {
         Ok(_) => Ok(generated),
         // Another node was faster.
         Err(AccountError::EmailTaken) => Ok(None),
@@ -325,11 +369,7 @@ async fn operator(config: &Config, accounts: &Accounts) -> anyhow::Result<Option
     }
 }
 
-async fn access_log(
-    config: &Config,
-    metrics: &Metrics,
-    life: &Lifecycle,
-) -> anyhow::Result<AccessLog> {
+async fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<AccessLog> {
     let format = match config.access_log {
         config::AccessLog::Off => return Ok(AccessLog::off()),
         config::AccessLog::Combined => http::Format::Combined,
@@ -339,7 +379,11 @@ async fn access_log(
     // It ends with the last router that writes to it.
     match &config.access_log_file {
         Some(path) => {
-            let file = tokio::fs::OpenOptions::new().create(true).append(true).open(path).await;
+            let file = tokio::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .await;
             let file = file.with_context(|| format!("cannot open {}", path.display()))?;
             tokio::spawn(writer.run(file));
         }
@@ -347,7 +391,6 @@ async fn access_log(
             tokio::spawn(writer.run(tokio::io::stdout()));
         }
     }
-    let _ = life;
     Ok(log)
 }
 
@@ -357,8 +400,9 @@ async fn listen(
     name: &'static str,
     life: &Lifecycle,
 ) -> anyhow::Result<SocketAddr> {
-    let listener =
-        TcpListener::bind(addr).await.with_context(|| format!("cannot listen on {addr}"))?;
+    let listener = TcpListener::bind(addr)
+        .await
+        .with_context(|| format!("cannot listen on {addr}"))?;
     let addr = listener.local_addr()?;
     let listener = listener.tap_io(|stream| {
         // Answers are small: they should not wait for more. A closed socket says so by itself.
@@ -368,7 +412,10 @@ async fn listen(
     let service = router.into_make_service_with_connect_info::<SocketAddr>();
     life.spawn(Stage::Requests, name, async move {
         let stopping = async move { stop.cancelled().await };
-        Ok(axum::serve(listener, service).with_graceful_shutdown(stopping).into_future().await?)
+        Ok(axum::serve(listener, service)
+            .with_graceful_shutdown(stopping)
+            .into_future()
+            .await?)
     });
     Ok(addr)
 }
@@ -379,7 +426,10 @@ struct Look {
     database: Database,
     metrics: Arc<Metrics>,
     readiness: Readiness,
-    statuses: Vec<(Partition, tokio::sync::watch::Receiver<crate::writer::WriterStatus>)>,
+    statuses: Vec<(
+        Partition,
+        tokio::sync::watch::Receiver<crate::writer::WriterStatus>,
+    )>,
 }
 
 impl Look {
@@ -392,14 +442,19 @@ impl Look {
         let mut fenced = Vec::new();
         let mut redis_ms = None;
         for engine in self.engines.all() {
-            let labels = PartitionLabels { partition: engine.partition().0 };
+            let labels = PartitionLabels {
+                partition: engine.partition().0,
+            };
             let is_fenced = matches!(&*engine.fence().borrow(), Fence::Fenced(_));
             if is_fenced {
                 fenced.push(engine.partition().to_string());
             }
             redis_ms = redis_ms.or(engine.redis_ms());
             let engine_metrics = &self.metrics.engine;
-            engine_metrics.fenced.get_or_create(&labels).set(is_fenced.into());
+            engine_metrics
+                .fenced
+                .get_or_create(&labels)
+                .set(is_fenced.into());
             let waiting = i64::try_from(engine.waiting()).unwrap_or(i64::MAX);
             engine_metrics.waiting.get_or_create(&labels).set(waiting);
         }
@@ -411,17 +466,31 @@ impl Look {
         }
         for (partition, status) in &self.statuses {
             let status = status.borrow();
-            let labels = PartitionLabels { partition: partition.0 };
+            let labels = PartitionLabels {
+                partition: partition.0,
+            };
             let writer = &self.metrics.writer;
             let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-            writer.lag_entries.get_or_create(&labels).set(count(status.lag_entries));
+            writer
+                .lag_entries
+                .get_or_create(&labels)
+                .set(count(status.lag_entries));
             let lag = redis_ms.map_or(0.0, |now_ms| status.lag_seconds(now_ms));
             writer.lag_seconds.get_or_create(&labels).set(lag);
-            writer.position.get_or_create(&labels).set(count(status.position.pseq));
+            writer
+                .position
+                .get_or_create(&labels)
+                .set(count(status.position.pseq));
             let halted = matches!(status.state, State::Halted(_));
             writer.halted.get_or_create(&labels).set(halted.into());
-            writer.orders.get_or_create(&labels).set(count(status.orders_total));
-            writer.dead_letters.get_or_create(&labels).set(count(status.letters_total));
+            writer
+                .orders
+                .get_or_create(&labels)
+                .set(count(status.orders_total));
+            writer
+                .dead_letters
+                .get_or_create(&labels)
+                .set(count(status.letters_total));
         }
     }
 }

@@ -154,17 +154,33 @@ impl EngineMetrics {
         let registry = registry.sub_registry_with_prefix("engine");
         registry.register("calls", "Calls of the purchase script", self.calls.clone());
         registry.register("call_items", "Purchases per call", self.call_items.clone());
-        registry.register("call_seconds", "Seconds from call to reply", self.call_seconds.clone());
+        registry.register(
+            "call_seconds",
+            "Seconds from call to reply",
+            self.call_seconds.clone(),
+        );
         registry.register("accepted", "Purchases accepted", self.accepted.clone());
         registry.register("replayed", "Purchases replayed", self.replayed.clone());
-        registry.register("refused", "Purchases refused by the script", self.refused.clone());
+        registry.register(
+            "refused",
+            "Purchases refused by the script",
+            self.refused.clone(),
+        );
         registry.register(
             "refused_from_memory",
             "Purchases refused from memory",
             self.refused_from_memory.clone(),
         );
-        registry.register("unknown", "Purchases of unknown outcome", self.unknown.clone());
-        registry.register("waiting", "Purchases that wait for a call", self.waiting.clone());
+        registry.register(
+            "unknown",
+            "Purchases of unknown outcome",
+            self.unknown.clone(),
+        );
+        registry.register(
+            "waiting",
+            "Purchases that wait for a call",
+            self.waiting.clone(),
+        );
         registry.register(
             "fenced",
             "1 while nothing is sold because Redis may have lost something",
@@ -186,10 +202,26 @@ impl WriterMetrics {
             "Age of the oldest journal entry that is not stored",
             self.lag_seconds.clone(),
         );
-        registry.register("position", "Number of the last stored entry", self.position.clone());
-        registry.register("halted", "1 while the writer cannot go on", self.halted.clone());
-        registry.register("orders", "Orders stored since the start", self.orders.clone());
-        registry.register("dead_letters", "Dead letters since the start", self.dead_letters.clone());
+        registry.register(
+            "position",
+            "Number of the last stored entry",
+            self.position.clone(),
+        );
+        registry.register(
+            "halted",
+            "1 while the writer cannot go on",
+            self.halted.clone(),
+        );
+        registry.register(
+            "orders",
+            "Orders stored since the start",
+            self.orders.clone(),
+        );
+        registry.register(
+            "dead_letters",
+            "Dead letters since the start",
+            self.dead_letters.clone(),
+        );
     }
 }
 

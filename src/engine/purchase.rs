@@ -99,7 +99,9 @@ impl Lane for PurchaseLane {
             .connection
             .call(&scripts.purchase, names, arguments)
             .await;
-        metrics.call_seconds.observe(sent_at.elapsed().as_secs_f64());
+        metrics
+            .call_seconds
+            .observe(sent_at.elapsed().as_secs_f64());
         let mut reply = Reply::new("purchase", reply?);
 
         let head = view.admit(epoch, &mut reply)?;

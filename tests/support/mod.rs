@@ -1,77 +1,55 @@
-//! What the tests share: real services, started for them.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+//! What the tests share: real services and a whole application, each test its own.
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "each test binary uses its own part, and says what went wrong by panicking"
+)]
 
-use std::process::{Child, Command, Stdio};
+pub(crate) mod app;
 
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
+    clock,
     domain::id::{Epoch, Partition},
+    embedded::{PostgresOptions, PostgresServer, RedisOptions, RedisRole, RedisServer},
     engine::{Engine, EngineOptions, RedisUrl},
     metrics::EngineMetrics,
+    store::{Database, DatabaseSettings},
 };
 use tempfile::TempDir;
+use tokio::sync::{Mutex, OnceCell};
 
-/// A Redis of one's own.
+/// A Redis of one's own, as durable as in production.
 pub(crate) struct Redis {
-    pub(crate) url: String,
-    child: Child,
+    pub(crate) server: RedisServer,
     _dir: TempDir,
 }
 
 impl Redis {
     pub(crate) async fn start() -> Self {
         let dir = TempDir::new().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let child = Command::new("redis-server")
-            .args([
-                "--port",
-                &port.to_string(),
-                "--bind",
-                "127.0.0.1",
-                "--appendonly",
-                "yes",
-            ])
-            .args([
-                "--appendfsync",
-                "always",
-                "--save",
-                "",
-                "--maxmemory-policy",
-                "noeviction",
-            ])
-            .arg("--dir")
-            .arg(dir.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        while tokio::net::TcpStream::connect(("127.0.0.1", port))
-            .await
-            .is_err()
-        {
-            tokio::task::yield_now().await;
-        }
-        Self {
-            url: format!("redis://127.0.0.1:{port}"),
-            child,
-            _dir: dir,
-        }
+        let mut options = RedisOptions::new(dir.path().join("redis"), RedisRole::Journal);
+        options.throwaway = true;
+        options
+            .settings
+            .push(("appendfsync".to_owned(), "always".to_owned()));
+        let server = RedisServer::start(options).await.unwrap();
+        Self { server, _dir: dir }
     }
-}
 
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    pub(crate) fn url(&self) -> RedisUrl {
+        RedisUrl(self.server.url().clone())
     }
 }
 
 /// An engine on a fresh partition, in its first epoch.
 pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
     let options = EngineOptions {
-        url: RedisUrl(redis.url.clone().into()),
+        url: redis.url(),
         queue_capacity: 16_384,
     };
     let engine = Engine::connect(&options, partition, EngineMetrics::default())
@@ -80,4 +58,61 @@ pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
     let inspection = engine.inspect().await.unwrap();
     engine.install(Epoch(1), &inspection).await.unwrap();
     engine
+}
+
+/// A directory that PostgreSQL may enter: it runs as another user when we are root.
+pub(crate) fn open_dir() -> TempDir {
+    let open = fs::Permissions::from_mode(0o711);
+    tempfile::Builder::new()
+        .permissions(open)
+        .tempdir()
+        .unwrap()
+}
+
+/// The PostgreSQL of this test binary, with a migrated database to copy.
+struct Cluster {
+    server: PostgresServer,
+    /// Only one copy at a time: the original must have no connections.
+    copying: Mutex<()>,
+    _dir: TempDir,
+}
+
+static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
+
+/// A migrated database of one's own, in a cluster that the tests of this binary share.
+pub(crate) async fn database() -> SecretString {
+    let cluster = CLUSTER
+        .get_or_init(|| async {
+            let dir = open_dir();
+            let options = PostgresOptions {
+                throwaway: true,
+                settings: vec![("max_connections".to_owned(), "400".to_owned())],
+                ..PostgresOptions::new(dir.path().join("postgres"))
+            };
+            let server = PostgresServer::start(options).await.unwrap();
+            let url = server.url().expose_secret();
+            let database = Database::new(url, DatabaseSettings::default()).unwrap();
+            database.migrate().await.unwrap();
+            database.close().await;
+            Cluster {
+                server,
+                copying: Mutex::default(),
+                _dir: dir,
+            }
+        })
+        .await;
+    let url = cluster.server.url().expose_secret();
+    let (base, original) = url.rsplit_once('/').unwrap();
+    let name = format!("test_{}", clock::new_id().simple());
+    let copying = cluster.copying.lock().await;
+    let mut sql = PgConnection::connect(&format!("{base}/postgres"))
+        .await
+        .unwrap();
+    let copy = format!("CREATE DATABASE {name} TEMPLATE {original}");
+    sqlx::query(AssertSqlSafe(copy))
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    drop(copying);
+    format!("{base}/{name}").into()
 }

@@ -1,10 +1,4 @@
 //! What the tests share: real services and a whole application, each test its own.
-#![allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "each test binary uses its own part, and says what went wrong by panicking"
-)]
 
 pub(crate) mod app;
 

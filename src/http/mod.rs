@@ -11,11 +11,14 @@ mod check;
 mod docs;
 mod edge;
 mod idempotency;
+mod leaderboard;
+mod orders;
 mod page;
 mod probes;
 pub mod problem;
 mod products;
 mod routes;
+mod sales;
 mod version;
 
 use std::{sync::Arc, time::Duration};
@@ -113,7 +116,14 @@ pub struct HttpSettings {
 
 /// Every resource; a new one is a file and a line here.
 fn resources() -> Vec<routes::Routes> {
-    vec![accounts::routes(), products::routes(), probes::routes()]
+    vec![
+        accounts::routes(),
+        products::routes(),
+        sales::routes(),
+        orders::routes(),
+        leaderboard::routes(),
+        probes::routes(),
+    ]
 }
 
 /// Everything that `listener` serves.

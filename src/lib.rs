@@ -5,6 +5,7 @@
 //! `config` `metrics` `clock` → `domain`.
 #![warn(missing_docs)]
 
+pub mod app;
 pub mod auth;
 pub mod clock;
 pub mod config;
@@ -14,6 +15,8 @@ pub mod engine;
 pub mod http;
 pub mod lifecycle;
 pub mod metrics;
+pub mod ops;
 pub mod readiness;
+pub mod sales;
 pub mod store;
 pub mod writer;

@@ -21,6 +21,8 @@ pub struct Metrics {
     pub http: HttpMetrics,
     /// Of the hashing of passwords.
     pub passwords: PasswordMetrics,
+    /// Of the auditor.
+    pub audit: AuditMetrics,
 }
 
 /// Requests by route and status.
@@ -74,6 +76,31 @@ pub struct PasswordMetrics {
     pub refused: Counter,
 }
 
+/// What the auditor found.
+#[derive(Clone, Debug, Default)]
+pub struct AuditMetrics {
+    /// Rounds of which a check fails at present.
+    pub failing: Family<CheckLabels, Gauge>,
+    /// Looks at a round, by what came of them.
+    pub looks: Family<VerdictLabels, Counter>,
+    /// Rounds that could not be looked at, because a store was away or fenced.
+    pub errors: Counter,
+}
+
+/// A kind of check.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CheckLabels {
+    /// The check's name.
+    pub check: &'static str,
+}
+
+/// A kind of verdict.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct VerdictLabels {
+    /// `pass`, `pending` or `fail`.
+    pub verdict: &'static str,
+}
+
 impl Metrics {
     /// All metrics, at zero.
     pub fn new() -> Self {
@@ -109,10 +136,27 @@ impl Metrics {
             "Passwords refused because the queue was full",
             passwords.refused.clone(),
         );
+        let audit = AuditMetrics::default();
+        registry.register(
+            "audit_failing_rounds",
+            "Rounds of which a check fails at present",
+            audit.failing.clone(),
+        );
+        registry.register(
+            "audit_looks",
+            "Looks at a round, by what came of them",
+            audit.looks.clone(),
+        );
+        registry.register(
+            "audit_errors",
+            "Rounds that could not be looked at, because a store was away or fenced",
+            audit.errors.clone(),
+        );
         Self {
             registry,
             http,
             passwords,
+            audit,
         }
     }
 

@@ -39,6 +39,7 @@ use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
     readiness::Readiness,
+    sales::Shop,
     store::products::Products,
 };
 use edge::{Edge, EdgeLayer};
@@ -55,6 +56,8 @@ pub struct Parts {
     pub accounts: Accounts,
     /// The catalogue.
     pub products: Products,
+    /// Everything that sells.
+    pub shop: Arc<Shop>,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -82,6 +85,7 @@ parts! {
     tokens: Arc<TokenKeys>,
     accounts: Accounts,
     products: Products,
+    shop: Arc<Shop>,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }

@@ -74,7 +74,11 @@ impl Recovery {
         let mut fence = engine.fence();
         let mut told = None;
         loop {
-            if fence.wait_for(|fence| matches!(fence, Fence::Fenced(_))).await.is_err() {
+            if fence
+                .wait_for(|fence| matches!(fence, Fence::Fenced(_)))
+                .await
+                .is_err()
+            {
                 return;
             }
             match self.verify(engine).await {
@@ -114,7 +118,11 @@ impl Recovery {
     pub async fn verify(&self, engine: &Engine) -> Result<Verified, StaysFenced> {
         let passing = |error: &dyn std::fmt::Display| StaysFenced::Passing(error.to_string());
         let partition = engine.partition();
-        let position = self.positions.of(partition).await.map_err(|error| passing(&error))?;
+        let position = self
+            .positions
+            .of(partition)
+            .await
+            .map_err(|error| passing(&error))?;
         let inspection = engine.inspect().await.map_err(|error| passing(&error))?;
         let estimate_ms = engine.redis_ms();
         if let Some(ahead_ms) = estimate_ms.map(|estimate| inspection.now_ms - estimate)
@@ -125,16 +133,20 @@ impl Recovery {
                 "the clock of Redis jumped by {ahead_ms} ms; if it is right now, restart this node"
             )));
         }
-        let provisioned =
-            self.rounds.provisioned(partition).await.map_err(|error| passing(&error))?;
-        matches(&inspection, &position, engine.floor(), &provisioned)
-            .map_err(StaysFenced::Lost)?;
+        let provisioned = self
+            .rounds
+            .provisioned(partition)
+            .await
+            .map_err(|error| passing(&error))?;
+        matches(&inspection, &position, engine.floor(), &provisioned).map_err(StaysFenced::Lost)?;
         if inspection.same_incarnation && inspection.epoch == Some(position.epoch) {
             engine.adopt(position.epoch, &inspection);
             return Ok(Verified::Adopted);
         }
-        let incomplete =
-            engine.incomplete(&inspection, &provisioned).await.map_err(|error| passing(&error))?;
+        let incomplete = engine
+            .incomplete(&inspection, &provisioned)
+            .await
+            .map_err(|error| passing(&error))?;
         if let Some(first) = incomplete.first() {
             return Err(StaysFenced::Lost(format!(
                 "{} of {} rounds are missing or not whole in Redis, the first is {first}",
@@ -142,8 +154,11 @@ impl Recovery {
                 provisioned.len()
             )));
         }
-        let raised =
-            self.positions.raise_epoch(partition).await.map_err(|error| passing(&error))?;
+        let raised = self
+            .positions
+            .raise_epoch(partition)
+            .await
+            .map_err(|error| passing(&error))?;
         let entry = engine
             .install(raised.epoch, &inspection)
             .await
@@ -193,7 +208,11 @@ fn matches(
             redis.pseq, floor, stored.pseq
         ));
     }
-    let journal = (redis.journal_length, redis.journal_first, redis.journal_last);
+    let journal = (
+        redis.journal_length,
+        redis.journal_first,
+        redis.journal_last,
+    );
     let whole = match journal {
         (Some(0), None, None) => redis.pseq == stored.pseq,
         (Some(length), Some(first), Some(last)) => {

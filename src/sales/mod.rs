@@ -16,7 +16,7 @@ use crate::{
         order::{Order, Purchase},
         round::Intent,
     },
-    engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
+    engine::{Answer, Engine, EngineError, Engines, Fence, LeaderboardPage, Standing},
     store::{
         StoreError,
         directory::Directory,
@@ -109,13 +109,28 @@ pub struct Shop {
 
 impl Shop {
     fn engine(&self, partition: Partition) -> Result<&Engine, SaleError> {
-        self.engines.of(partition).ok_or(SaleError::Engine(EngineError::Disconnected))
+        self.engines
+            .of(partition)
+            .ok_or(SaleError::Engine(EngineError::Disconnected))
+    }
+
+    /// Returns once the partition may sell.
+    pub async fn verified(&self, partition: Partition) {
+        if let Some(engine) = self.engines.of(partition) {
+            let mut fence = engine.fence();
+            // It ends only with the engine, which we hold.
+            let _ = fence
+                .wait_for(|fence| matches!(fence, Fence::Open(_)))
+                .await;
+        }
     }
 
     /// The sale, if Redis has its round.
     async fn facts(&self, id: SaleId) -> Result<Arc<SaleFacts>, SaleError> {
         let facts = self.directory.by_id(id).await?;
-        facts.filter(|facts| facts.provisioned).ok_or(SaleError::NotFound)
+        facts
+            .filter(|facts| facts.provisioned)
+            .ok_or(SaleError::NotFound)
     }
 
     /// Makes a sale and provisions its first round. Doing it again with the same id is safe.
@@ -150,7 +165,10 @@ impl Shop {
     }
 
     async fn stand(&self, facts: Arc<SaleFacts>) -> Result<SaleView, SaleError> {
-        let standing = self.engine(facts.partition)?.snapshot(facts.round_id()).await?;
+        let standing = self
+            .engine(facts.partition)?
+            .snapshot(facts.round_id())
+            .await?;
         Ok(SaleView { facts, standing })
     }
 
@@ -172,7 +190,10 @@ impl Shop {
     ) -> Result<HashMap<ProductId, SaleView>, SaleError> {
         let sales = self.sales.open_of(products, clock::now()).await?;
         let views = self.stand_all(sales).await?;
-        Ok(views.into_iter().map(|view| (view.facts.product, view)).collect())
+        Ok(views
+            .into_iter()
+            .map(|view| (view.facts.product, view))
+            .collect())
     }
 
     /// Snapshots that are asked for together travel together.
@@ -208,12 +229,12 @@ impl Shop {
     ///
     /// # Errors
     /// [`SaleError`]. Somebody else's order is not found.
-    pub async fn order(
-        &self,
-        id: OrderId,
-        buyer: Option<BuyerId>,
-    ) -> Result<OrderView, SaleError> {
-        let sale = self.directory.by_number(id.sale()).await?.ok_or(SaleError::NotFound)?;
+    pub async fn order(&self, id: OrderId, buyer: Option<BuyerId>) -> Result<OrderView, SaleError> {
+        let sale = self
+            .directory
+            .by_number(id.sale())
+            .await?
+            .ok_or(SaleError::NotFound)?;
         // Redis first: PostgreSQL may not have it yet.
         let order = match self.engine(sale.partition)?.order(id).await? {
             Some(order) => Some(order),
@@ -222,7 +243,11 @@ impl Shop {
         let order = order.filter(|order| buyer.is_none_or(|buyer| order.buyer == buyer));
         let order = order.ok_or(SaleError::NotFound)?;
         let stored = self.stored(sale.partition, &order).await;
-        Ok(OrderView { order, sale, stored })
+        Ok(OrderView {
+            order,
+            sale,
+            stored,
+        })
     }
 
     /// Whether PostgreSQL has the order. What cannot be found out counts as no.
@@ -230,7 +255,12 @@ impl Shop {
         let known = self.stored.get(&partition).map(StoredPosition::get);
         let position = match known {
             Some(position) if position.pseq >= order.pseq => return true,
-            _ => self.positions.of(partition).await.ok().map(|position| position.stored),
+            _ => self
+                .positions
+                .of(partition)
+                .await
+                .ok()
+                .map(|position| position.stored),
         };
         position.is_some_and(|position| position.pseq >= order.pseq)
     }
@@ -313,8 +343,9 @@ impl Shop {
         let fingerprint = Fingerprint::of(&[b"restock", &units.to_be_bytes()]);
         let engine = self.engine(facts.partition)?;
         let round = facts.round_id();
-        let (restocked, standing) =
-            engine.restock(round, units, operation, fingerprint, actor).await?;
+        let (restocked, standing) = engine
+            .restock(round, units, operation, fingerprint, actor)
+            .await?;
         match restocked {
             Restocked::Done => Ok((SaleView { facts, standing }, false)),
             Restocked::Replayed => Ok((SaleView { facts, standing }, true)),
@@ -340,8 +371,14 @@ impl Shop {
         if !(1..=facts.round).contains(&round) {
             return Err(SaleError::NotFound);
         }
-        let round = RoundId { round, ..facts.round_id() };
-        let page = self.engine(facts.partition)?.leaderboard(round, after_seq, limit).await?;
+        let round = RoundId {
+            round,
+            ..facts.round_id()
+        };
+        let page = self
+            .engine(facts.partition)?
+            .leaderboard(round, after_seq, limit)
+            .await?;
         Ok((page, facts))
     }
 }

@@ -36,18 +36,26 @@ pub(super) async fn provision(
         }
         Provisioned::Conflict => {
             tracing::error!(%round, "Redis has this round with other rules; it is not sold");
-            Err(SaleError::Engine(EngineError::Damaged("other rules in Redis".to_owned())))
+            Err(SaleError::Engine(EngineError::Damaged(
+                "other rules in Redis".to_owned(),
+            )))
         }
     }
 }
 
 /// Brings into Redis what an interrupted request or a crash left behind, until `stop`.
 pub async fn provision_rounds(engines: Engines, rounds: Rounds, stop: CancellationToken) {
-    while stop.run_until_cancelled(tokio::time::sleep(PERIOD)).await.is_some() {
+    while stop
+        .run_until_cancelled(tokio::time::sleep(PERIOD))
+        .await
+        .is_some()
+    {
         let waiting = rounds.unprovisioned(ROUNDS_MAX).await.unwrap_or_default();
         // A request that is under way right now is not interrupted: doing it twice is safe.
         for waiting in waiting {
-            let Some(engine) = engines.of(waiting.partition) else { continue };
+            let Some(engine) = engines.of(waiting.partition) else {
+                continue;
+            };
             match provision(engine, &rounds, waiting.round, &waiting.terms).await {
                 Ok(()) => tracing::info!(round = %waiting.round, "round provisioned"),
                 Err(error) => {

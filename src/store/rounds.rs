@@ -76,7 +76,10 @@ impl Rounds {
                     sale: SaleNumber(sale.cast_unsigned()),
                     round: round.cast_unsigned(),
                 };
-                Ok(rows.into_iter().map(|row| id(row.sale, row.round)).collect())
+                Ok(rows
+                    .into_iter()
+                    .map(|row| id(row.sale, row.round))
+                    .collect())
             })
             .await
     }

@@ -5,6 +5,7 @@
 
 mod access_log;
 mod accounts;
+mod audit;
 mod body;
 mod caller;
 mod check;
@@ -38,6 +39,7 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
+    ops::auditor::Auditor,
     readiness::Readiness,
     sales::Shop,
     store::products::Products,
@@ -58,6 +60,8 @@ pub struct Parts {
     pub products: Products,
     /// Everything that sells.
     pub shop: Arc<Shop>,
+    /// Compares what Redis and PostgreSQL say of a sale.
+    pub auditor: Auditor,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -86,6 +90,7 @@ parts! {
     accounts: Accounts,
     products: Products,
     shop: Arc<Shop>,
+    auditor: Auditor,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -113,7 +118,12 @@ pub struct HttpSettings {
 
 /// Every resource; a new one is a file and a line here.
 fn resources() -> Vec<routes::Routes> {
-    vec![accounts::routes(), products::routes(), probes::routes()]
+    vec![
+        accounts::routes(),
+        products::routes(),
+        audit::routes(),
+        probes::routes(),
+    ]
 }
 
 /// Everything that `listener` serves.

@@ -37,7 +37,9 @@ use crate::{
         },
     },
     clock,
+    engine::Engines,
     metrics::Metrics,
+    ops::auditor::Auditor,
     readiness::Readiness,
     store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
 };
@@ -123,7 +125,8 @@ fn app(listener: Listener) -> Router {
     let state = HttpState::new(Parts {
         tokens,
         accounts,
-        products: Products::new(database),
+        products: Products::new(database.clone()),
+        auditor: Auditor::new(database, Engines::new(Vec::new())),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

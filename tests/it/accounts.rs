@@ -1,8 +1,4 @@
 //! Accounts and the catalogue over the real router and a real PostgreSQL.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test says what went wrong by panicking"
-)]
 
 use std::{fs, num::NonZeroUsize, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 

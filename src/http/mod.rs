@@ -5,6 +5,7 @@
 
 mod access_log;
 mod accounts;
+mod audit;
 mod body;
 mod caller;
 mod check;
@@ -41,6 +42,7 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
+    ops::auditor::Auditor,
     readiness::Readiness,
     sales::Shop,
     store::products::Products,
@@ -61,6 +63,8 @@ pub struct Parts {
     pub products: Products,
     /// Everything that sells.
     pub shop: Arc<Shop>,
+    /// Compares what Redis and PostgreSQL say of a sale.
+    pub auditor: Auditor,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -89,6 +93,7 @@ parts! {
     accounts: Accounts,
     products: Products,
     shop: Arc<Shop>,
+    auditor: Auditor,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -122,6 +127,7 @@ fn resources() -> Vec<routes::Routes> {
         sales::routes(),
         orders::routes(),
         leaderboard::routes(),
+        audit::routes(),
         probes::routes(),
     ]
 }

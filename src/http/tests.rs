@@ -39,6 +39,7 @@ use crate::{
     clock,
     engine::Engines,
     metrics::Metrics,
+    ops::auditor::Auditor,
     readiness::Readiness,
     sales::{Pseudonyms, Shop},
     store::{
@@ -135,10 +136,11 @@ fn app(listener: Listener) -> Router {
             sales: Sales::new(database.clone()),
             rounds: Rounds::new(database.clone()),
             orders: Orders::new(database.clone()),
-            positions: Positions::new(database),
+            positions: Positions::new(database.clone()),
             stored: HashMap::new(),
             pseudonyms: Pseudonyms::new(SECRET).unwrap(),
         }),
+        auditor: Auditor::new(database, Engines::new(Vec::new())),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

@@ -15,5 +15,6 @@ pub mod http;
 pub mod lifecycle;
 pub mod metrics;
 pub mod readiness;
+pub mod realtime;
 pub mod store;
 pub mod writer;

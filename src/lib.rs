@@ -14,7 +14,12 @@ pub mod engine;
 pub mod http;
 pub mod lifecycle;
 pub mod metrics;
+pub mod ops;
 pub mod readiness;
+<<<<<<< HEAD
 pub mod realtime;
+=======
+pub mod sales;
+>>>>>>> main
 pub mod store;
 pub mod writer;

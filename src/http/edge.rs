@@ -148,7 +148,7 @@ where
                     let message = panic_message(&*panic);
                     Problem::internal(format_args!("panic: {message}")).into_response()
                 }
-                Err(_) => timed_out(&method, edge.timeout).into_response(),
+                Err(_) => timed_out(edge.timeout).into_response(),
             };
 
             finish(&mut response, &method, &id, &route, &edge.metrics);
@@ -202,7 +202,10 @@ fn finish(
         (refused && kind.is_none_or(|kind| kind != MEDIA_TYPE))
             .then(|| problem::bare(response.status()))
     });
-    if let Some(problem) = problem {
+    if let Some(mut problem) = problem {
+        if method.is_safe() {
+            problem = problem.of_reading();
+        }
         let request_id = id.to_str().unwrap_or_default();
         report(&problem, request_id, route);
         metrics
@@ -268,14 +271,9 @@ fn declared_length(headers: &HeaderMap) -> usize {
     declared.and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
-fn timed_out(method: &Method, timeout: Duration) -> Problem {
+fn timed_out(timeout: Duration) -> Problem {
     let cause = format!("no answer after {} ms", timeout.as_millis());
-    if method.is_safe() {
-        Problem::unavailable("The answer took too long.").caused_by(cause)
-    } else {
-        let detail = "The answer took too long; the request may have been carried out.";
-        Problem::unknown(detail, Duration::from_secs(2)).caused_by(cause)
-    }
+    Problem::unknown("The answer took too long.", Duration::from_secs(2)).caused_by(cause)
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -430,7 +428,7 @@ mod tests {
         let slow = Router::new().route("/slow", any(std::future::pending::<()>));
         let app = edged_within(slow, Duration::from_millis(20));
         for (method, outcome, wait) in [
-            (Method::GET, "not_applied", "1"),
+            (Method::GET, "not_applied", "2"),
             (Method::POST, "unknown", "2"),
         ] {
             let answer = Answer::get(app.clone(), method, "/slow").await;

@@ -406,6 +406,13 @@ impl Problem {
         self
     }
 
+    /// As the answer to a request that only reads: it cannot have changed anything.
+    #[must_use]
+    pub(super) fn of_reading(mut self) -> Self {
+        self.0.outcome = Outcome::NotApplied;
+        self
+    }
+
     /// Its code.
     pub fn code(&self) -> Code {
         self.0.code

@@ -128,6 +128,10 @@ pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Opera
 /// Writes into the document who may use an operation, and every problem that it can answer.
 fn describe(paths: &mut Paths, access: Access, own: &[Code]) {
     for operation in paths.paths.values_mut().flat_map(operations) {
+        // Handlers have short names; in the document they stand beside those of other resources.
+        if let (Some(tags), Some(name)) = (&operation.tags, &operation.operation_id) {
+            operation.operation_id = Some(format!("{}_{name}", tags.join("_")));
+        }
         let mut codes = own.to_vec();
         codes.push(Code::Internal);
         codes.push(Code::Unavailable);

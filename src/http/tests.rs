@@ -229,6 +229,7 @@ async fn a_database_that_is_away_is_unavailable_and_says_nothing_about_the_insid
     ] {
         let answer = Answer::get(app(Listener::All), Method::GET, uri).await;
         answer.is_problem(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable);
+        assert_eq!(answer.body["outcome"], "not_applied");
         for inside in ["127.0.0.1", "pool", "sqlx", "nobody", "PostgreSQL"] {
             assert!(!answer.text.contains(inside), "{}", answer.text);
         }

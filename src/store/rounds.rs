@@ -56,6 +56,34 @@ impl Rounds {
             .await
     }
 
+    /// Rounds of a partition that Redis must have.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn provisioned(&self, partition: Partition) -> Result<Vec<RoundId>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let rows = sqlx::query!(
+                    "SELECT rounds.sale, rounds.round
+                     FROM rounds JOIN sales ON sales.number = rounds.sale
+                     WHERE sales.partition = $1 AND provisioned_at IS NOT NULL
+                     ORDER BY rounds.sale, rounds.round",
+                    partition.0.cast_signed()
+                )
+                .fetch_all(&pool)
+                .await?;
+                let id = |sale: i32, round: i32| RoundId {
+                    sale: SaleNumber(sale.cast_unsigned()),
+                    round: round.cast_unsigned(),
+                };
+                Ok(rows
+                    .into_iter()
+                    .map(|row| id(row.sale, row.round))
+                    .collect())
+            })
+            .await
+    }
+
     /// Rounds that Redis has not confirmed, oldest first, at most `limit`.
     ///
     /// # Errors

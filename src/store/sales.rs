@@ -341,7 +341,8 @@ impl Sales {
             .run(async move |pool| {
                 // The same order of questions as in domain::round::state.
                 select!(
-                    "WHERE ($1::text IS NULL OR $1 =
+                    "WHERE provisioned_at IS NOT NULL
+                       AND ($1::text IS NULL OR $1 =
                             CASE WHEN rounds.intent = 'closed' OR rounds.closes_at <= $2 THEN 'closed'
                                  WHEN rounds.opens_at > $2 THEN 'scheduled'
                                  WHEN rounds.intent = 'paused' THEN 'paused'
@@ -389,6 +390,42 @@ impl Sales {
                 .await?
                 .into_iter()
                 .map(|row| Sale::try_from(row).map(|sale| sale.facts))
+                .collect()
+            })
+            .await
+    }
+
+    /// The sales of these products that are open at `now`, the newest of each product.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn open_of(
+        &self,
+        products: Vec<ProductId>,
+        now: DateTime<Utc>,
+    ) -> Result<Vec<Sale>, StoreError> {
+        let products: Vec<Uuid> = products.into_iter().map(|id| id.0).collect();
+        self.database
+            .run(async move |pool| {
+                select!(
+                    "WHERE sales.number IN (
+                         SELECT max(open.number)
+                         FROM sales AS open
+                         JOIN rounds AS running
+                           ON running.sale = open.number AND running.round = open.round
+                         WHERE open.product_id = ANY ($1)
+                           AND running.provisioned_at IS NOT NULL
+                           AND running.intent <> 'closed'
+                           AND running.opens_at <= $2
+                           AND (running.closes_at IS NULL OR running.closes_at > $2)
+                         GROUP BY open.product_id)",
+                    &products,
+                    now
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(Sale::try_from)
                 .collect()
             })
             .await

@@ -1,0 +1,3 @@
+//! What keeps a node honest: recovery.
+
+pub mod recovery;

@@ -1,0 +1,373 @@
+//! What can be done with sales and their orders: the store and the engine together.
+
+mod provisioning;
+mod pseudonym;
+
+use std::{collections::HashMap, sync::Arc};
+
+use uuid::Uuid;
+
+pub use self::{provisioning::provision_rounds, pseudonym::Pseudonyms};
+use crate::{
+    clock,
+    domain::{
+        id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
+        model::{Cancelled, Controlled, Restocked},
+        order::{Order, Purchase},
+        round::Intent,
+    },
+    engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
+    store::{
+        StoreError,
+        directory::Directory,
+        journal::Positions,
+        orders::{self, Orders},
+        rounds::Rounds,
+        sales::{self, Inserted, NewSale, SaleFacts, Sales},
+    },
+    writer::StoredPosition,
+};
+
+/// Why something could not be done with a sale.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum SaleError {
+    /// There is no such sale, order or product, or it is not the caller's.
+    #[error("there is nothing with this id")]
+    NotFound,
+    /// The key has been used for another request.
+    #[error("the key belongs to another request")]
+    Mismatch,
+    /// The product does not exist.
+    #[error("there is no such product")]
+    NoProduct,
+    /// The state of things does not allow it.
+    #[error("{0}")]
+    Conflict(&'static str),
+    /// The allocation would leave its bounds.
+    #[error("the allocation would leave its bounds")]
+    TooMany,
+    /// The engine did not answer.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// PostgreSQL did not answer.
+    #[error(transparent)]
+    Store(Arc<StoreError>),
+}
+
+impl From<StoreError> for SaleError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Arc::new(error))
+    }
+}
+
+impl From<Arc<StoreError>> for SaleError {
+    fn from(error: Arc<StoreError>) -> Self {
+        Self::Store(error)
+    }
+}
+
+/// A sale as it stands.
+#[derive(Clone, Debug)]
+pub struct SaleView {
+    /// What does not change while a round runs.
+    pub facts: Arc<SaleFacts>,
+    /// Where the units of its current round are.
+    pub standing: Standing,
+}
+
+/// An order as it stands.
+#[derive(Clone, Debug)]
+pub struct OrderView {
+    /// The order.
+    pub order: Order,
+    /// Its sale.
+    pub sale: Arc<SaleFacts>,
+    /// Whether PostgreSQL has it.
+    pub stored: bool,
+}
+
+/// Everything that sells.
+#[derive(Clone, Debug)]
+pub struct Shop {
+    /// The engines of all partitions.
+    pub engines: Engines,
+    /// Sales in memory.
+    pub directory: Directory,
+    /// Sales in PostgreSQL.
+    pub sales: Sales,
+    /// Rounds in PostgreSQL.
+    pub rounds: Rounds,
+    /// Orders in PostgreSQL.
+    pub orders: Orders,
+    /// Up to where PostgreSQL has each journal.
+    pub positions: Positions,
+    /// The same, as this process' own writers know it without asking.
+    pub stored: HashMap<Partition, StoredPosition>,
+    /// What buyers are called on a leaderboard.
+    pub pseudonyms: Pseudonyms,
+}
+
+impl Shop {
+    fn engine(&self, partition: Partition) -> Result<&Engine, SaleError> {
+        self.engines
+            .of(partition)
+            .ok_or(SaleError::Engine(EngineError::Disconnected))
+    }
+
+    /// The sale, if Redis has its round.
+    async fn facts(&self, id: SaleId) -> Result<Arc<SaleFacts>, SaleError> {
+        let facts = self.directory.by_id(id).await?;
+        facts
+            .filter(|facts| facts.provisioned)
+            .ok_or(SaleError::NotFound)
+    }
+
+    /// Makes a sale and provisions its first round. Doing it again with the same id is safe.
+    ///
+    /// Gives the sale and whether an earlier attempt made it.
+    ///
+    /// # Errors
+    /// [`SaleError`]. After an error of the engine the sale exists, and is provisioned as soon as
+    /// Redis answers; it is not shown before.
+    pub async fn create(&self, sale: NewSale) -> Result<(SaleView, bool), SaleError> {
+        let (sale, replayed) = match self.sales.insert(sale).await? {
+            Inserted::New(sale) => (sale, false),
+            Inserted::Replayed(sale) => (sale, true),
+            Inserted::Mismatch => return Err(SaleError::Mismatch),
+            Inserted::NoProduct => return Err(SaleError::NoProduct),
+        };
+        let facts = sale.facts;
+        if !facts.provisioned {
+            let engine = self.engine(facts.partition)?;
+            provisioning::provision(engine, &self.rounds, facts.round_id(), &facts.terms).await?;
+            self.directory.invalidate(facts.id);
+        }
+        Ok((self.view(facts.id).await?, replayed))
+    }
+
+    /// The sale as it stands, never older than this call.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn view(&self, id: SaleId) -> Result<SaleView, SaleError> {
+        self.stand(self.facts(id).await?).await
+    }
+
+    async fn stand(&self, facts: Arc<SaleFacts>) -> Result<SaleView, SaleError> {
+        let standing = self
+            .engine(facts.partition)?
+            .snapshot(facts.round_id())
+            .await?;
+        Ok(SaleView { facts, standing })
+    }
+
+    /// A page of sales, newest first, each as it stands.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn list(&self, filter: sales::Filter) -> Result<Vec<SaleView>, SaleError> {
+        self.stand_all(self.sales.list(filter).await?).await
+    }
+
+    /// The open sale of each of these products that has one.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn open_sales(
+        &self,
+        products: Vec<ProductId>,
+    ) -> Result<HashMap<ProductId, SaleView>, SaleError> {
+        let sales = self.sales.open_of(products, clock::now()).await?;
+        let views = self.stand_all(sales).await?;
+        Ok(views
+            .into_iter()
+            .map(|view| (view.facts.product, view))
+            .collect())
+    }
+
+    /// Snapshots that are asked for together travel together.
+    async fn stand_all(&self, sales: Vec<sales::Sale>) -> Result<Vec<SaleView>, SaleError> {
+        let views = sales.into_iter().map(|sale| self.stand(sale.facts));
+        futures::future::try_join_all(views).await
+    }
+
+    /// Decides on a purchase.
+    ///
+    /// # Errors
+    /// [`SaleError`]; [`EngineError::may_have_run`] says whether there may be an order.
+    pub async fn purchase(
+        &self,
+        id: SaleId,
+        buyer: BuyerId,
+        key: &str,
+        quantity: u64,
+    ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
+        let facts = self.facts(id).await?;
+        let purchase = Purchase {
+            round: facts.round_id(),
+            order: OrderId::derive(facts.number, buyer, key),
+            buyer,
+            quantity,
+            fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
+        };
+        let answer = self.engine(facts.partition)?.purchase(purchase).await?;
+        Ok((answer, facts))
+    }
+
+    /// The order with this id, if it is `buyer`'s; `None` may see every order.
+    ///
+    /// # Errors
+    /// [`SaleError`]. Somebody else's order is not found.
+    pub async fn order(&self, id: OrderId, buyer: Option<BuyerId>) -> Result<OrderView, SaleError> {
+        let sale = self
+            .directory
+            .by_number(id.sale())
+            .await?
+            .ok_or(SaleError::NotFound)?;
+        // Redis first: PostgreSQL may not have it yet.
+        let order = match self.engine(sale.partition)?.order(id).await? {
+            Some(order) => Some(order),
+            None => self.orders.by_id(id).await?,
+        };
+        let order = order.filter(|order| buyer.is_none_or(|buyer| order.buyer == buyer));
+        let order = order.ok_or(SaleError::NotFound)?;
+        let stored = self.stored(sale.partition, &order).await;
+        Ok(OrderView {
+            order,
+            sale,
+            stored,
+        })
+    }
+
+    /// Whether PostgreSQL has the order. What cannot be found out counts as no.
+    async fn stored(&self, partition: Partition, order: &Order) -> bool {
+        let known = self.stored.get(&partition).map(StoredPosition::get);
+        let position = match known {
+            Some(position) if position.pseq >= order.pseq => return true,
+            _ => self
+                .positions
+                .of(partition)
+                .await
+                .ok()
+                .map(|position| position.stored),
+        };
+        position.is_some_and(|position| position.pseq >= order.pseq)
+    }
+
+    /// A page of stored orders, each with its sale.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn stored_orders(
+        &self,
+        sale: Option<SaleId>,
+        filter: orders::Filter,
+    ) -> Result<Vec<(Order, Arc<SaleFacts>)>, SaleError> {
+        let sale = match sale {
+            Some(id) => Some(self.facts(id).await?.number),
+            None => None,
+        };
+        let orders = self.orders.list(orders::Filter { sale, ..filter }).await?;
+        let mut rows = Vec::with_capacity(orders.len());
+        for order in orders {
+            let facts = self.directory.by_number(order.round.sale).await?;
+            rows.push((order, facts.ok_or(SaleError::NotFound)?));
+        }
+        Ok(rows)
+    }
+
+    /// Gives an order back; its units are for sale again.
+    ///
+    /// # Errors
+    /// [`SaleError`]. Somebody else's order is not found.
+    pub async fn cancel(
+        &self,
+        id: OrderId,
+        buyer: Option<BuyerId>,
+        actor: Uuid,
+    ) -> Result<OrderView, SaleError> {
+        let view = self.order(id, buyer).await?;
+        let engine = self.engine(view.sale.partition)?;
+        let order = match engine.cancel(view.order.round, id, actor).await? {
+            Cancelled::Done(order) | Cancelled::Already(order) => order,
+            Cancelled::Unknown => {
+                return Err(SaleError::Conflict("The round of this order is archived."));
+            }
+        };
+        Ok(OrderView { order, ..view })
+    }
+
+    /// Pauses, resumes or closes the current round.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn control(
+        &self,
+        id: SaleId,
+        intent: Intent,
+        actor: Uuid,
+    ) -> Result<SaleView, SaleError> {
+        let facts = self.facts(id).await?;
+        let engine = self.engine(facts.partition)?;
+        match engine.control(facts.round_id(), intent, actor).await? {
+            (Controlled::Done | Controlled::Already, standing) => Ok(SaleView { facts, standing }),
+            (Controlled::Closed, _) => Err(SaleError::Conflict("The sale is closed.")),
+        }
+    }
+
+    /// Adds units to the current round, once for each key of an operator. Gives the sale, and
+    /// whether an earlier attempt added them.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn restock(
+        &self,
+        id: SaleId,
+        units: u64,
+        actor: Uuid,
+        key: &str,
+    ) -> Result<(SaleView, bool), SaleError> {
+        let facts = self.facts(id).await?;
+        let operation = OperationId::derive(&format!("restock {id}"), actor, key);
+        let fingerprint = Fingerprint::of(&[b"restock", &units.to_be_bytes()]);
+        let engine = self.engine(facts.partition)?;
+        let round = facts.round_id();
+        let (restocked, standing) = engine
+            .restock(round, units, operation, fingerprint, actor)
+            .await?;
+        match restocked {
+            Restocked::Done => Ok((SaleView { facts, standing }, false)),
+            Restocked::Replayed => Ok((SaleView { facts, standing }, true)),
+            Restocked::Mismatch => Err(SaleError::Mismatch),
+            Restocked::Closed => Err(SaleError::Conflict("The sale is closed.")),
+            Restocked::TooMany => Err(SaleError::TooMany),
+        }
+    }
+
+    /// A page of a round's leaderboard: at most `limit` orders accepted after `after_seq`.
+    ///
+    /// # Errors
+    /// [`SaleError`]; a round that the sale does not have is not found.
+    pub async fn leaderboard(
+        &self,
+        id: SaleId,
+        round: Option<u32>,
+        after_seq: u64,
+        limit: usize,
+    ) -> Result<(LeaderboardPage, Arc<SaleFacts>), SaleError> {
+        let facts = self.facts(id).await?;
+        let round = round.unwrap_or(facts.round);
+        if !(1..=facts.round).contains(&round) {
+            return Err(SaleError::NotFound);
+        }
+        let round = RoundId {
+            round,
+            ..facts.round_id()
+        };
+        let page = self
+            .engine(facts.partition)?
+            .leaderboard(round, after_seq, limit)
+            .await?;
+        Ok((page, facts))
+    }
+}

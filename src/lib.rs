@@ -16,10 +16,7 @@ pub mod lifecycle;
 pub mod metrics;
 pub mod ops;
 pub mod readiness;
-<<<<<<< HEAD
 pub mod realtime;
-=======
 pub mod sales;
->>>>>>> main
 pub mod store;
 pub mod writer;

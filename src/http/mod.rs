@@ -10,6 +10,7 @@ mod caller;
 mod check;
 mod docs;
 mod edge;
+mod events;
 mod idempotency;
 mod page;
 mod probes;
@@ -39,6 +40,7 @@ use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
     readiness::Readiness,
+    realtime::Hub,
     store::products::Products,
 };
 use edge::{Edge, EdgeLayer};
@@ -55,6 +57,8 @@ pub struct Parts {
     pub accounts: Accounts,
     /// The catalogue.
     pub products: Products,
+    /// Live stock.
+    pub hub: Hub,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -82,6 +86,7 @@ parts! {
     tokens: Arc<TokenKeys>,
     accounts: Accounts,
     products: Products,
+    hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -109,7 +114,12 @@ pub struct HttpSettings {
 
 /// Every resource; a new one is a file and a line here.
 fn resources() -> Vec<routes::Routes> {
-    vec![accounts::routes(), products::routes(), probes::routes()]
+    vec![
+        accounts::routes(),
+        products::routes(),
+        events::routes(),
+        probes::routes(),
+    ]
 }
 
 /// Everything that `listener` serves.

@@ -37,9 +37,14 @@ use crate::{
         },
     },
     clock,
+    engine::Engines,
     metrics::Metrics,
     readiness::Readiness,
-    store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
+    realtime::Hub,
+    store::{
+        Database, DatabaseSettings, directory::Directory, products::Products, sales::Sales,
+        sessions::Sessions, users::Users,
+    },
 };
 
 /// An answer, read to its end.
@@ -123,7 +128,13 @@ fn app(listener: Listener) -> Router {
     let state = HttpState::new(Parts {
         tokens,
         accounts,
-        products: Products::new(database),
+        products: Products::new(database.clone()),
+        hub: Hub::new(
+            Engines::new(Vec::new()),
+            Directory::new(database.clone()),
+            Sales::new(database),
+            metrics.realtime.clone(),
+        ),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

@@ -15,13 +15,13 @@ use tokio::{
 
 use super::{
     feeds::{Feeds, Watching},
-    meter::RealtimeMeter,
     pace,
     page::Page,
 };
 use crate::{
     clock,
     domain::{id::SaleId, limits::CLOCK_JUMP_MS},
+    metrics::RealtimeMetrics,
     store::{
         StoreError,
         sales::{SaleFacts, Sales},
@@ -49,7 +49,7 @@ pub(super) struct Board {
     sales: Sales,
     /// Of each partition, in order.
     feeds: Arc<[Arc<Feeds>]>,
-    meter: RealtimeMeter,
+    metrics: RealtimeMetrics,
     /// Gone when the node stops.
     page: Mutex<Option<watch::Sender<Page>>>,
     /// How many look at it.
@@ -82,11 +82,11 @@ struct Sources {
 }
 
 impl Board {
-    pub(super) fn new(sales: Sales, feeds: Arc<[Arc<Feeds>]>, meter: RealtimeMeter) -> Self {
+    pub(super) fn new(sales: Sales, feeds: Arc<[Arc<Feeds>]>, metrics: RealtimeMetrics) -> Self {
         Self {
             sales,
             feeds,
-            meter,
+            metrics,
             page: Mutex::new(Some(watch::Sender::default())),
             seats: watch::Sender::default(),
             fresh_at: watch::Sender::default(),
@@ -137,7 +137,7 @@ impl Board {
                     if seats == 0 {
                         break;
                     }
-                    let frames = self.meter.subscribers().max(seats * sources.open.len());
+                    let frames = self.metrics.open_streams().max(seats * sources.open.len());
                     let pause = if self.gather(&mut sources) {
                         pace::interval(0, frames)
                     } else {

@@ -4,15 +4,17 @@ use std::{convert::Infallible, ops::RangeInclusive};
 
 use bytes::Bytes;
 use futures::{Stream, stream};
+use prometheus_client::metrics::gauge::Gauge;
 use rand::Rng;
 use tokio::sync::watch;
 
 use super::{
     board::Seat,
     feeds::Watching,
-    meter::RealtimeMeter,
     page::{Cursor, Page},
 };
+
+use crate::metrics::RealtimeMetrics;
 
 /// How long a client should wait before it connects again, milliseconds. Every client gets its
 /// own, so that a crowd that is cut off together does not come back together.
@@ -52,18 +54,18 @@ pub struct Events {
     view: View,
     cursor: Cursor,
     stage: Stage,
-    meter: RealtimeMeter,
+    subscribers: Gauge,
 }
 
 impl Events {
-    pub(super) fn new(mut view: View, meter: &RealtimeMeter) -> Self {
-        meter.subscribers.inc();
+    pub(super) fn new(mut view: View, metrics: &RealtimeMetrics) -> Self {
+        metrics.subscribers.inc();
         let cursor = view.page().borrow().start();
         Self {
             view,
             cursor,
             stage: Stage::Beginning,
-            meter: meter.clone(),
+            subscribers: metrics.subscribers.clone(),
         }
     }
 
@@ -100,7 +102,7 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
-        self.meter.subscribers.dec();
+        self.subscribers.dec();
     }
 }
 
@@ -130,12 +132,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_begins_with_retry_and_snapshot_and_ends_with_the_last_value_and_retry() {
-        let (feeds, meter) = feeds();
+        let (feeds, metrics) = feeds();
         let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
         let now = Instant::now();
         feeds.offer([standing(1, 1, 0)], now, INTERVAL);
-        let events = Events::new(View::Sale(watching), &meter);
-        assert_eq!(meter.subscribers.get(), 1);
+        let events = Events::new(View::Sale(watching), &metrics);
+        assert_eq!(metrics.subscribers.get(), 1);
         let mut pieces = Box::pin(events.into_stream().map(Result::unwrap));
         let mut next = || pieces.next().now_or_never();
         assert!(RETRY_MS.contains(&retry_ms(&next().unwrap().unwrap())));
@@ -156,12 +158,12 @@ mod tests {
         assert!(RETRY_MS.contains(&retry_ms(&next().unwrap().unwrap())));
         assert_eq!(next(), Some(None), "over");
         drop(pieces);
-        assert_eq!(meter.subscribers.get(), 0);
+        assert_eq!(metrics.subscribers.get(), 0);
     }
 
     #[tokio::test]
     async fn subscribers_share_the_bytes_of_a_frame() {
-        let (feeds, meter) = feeds();
+        let (feeds, metrics) = feeds();
         let round = standing(1, 1, 0).round;
         feeds.offer([standing(1, 1, 0)], Instant::now(), INTERVAL);
         let mut pieces = Vec::new();
@@ -169,20 +171,20 @@ mod tests {
         for _ in 0..2 {
             let watching = feeds.join(SALE, round).unwrap();
             feeds.offer([standing(1, 1, 0)], Instant::now(), INTERVAL);
-            let mut events = Events::new(View::Sale(watching), &meter);
+            let mut events = Events::new(View::Sale(watching), &metrics);
             events.next().await;
             pieces.push(events.next().await.unwrap());
             streams.push(events);
         }
         assert_eq!(pieces[0].as_ptr(), pieces[1].as_ptr());
-        assert_eq!(meter.frames.get(), 1);
+        assert_eq!(metrics.frames.get(), 1);
     }
 
     #[test]
     fn a_subscriber_is_small() {
-        let (feeds, meter) = feeds();
+        let (feeds, metrics) = feeds();
         let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
-        let stream = Events::new(View::Sale(watching), &meter).into_stream();
+        let stream = Events::new(View::Sale(watching), &metrics).into_stream();
         assert!(size_of_val(&stream) <= 512, "{}", size_of_val(&stream));
     }
 }

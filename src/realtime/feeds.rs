@@ -11,18 +11,18 @@ use tokio::sync::{Notify, watch};
 use super::{
     frame::{Frame, FrameId},
     latest::Latest,
-    meter::RealtimeMeter,
     page::Page,
 };
 use crate::{
     domain::id::{RoundId, SaleId, SaleNumber},
     engine::Standing,
+    metrics::RealtimeMetrics,
 };
 
 /// The watched sales of one partition. One that nobody watches is not in it and costs nothing.
 #[derive(Debug)]
 pub(super) struct Feeds {
-    meter: RealtimeMeter,
+    metrics: RealtimeMetrics,
     state: Mutex<State>,
     joined: Notify,
 }
@@ -43,9 +43,9 @@ struct Feed {
 
 impl Feed {
     /// Shows a frame, if there is one.
-    fn show(&self, frame: Option<Frame>, meter: &RealtimeMeter) {
+    fn show(&self, frame: Option<Frame>, metrics: &RealtimeMetrics) {
         if let Some(frame) = frame {
-            meter.frames.inc();
+            metrics.frames.inc();
             self.page.send_if_modified(|page| page.show(frame));
         }
     }
@@ -77,9 +77,9 @@ impl Drop for Watching {
 }
 
 impl Feeds {
-    pub(super) fn new(meter: RealtimeMeter) -> Self {
+    pub(super) fn new(metrics: RealtimeMetrics) -> Self {
         Self {
-            meter,
+            metrics,
             state: Mutex::default(),
             joined: Notify::new(),
         }
@@ -97,7 +97,7 @@ impl Feeds {
             return None;
         }
         let feed = state.feeds.entry(round.sale).or_insert_with(|| {
-            self.meter.watched.inc();
+            self.metrics.watched_sales.inc();
             Feed {
                 round,
                 latest: Latest::new(sale),
@@ -122,7 +122,7 @@ impl Feeds {
             feed.get_mut().watchers -= 1;
             if feed.get().watchers == 0 {
                 feed.remove();
-                self.meter.watched.dec();
+                self.metrics.watched_sales.dec();
             }
         }
     }
@@ -157,7 +157,7 @@ impl Feeds {
             }
             feed.round = standing.round;
             let frame = feed.latest.offer(&standing, now, interval);
-            feed.show(frame, &self.meter);
+            feed.show(frame, &self.metrics);
         }
     }
 
@@ -166,7 +166,7 @@ impl Feeds {
         let mut state = self.state();
         for feed in state.feeds.values_mut() {
             let frame = feed.latest.flush(now, interval);
-            feed.show(frame, &self.meter);
+            feed.show(frame, &self.metrics);
         }
         let feeds = state.feeds.values();
         feeds.filter_map(|feed| feed.latest.due(interval)).min()
@@ -184,8 +184,8 @@ impl Feeds {
         self.flush(now, Duration::ZERO);
         let mut state = self.state();
         state.closed = true;
-        self.meter
-            .watched
+        self.metrics
+            .watched_sales
             .dec_by(state.feeds.len().try_into().unwrap_or(i64::MAX));
         state.feeds.clear();
     }
@@ -199,29 +199,32 @@ pub(super) mod tests {
         pace::FRAME_INTERVAL_MIN as INTERVAL,
     };
 
-    pub(in crate::realtime) fn feeds() -> (Arc<Feeds>, RealtimeMeter) {
-        let meter = RealtimeMeter::default();
-        (Arc::new(Feeds::new(meter.clone())), meter)
+    pub(in crate::realtime) fn feeds() -> (Arc<Feeds>, RealtimeMetrics) {
+        let metrics = RealtimeMetrics::default();
+        (Arc::new(Feeds::new(metrics.clone())), metrics)
     }
 
     #[tokio::test]
     async fn a_sale_is_sampled_from_the_first_watcher_to_the_last() {
-        let (feeds, meter) = feeds();
+        let (feeds, metrics) = feeds();
         let round = standing(1, 1, 0).round;
         let first = feeds.join(SALE, round).unwrap();
         feeds.occupied().await;
         let second = feeds.join(SALE, round).unwrap();
-        assert_eq!((feeds.rounds(), meter.watched.get()), (vec![round], 1));
+        assert_eq!(
+            (feeds.rounds(), metrics.watched_sales.get()),
+            (vec![round], 1)
+        );
         feeds.offer([standing(1, 1, 1)], Instant::now(), INTERVAL);
         assert_eq!(
             first.page.borrow().newest_id(),
             second.page.borrow().newest_id()
         );
-        assert_eq!(meter.frames.get(), 1, "one frame for both");
+        assert_eq!(metrics.frames.get(), 1, "one frame for both");
         drop(first);
         assert_eq!(feeds.rounds(), [round]);
         drop(second);
-        assert_eq!((feeds.rounds(), meter.watched.get()), (vec![], 0));
+        assert_eq!((feeds.rounds(), metrics.watched_sales.get()), (vec![], 0));
         // Who comes later does not get what an earlier audience saw.
         let third = feeds.join(SALE, round).unwrap();
         assert!(!third.is_fresh(Instant::now(), INTERVAL, None));
@@ -229,11 +232,11 @@ pub(super) mod tests {
 
     #[test]
     fn news_of_other_sales_and_of_past_rounds_are_not_shown() {
-        let (feeds, meter) = feeds();
+        let (feeds, metrics) = feeds();
         feeds.offer([standing(1, 1, 1)], Instant::now(), INTERVAL);
         let watching = feeds.join(SALE, standing(1, 2, 0).round).unwrap();
         feeds.offer([standing(2, 1, 1)], Instant::now(), INTERVAL);
-        assert_eq!(meter.frames.get(), 0);
+        assert_eq!(metrics.frames.get(), 0);
         feeds.offer([standing(1, 3, 0)], Instant::now(), INTERVAL);
         assert_eq!(feeds.rounds(), [standing(1, 3, 0).round]);
         assert!(watching.page.borrow().newest().is_some());
@@ -255,7 +258,7 @@ pub(super) mod tests {
 
     #[test]
     fn closing_shows_the_last_value_and_lets_nobody_in() {
-        let (feeds, meter) = feeds();
+        let (feeds, metrics) = feeds();
         let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
         let now = Instant::now();
         feeds.offer([standing(1, 1, 0), standing(1, 1, 9)], now, INTERVAL);
@@ -265,6 +268,6 @@ pub(super) mod tests {
         assert!(watching.page.has_changed().is_err(), "the sender has gone");
         assert!(feeds.join(SALE, standing(1, 1, 0).round).is_none());
         drop(watching);
-        assert_eq!(meter.watched.get(), 0);
+        assert_eq!(metrics.watched_sales.get(), 0);
     }
 }

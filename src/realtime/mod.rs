@@ -10,7 +10,6 @@ mod events;
 mod feeds;
 mod frame;
 mod latest;
-mod meter;
 mod pace;
 mod page;
 mod sampler;
@@ -27,11 +26,12 @@ use self::{board::Board, events::View, feeds::Feeds};
 pub use self::{
     events::Events,
     frame::{FrameId, Stock},
-    meter::RealtimeMeter,
 };
 use crate::{
+    domain::id::SaleId,
     engine::{EngineError, Engines},
-    store::sales::{SaleFacts, Sales},
+    metrics::RealtimeMetrics,
+    store::{StoreError, directory::Directory, sales::Sales},
 };
 
 /// How often a silent stream shows that it is alive: proxies cut connections after a minute.
@@ -41,12 +41,18 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
 const SNAPSHOT_AGE_MAX: Duration = Duration::from_millis(100);
 
 /// Why there is nothing to see.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum WatchError {
-    /// The sale could not be read.
+    /// There is no such sale.
+    #[error("there is no sale with this id")]
+    NotFound,
+    /// The sale's round could not be read.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// The stores do not say where anything is at the moment.
+    /// The sale could not be looked up.
+    #[error(transparent)]
+    Store(#[from] Arc<StoreError>),
+    /// The stores do not say in time where anything is.
     #[error("nothing fresh to show")]
     Stale,
     /// The node stops.
@@ -58,26 +64,33 @@ pub enum WatchError {
 #[derive(Clone, Debug)]
 pub struct Hub {
     engines: Engines,
+    directory: Directory,
     /// Of each partition, in order.
     feeds: Arc<[Arc<Feeds>]>,
     board: Arc<Board>,
-    meter: RealtimeMeter,
+    metrics: RealtimeMetrics,
 }
 
 impl Hub {
-    /// Live stock of what `engines` sell and `sales` lists. Nothing moves until [`Hub::run`].
-    pub fn new(engines: Engines, sales: Sales, meter: RealtimeMeter) -> Self {
+    /// Live stock of what `engines` sell. Nothing moves until [`Hub::run`].
+    pub fn new(
+        engines: Engines,
+        directory: Directory,
+        sales: Sales,
+        metrics: RealtimeMetrics,
+    ) -> Self {
         let feeds: Arc<[_]> = engines
             .all()
             .iter()
-            .map(|_| Arc::new(Feeds::new(meter.clone())))
+            .map(|_| Arc::new(Feeds::new(metrics.clone())))
             .collect();
-        let board = Board::new(sales, Arc::clone(&feeds), meter.clone());
+        let board = Board::new(sales, Arc::clone(&feeds), metrics.clone());
         Self {
             engines,
+            directory,
             feeds,
             board: Arc::new(board),
-            meter,
+            metrics,
         }
     }
 
@@ -86,7 +99,7 @@ impl Hub {
     pub async fn run(&self, stop: CancellationToken) {
         let closing = Closing(self);
         let partitions = self.engines.all().iter().zip(&*self.feeds);
-        let samplers = partitions.map(|(engine, feeds)| sampler::run(engine, feeds, &self.meter));
+        let samplers = partitions.map(|(engine, feeds)| sampler::run(engine, feeds, &self.metrics));
         tokio::select! {
             () = stop.cancelled() => {}
             _ = join_all(samplers) => {}
@@ -112,11 +125,11 @@ impl Hub {
     ///
     /// # Errors
     /// [`WatchError`].
-    pub async fn sale(
-        &self,
-        sale: &SaleFacts,
-        last_seen: Option<FrameId>,
-    ) -> Result<Events, WatchError> {
+    pub async fn sale(&self, id: SaleId, last_seen: Option<FrameId>) -> Result<Events, WatchError> {
+        let sale = self.directory.by_id(id).await?;
+        let sale = sale
+            .filter(|sale| sale.provisioned)
+            .ok_or(WatchError::NotFound)?;
         let index = usize::from(sale.partition.0);
         let feeds = self.feeds.get(index).ok_or(WatchError::Stale)?;
         let engine = self.engines.of(sale.partition).ok_or(WatchError::Stale)?;
@@ -125,13 +138,13 @@ impl Hub {
         if !watching.is_fresh(Instant::now(), SNAPSHOT_AGE_MAX, last_seen) {
             let standing = engine.snapshot(round).await?;
             let id = FrameId::of(&standing);
-            let interval = pace::interval(0, self.meter.subscribers());
+            let interval = pace::interval(0, self.metrics.open_streams());
             feeds.offer([standing], Instant::now(), interval);
             // It has to wait for its turn, like every frame.
             let shown = watching.page.wait_for(|page| page.newest_id() >= Some(id));
             shown.await.map_err(|_| WatchError::Stopping)?;
         }
-        Ok(Events::new(View::Sale(watching), &self.meter))
+        Ok(Events::new(View::Sale(watching), &self.metrics))
     }
 
     /// The events of all sales that are not closed, those to come included.
@@ -140,7 +153,7 @@ impl Hub {
     /// [`WatchError`].
     pub async fn all(&self) -> Result<Events, WatchError> {
         let seat = self.board.join().await.ok_or(WatchError::Stale)?;
-        Ok(Events::new(View::All(seat), &self.meter))
+        Ok(Events::new(View::All(seat), &self.metrics))
     }
 }
 

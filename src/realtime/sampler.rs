@@ -14,10 +14,11 @@ use tokio::{
     time::sleep_until,
 };
 
-use super::{feeds::Feeds, meter::RealtimeMeter, pace};
+use super::{feeds::Feeds, pace};
 use crate::{
     domain::id::RoundId,
     engine::{Engine, EngineError, Standing},
+    metrics::RealtimeMetrics,
 };
 
 /// The time between two looks at what the node itself has changed. News come with every call; to
@@ -25,15 +26,15 @@ use crate::{
 const NEWS_REST: Duration = Duration::from_millis(10);
 
 /// Samples and listens for ever, but only while something is watched.
-pub(super) async fn run(engine: &Engine, feeds: &Feeds, meter: &RealtimeMeter) {
+pub(super) async fn run(engine: &Engine, feeds: &Feeds, metrics: &RealtimeMetrics) {
     loop {
         feeds.occupied().await;
-        follow(engine, feeds, meter).await;
+        follow(engine, feeds, metrics).await;
     }
 }
 
 /// Samples and listens until nobody watches any more.
-async fn follow(engine: &Engine, feeds: &Feeds, meter: &RealtimeMeter) {
+async fn follow(engine: &Engine, feeds: &Feeds, metrics: &RealtimeMetrics) {
     let mut news = engine.news();
     let mut sample_at = Instant::now();
     let mut rested_at = Instant::now();
@@ -51,9 +52,9 @@ async fn follow(engine: &Engine, feeds: &Feeds, meter: &RealtimeMeter) {
                 if rounds.is_empty() {
                     return;
                 }
-                interval = pace::interval(rounds.len(), meter.subscribers());
+                interval = pace::interval(rounds.len(), metrics.open_streams());
                 sample_at = (sample_at + interval).max(Instant::now());
-                sampling.set(sample(engine, rounds, meter).fuse());
+                sampling.set(sample(engine, rounds, metrics).fuse());
             }
             standings = hear(&mut news, rested_at) => {
                 rested_at = Instant::now() + NEWS_REST;
@@ -67,11 +68,11 @@ async fn follow(engine: &Engine, feeds: &Feeds, meter: &RealtimeMeter) {
 }
 
 /// Reads the rounds; what cannot be read is left out: the next sample may bring it.
-async fn sample(engine: &Engine, rounds: Vec<RoundId>, meter: &RealtimeMeter) -> Vec<Standing> {
+async fn sample(engine: &Engine, rounds: Vec<RoundId>, metrics: &RealtimeMetrics) -> Vec<Standing> {
     let reads = rounds.into_iter().map(async |round| {
         let read: Result<_, EngineError> = engine.snapshot(round).await;
         read.inspect_err(|error| {
-            meter.failed_samples.inc();
+            metrics.failed_samples.inc();
             tracing::debug!(%round, %error, "live stock: round not read");
         })
         .ok()

@@ -5,6 +5,7 @@
 //! `config` `metrics` `clock` → `domain`.
 #![warn(missing_docs)]
 
+pub mod app;
 pub mod auth;
 pub mod clock;
 pub mod config;

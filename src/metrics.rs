@@ -1,10 +1,15 @@
 //! Every metric there is: its name, its meaning, its labels. No label names a user or an order.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::AtomicU64};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
     registry::Registry,
 };
 
@@ -21,6 +26,10 @@ pub struct Metrics {
     pub http: HttpMetrics,
     /// Of the hashing of passwords.
     pub passwords: PasswordMetrics,
+    /// Of the engines.
+    pub engine: EngineMetrics,
+    /// Of the writers.
+    pub writer: WriterMetrics,
     /// Of live stock.
     pub realtime: RealtimeMetrics,
 }
@@ -76,6 +85,148 @@ pub struct PasswordMetrics {
     pub refused: Counter,
 }
 
+/// What the engines decide, all partitions together.
+#[derive(Clone, Debug)]
+pub struct EngineMetrics {
+    /// Calls of the purchase script.
+    pub calls: Counter,
+    /// Purchases per call.
+    pub call_items: Histogram,
+    /// Seconds from sending a call to its reply.
+    pub call_seconds: Histogram,
+    /// Purchases that were accepted.
+    pub accepted: Counter,
+    /// Purchases that replayed an earlier acceptance.
+    pub replayed: Counter,
+    /// Purchases that were refused by the script.
+    pub refused: Counter,
+    /// Purchases that were refused from memory.
+    pub refused_from_memory: Counter,
+    /// Purchases whose outcome is unknown.
+    pub unknown: Counter,
+    /// Purchases that wait for a call.
+    pub waiting: Family<PartitionLabels, Gauge>,
+    /// 1 while nothing is sold because Redis may have lost something.
+    pub fenced: Family<PartitionLabels, Gauge>,
+}
+
+/// A partition.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PartitionLabels {
+    /// Its number.
+    pub partition: u16,
+}
+
+/// How far the writers are.
+#[derive(Clone, Debug, Default)]
+pub struct WriterMetrics {
+    /// Journal entries that are not stored.
+    pub lag_entries: Family<PartitionLabels, Gauge>,
+    /// The age of the oldest of them.
+    pub lag_seconds: Family<PartitionLabels, Gauge<f64, AtomicU64>>,
+    /// The number of the last stored entry.
+    pub position: Family<PartitionLabels, Gauge>,
+    /// 1 while the writer cannot go on.
+    pub halted: Family<PartitionLabels, Gauge>,
+    /// Orders stored since the process started.
+    pub orders: Family<PartitionLabels, Gauge>,
+    /// Dead letters since the process started.
+    pub dead_letters: Family<PartitionLabels, Gauge>,
+}
+
+impl Default for EngineMetrics {
+    fn default() -> Self {
+        Self {
+            calls: Counter::default(),
+            call_items: Histogram::new(exponential_buckets(1.0, 2.0, 8)),
+            call_seconds: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
+            accepted: Counter::default(),
+            replayed: Counter::default(),
+            refused: Counter::default(),
+            refused_from_memory: Counter::default(),
+            unknown: Counter::default(),
+            waiting: Family::default(),
+            fenced: Family::default(),
+        }
+    }
+}
+
+impl EngineMetrics {
+    fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("engine");
+        registry.register("calls", "Calls of the purchase script", self.calls.clone());
+        registry.register("call_items", "Purchases per call", self.call_items.clone());
+        registry.register(
+            "call_seconds",
+            "Seconds from call to reply",
+            self.call_seconds.clone(),
+        );
+        registry.register("accepted", "Purchases accepted", self.accepted.clone());
+        registry.register("replayed", "Purchases replayed", self.replayed.clone());
+        registry.register(
+            "refused",
+            "Purchases refused by the script",
+            self.refused.clone(),
+        );
+        registry.register(
+            "refused_from_memory",
+            "Purchases refused from memory",
+            self.refused_from_memory.clone(),
+        );
+        registry.register(
+            "unknown",
+            "Purchases of unknown outcome",
+            self.unknown.clone(),
+        );
+        registry.register(
+            "waiting",
+            "Purchases that wait for a call",
+            self.waiting.clone(),
+        );
+        registry.register(
+            "fenced",
+            "1 while nothing is sold because Redis may have lost something",
+            self.fenced.clone(),
+        );
+    }
+}
+
+impl WriterMetrics {
+    fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("writer");
+        registry.register(
+            "lag_entries",
+            "Journal entries that are not stored",
+            self.lag_entries.clone(),
+        );
+        registry.register(
+            "lag_seconds",
+            "Age of the oldest journal entry that is not stored",
+            self.lag_seconds.clone(),
+        );
+        registry.register(
+            "position",
+            "Number of the last stored entry",
+            self.position.clone(),
+        );
+        registry.register(
+            "halted",
+            "1 while the writer cannot go on",
+            self.halted.clone(),
+        );
+        registry.register(
+            "orders",
+            "Orders stored since the start",
+            self.orders.clone(),
+        );
+        registry.register(
+            "dead_letters",
+            "Dead letters since the start",
+            self.dead_letters.clone(),
+        );
+    }
+}
+
 impl Metrics {
     /// All metrics, at zero.
     pub fn new() -> Self {
@@ -111,12 +262,18 @@ impl Metrics {
             "Passwords refused because the queue was full",
             passwords.refused.clone(),
         );
+        let engine = EngineMetrics::default();
+        engine.register(&mut registry);
+        let writer = WriterMetrics::default();
+        writer.register(&mut registry);
         let realtime = RealtimeMetrics::default();
         realtime.register(&mut registry);
         Self {
             registry,
             http,
             passwords,
+            engine,
+            writer,
             realtime,
         }
     }

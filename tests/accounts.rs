@@ -4,7 +4,10 @@
     reason = "a test says what went wrong by panicking"
 )]
 
-use std::{fs, num::NonZeroUsize, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap, fs, num::NonZeroUsize, os::unix::fs::PermissionsExt, sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -23,10 +26,16 @@ use stockade::{
     },
     clock,
     embedded::{PostgresOptions, PostgresServer},
+    engine::Engines,
     http::{AccessLog, HttpSettings, HttpState, Listener, Parts, router},
     metrics::Metrics,
     readiness::Readiness,
-    store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
+    realtime::Hub,
+    sales::{Pseudonyms, Shop},
+    store::{
+        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
+        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+    },
 };
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -96,10 +105,24 @@ impl App {
         let operator = tokens
             .mint(identity, clock::new_id(), clock::now())
             .unwrap();
+        let engines = Engines::new(Vec::new());
+        let directory = Directory::new(database.clone());
+        let sales = Sales::new(database.clone());
         let state = HttpState::new(Parts {
             tokens,
             accounts,
-            products: Products::new(database),
+            products: Products::new(database.clone()),
+            shop: Arc::new(Shop {
+                engines: engines.clone(),
+                directory: directory.clone(),
+                sales: sales.clone(),
+                rounds: Rounds::new(database.clone()),
+                orders: Orders::new(database.clone()),
+                positions: Positions::new(database),
+                stored: HashMap::new(),
+                pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+            }),
+            hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
             metrics,
             readiness: Readiness::new(&[]),
         });

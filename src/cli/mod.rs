@@ -1,14 +1,20 @@
 //! The command line: one file per subcommand.
 
 mod check_config;
+mod demo;
+mod migrate;
+mod openapi;
 mod serve;
+mod user;
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::path::Path;
 
 use clap::{Parser, Subcommand};
-use stockade::config::{Config, ConfigError, LogFormat};
+use stockade::app::Role;
+use stockade::config::{Config, ConfigError, Endpoints, LogFormat, Stores};
+use stockade::embedded;
 use tracing_subscriber::EnvFilter;
 
 /// Read in development: variables that the environment does not have.
@@ -28,20 +34,58 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve: all roles in one process; with no stores configured it runs its own Redis and PostgreSQL.
-    Serve,
+    Serve {
+        /// Only these roles, separated by commas; all by default.
+        #[arg(long, value_enum, value_delimiter = ',')]
+        with: Vec<Role>,
+        /// Add a few products and a sale that opens in seconds, for trying things out.
+        #[arg(long)]
+        demo: bool,
+    },
+    /// Drain the journal into PostgreSQL: `serve --with writer`.
+    Writer,
+    /// Bring the schema of PostgreSQL up to date.
+    Migrate,
+    /// Manage users.
+    #[command(subcommand)]
+    User(user::UserCommand),
+    /// Print the OpenAPI document.
+    Openapi,
     /// Show every key of the configuration with its value, its source and its danger, and check them.
     CheckConfig,
 }
 
 /// Runs one subcommand to its end.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    match arguments.command {
-        Command::Serve => {
-            let config = Config::load(variables()?)?;
-            log_to_stderr(&config)?;
-            serve::run(config)
+    match &arguments.command {
+        Command::Serve { with, demo } => {
+            let roles = if with.is_empty() {
+                Role::ALL
+            } else {
+                with.as_slice()
+            };
+            serve::run(configured()?, roles, *demo)
         }
+        Command::Writer => serve::run(configured()?, &[Role::Writer], false),
+        Command::Migrate => migrate::run(&configured()?),
+        Command::User(command) => user::run(command, &configured()?),
+        Command::Openapi => openapi::run(),
         Command::CheckConfig => check_config::run(variables()?),
+    }
+}
+
+/// The configuration, with logging set up as it says.
+fn configured() -> anyhow::Result<Config> {
+    let config = Config::load(variables()?)?;
+    log_to_stderr(&config)?;
+    Ok(config)
+}
+
+/// The stores of the configuration; embedded, those of the server that runs on the data directory.
+fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
+    match config.stores()? {
+        Stores::External(endpoints) => Ok(endpoints),
+        Stores::Embedded => Ok(embedded::running(&config.data_dir)?),
     }
 }
 

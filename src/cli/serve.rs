@@ -1,18 +1,27 @@
 //! `stockade serve`: the stores, then the application, until a signal; then both in the opposite order.
 
-use stockade::config::{Config, RateLimit, Stores};
+use std::io::{self, Write};
+
+use secrecy::ExposeSecret;
+use stockade::app::{self, App, Role};
+use stockade::config::{Config, Endpoints, RateLimit, Stores};
 use stockade::embedded::{self, EmbeddedConfig, Services};
 use stockade::lifecycle::Lifecycle;
 
+use super::demo;
+
+/// The operator of an embedded installation that configures none.
+const EMBEDDED_OPERATOR: &str = "operator@stockade.example";
+
 /// Serves until a signal, or until something that it cannot do without ends.
-pub(super) fn run(config: Config) -> anyhow::Result<()> {
+pub(super) fn run(config: Config, roles: &[Role], demo: bool) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?
-        .block_on(serve(config))
+        .block_on(serve(config, roles, demo))
 }
 
-async fn serve(mut config: Config) -> anyhow::Result<()> {
+async fn serve(mut config: Config, roles: &[Role], demo: bool) -> anyhow::Result<()> {
     let stores = config.check_for_serve()?;
     if config.rate_limit == RateLimit::Off {
         tracing::warn!("STOCKADE_RATE_LIMIT=off: every limit is off, for benchmarks only");
@@ -35,6 +44,9 @@ async fn serve(mut config: Config) -> anyhow::Result<()> {
             if config.jwt_secret.is_none() {
                 config.jwt_secret = Some(embedded::jwt_secret(&config.data_dir)?);
             }
+            config
+                .operator_email
+                .get_or_insert_with(|| EMBEDDED_OPERATOR.to_owned());
             (services.endpoints().clone(), Some(services))
         }
     };
@@ -44,10 +56,63 @@ async fn serve(mut config: Config) -> anyhow::Result<()> {
         "stores are ready"
     );
 
-    let outcome = life.run().await;
+    let outcome = application(&config, &endpoints, roles, demo, &life).await;
     if let Some(services) = services {
         services.shutdown(life.hard()).await;
     }
     tracing::info!("stopped");
+    outcome
+}
+
+async fn application(
+    config: &Config,
+    endpoints: &Endpoints,
+    roles: &[Role],
+    demo: bool,
+    life: &Lifecycle,
+) -> anyhow::Result<()> {
+    let started = tokio::select! {
+        app = app::start(config, endpoints, roles, life) => app,
+        () = life.stopping() => return Ok(()),
+    };
+    let ready = match started {
+        Ok(app) => ready(config, &app, demo).await,
+        Err(error) => Err(error),
+    };
+    if ready.is_err() {
+        life.stop();
+    }
+    // What has started ends in order, also when something else could not start.
+    let outcome = life.run().await;
+    ready?;
     Ok(outcome?)
+}
+
+/// Seeds what a demonstration needs, and says where everything is.
+async fn ready(config: &Config, app: &App, demo: bool) -> anyhow::Result<()> {
+    if demo && let Some(shop) = &app.shop {
+        demo::seed(shop, &app.products).await?;
+    }
+    let mut out = io::stdout().lock();
+    if let Some(addr) = app.http_addr {
+        writeln!(
+            out,
+            "stockade serves http://{addr} (API below /v1, documentation at /docs)"
+        )?;
+    }
+    if let Some(addr) = app.admin_addr {
+        writeln!(out, "operators: http://{addr}")?;
+    }
+    if let Some(email) = &config.operator_email {
+        match &app.generated_password {
+            Some(password) => writeln!(
+                out,
+                "operator: {email}, password {} (shown this once)",
+                password.expose_secret()
+            )?,
+            None => writeln!(out, "operator: {email}, with the password it was made with")?,
+        }
+    }
+    out.flush()?;
+    Ok(())
 }

@@ -43,6 +43,24 @@ pub(super) fn write(data_dir: &Path, endpoints: &Endpoints) -> Result<(), Embedd
     secrets::write_closed(&data_dir.join(FILE), &format!("{json:#}\n"))
 }
 
+/// Reads where the services of the server on `data_dir` are.
+///
+/// # Errors
+/// [`EmbeddedError::NotServed`] when no server has run there.
+pub fn running(data_dir: &Path) -> Result<Endpoints, EmbeddedError> {
+    let file = fs::read_to_string(data_dir.join(FILE))
+        .ok()
+        .and_then(|text| serde_json::from_str::<File>(&text).ok())
+        .ok_or_else(|| EmbeddedError::NotServed {
+            data_dir: data_dir.to_owned(),
+        })?;
+    Ok(Endpoints {
+        redis_url: file.redis.into(),
+        cache_redis_url: Some(file.cache_redis.into()),
+        database_url: file.database.into(),
+    })
+}
+
 /// Reads the last session's ports; a missing or broken file means none.
 pub(super) fn last_ports(data_dir: &Path) -> Ports {
     fs::read_to_string(data_dir.join(FILE))

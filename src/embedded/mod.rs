@@ -31,6 +31,7 @@ use secrecy::SecretString;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use endpoints::running;
 pub use postgres::{PostgresOptions, PostgresServer};
 pub use redis::{RedisOptions, RedisRole, RedisServer};
 
@@ -65,6 +66,12 @@ pub enum EmbeddedError {
         data_dir: PathBuf,
         /// The process that holds the lock, if it said so.
         pid: Option<String>,
+    },
+    /// No server has run on this directory.
+    #[error("no server runs on {}: start one with `stockade serve`, or set REDIS_URL and DATABASE_URL", .data_dir.display())]
+    NotServed {
+        /// The directory.
+        data_dir: PathBuf,
     },
     /// A program is not installed.
     #[error(

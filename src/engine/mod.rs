@@ -14,7 +14,6 @@ mod journal;
 mod keys;
 mod leaderboard;
 mod memory;
-mod meter;
 mod order;
 mod packed;
 mod partition;
@@ -38,7 +37,6 @@ pub use self::{
     error::EngineError,
     journal::{EntryError, JournalError, JournalPage, JournalReader, RawEntry},
     leaderboard::LeaderboardPage,
-    meter::EngineMeter,
     packed::Standing,
     partition::Fence,
     purchase::Answer,
@@ -48,9 +46,12 @@ use self::{
     partition::PartitionView, purchase::PurchaseLane, reply::Reply, script::Scripts,
     snapshot::SnapshotLane,
 };
-use crate::domain::{
-    id::{Epoch, Partition, RoundId},
-    order::Durability,
+use crate::{
+    domain::{
+        id::{Epoch, Partition, RoundId},
+        order::Durability,
+    },
+    metrics::EngineMetrics,
 };
 
 /// Calls of purchases under way at a time. More would make each carry less.
@@ -92,7 +93,7 @@ struct Shared {
     scripts: Scripts,
     view: PartitionView,
     memory: Memory,
-    meter: EngineMeter,
+    metrics: EngineMetrics,
     news: broadcast::Sender<Standing>,
     durability: Durability,
 }
@@ -114,7 +115,7 @@ impl Engine {
     pub async fn connect(
         options: &EngineOptions,
         partition: Partition,
-        meter: EngineMeter,
+        metrics: EngineMetrics,
     ) -> Result<Self, EngineError> {
         let url = options.url.clone();
         let crowd = Connection::open_for_calls(&url).await?;
@@ -132,7 +133,7 @@ impl Engine {
             scripts: Scripts::new(),
             view: PartitionView::new(partition),
             memory: Memory::default(),
-            meter,
+            metrics,
             news,
             durability,
         });

@@ -61,7 +61,7 @@ impl Lane for PurchaseLane {
             keys,
             scripts,
             view,
-            meter,
+            metrics,
             durability,
             ..
         } = &*self.shared;
@@ -92,14 +92,16 @@ impl Lane for PurchaseLane {
         let arguments = vec![caller, durability.into(), packed_items.into()];
 
         let sent_at = Instant::now();
-        meter.calls.inc();
+        metrics.calls.inc();
         #[expect(clippy::cast_precision_loss, reason = "at most 128")]
-        meter.call_items.observe(items.len() as f64);
+        metrics.call_items.observe(items.len() as f64);
         let reply = self
             .connection
             .call(&scripts.purchase, names, arguments)
             .await;
-        meter.call_seconds.observe(sent_at.elapsed().as_secs_f64());
+        metrics
+            .call_seconds
+            .observe(sent_at.elapsed().as_secs_f64());
         let mut reply = Reply::new("purchase", reply?);
 
         let head = view.admit(epoch, &mut reply)?;
@@ -185,10 +187,10 @@ impl Engine {
     /// [`EngineError`] when there is no decision; [`EngineError::may_have_run`] says whether there
     /// may be an order nevertheless. The same purchase may be sent again at any time: it replays.
     pub async fn purchase(&self, purchase: Purchase) -> Result<Answer, EngineError> {
-        let meter = &self.shared.meter;
+        let metrics = &self.shared.metrics;
         let answer = match self.refuse_from_memory(&purchase)? {
             Some(answer) => {
-                meter.refused_from_memory.inc();
+                metrics.refused_from_memory.inc();
                 Ok(answer)
             }
             None => self.purchases.submit(purchase).await.flatten(),
@@ -197,15 +199,15 @@ impl Engine {
             Ok(Answer {
                 decision: Decision::Accepted(_),
                 ..
-            }) => meter.accepted.inc(),
+            }) => metrics.accepted.inc(),
             Ok(Answer {
                 decision: Decision::Replayed(_),
                 ..
-            }) => meter.replayed.inc(),
+            }) => metrics.replayed.inc(),
             Ok(Answer {
                 looked_up: true, ..
-            }) => meter.refused.inc(),
-            Err(error) if error.may_have_run() => meter.unknown.inc(),
+            }) => metrics.refused.inc(),
+            Err(error) if error.may_have_run() => metrics.unknown.inc(),
             _ => 0,
         };
         answer

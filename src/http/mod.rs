@@ -41,6 +41,7 @@ use crate::{
     metrics::Metrics,
     readiness::Readiness,
     realtime::Hub,
+    sales::Shop,
     store::products::Products,
 };
 use edge::{Edge, EdgeLayer};
@@ -57,6 +58,8 @@ pub struct Parts {
     pub accounts: Accounts,
     /// The catalogue.
     pub products: Products,
+    /// Everything that sells.
+    pub shop: Arc<Shop>,
     /// Live stock.
     pub hub: Hub,
     /// Shown at `/metrics`.
@@ -86,6 +89,7 @@ parts! {
     tokens: Arc<TokenKeys>,
     accounts: Accounts,
     products: Products,
+    shop: Arc<Shop>,
     hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,

@@ -1,6 +1,6 @@
 //! The whole router without its stores, and what the other tests of this folder send through it.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{collections::HashMap, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -41,9 +41,10 @@ use crate::{
     metrics::Metrics,
     readiness::Readiness,
     realtime::Hub,
+    sales::{Pseudonyms, Shop},
     store::{
-        Database, DatabaseSettings, directory::Directory, products::Products, sales::Sales,
-        sessions::Sessions, users::Users,
+        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
+        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
     },
 };
 
@@ -125,16 +126,24 @@ fn app(listener: Listener) -> Router {
         tokens: Arc::clone(&tokens),
         successors: Arc::new(Successors::new(SECRET).unwrap()),
     };
+    let engines = Engines::new(Vec::new());
+    let directory = Directory::new(database.clone());
+    let sales = Sales::new(database.clone());
     let state = HttpState::new(Parts {
         tokens,
         accounts,
         products: Products::new(database.clone()),
-        hub: Hub::new(
-            Engines::new(Vec::new()),
-            Directory::new(database.clone()),
-            Sales::new(database),
-            metrics.realtime.clone(),
-        ),
+        shop: Arc::new(Shop {
+            engines: engines.clone(),
+            directory: directory.clone(),
+            sales: sales.clone(),
+            rounds: Rounds::new(database.clone()),
+            orders: Orders::new(database.clone()),
+            positions: Positions::new(database),
+            stored: HashMap::new(),
+            pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+        }),
+        hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

@@ -62,18 +62,26 @@ struct Memory {
     generation: u64,
 }
 
+/// What is remembered of a key.
+enum Remembered {
+    Sale(Arc<SaleFacts>),
+    Unknown,
+    Nothing,
+}
+
 impl Memory {
-    /// `None` when nothing is remembered.
-    fn get(&self, key: Key, now: Instant) -> Option<Option<Arc<SaleFacts>>> {
+    fn get(&self, key: Key, now: Instant) -> Remembered {
         let id = match key {
             Key::Id(id) => Some(id),
             Key::Number(number) => self.numbers.get(&number).copied(),
         };
         if let Some(facts) = id.and_then(|id| self.sales.get(&id)) {
-            return Some(Some(Arc::clone(facts)));
+            return Remembered::Sale(Arc::clone(facts));
         }
-        let since = self.unknown.get(&key)?;
-        (now.duration_since(*since) < UNKNOWN_FOR).then_some(None)
+        match self.unknown.get(&key) {
+            Some(since) if now.duration_since(*since) < UNKNOWN_FOR => Remembered::Unknown,
+            _ => Remembered::Nothing,
+        }
     }
 
     fn remember(&mut self, facts: &Arc<SaleFacts>) {
@@ -146,8 +154,12 @@ impl Directory {
     }
 
     async fn get(&self, key: Key) -> Answer {
-        if let Some(known) = read(&self.memory).get(key, Instant::now()) {
-            return Ok(known);
+        // The lock must be gone before anything is awaited.
+        let remembered = read(&self.memory).get(key, Instant::now());
+        match remembered {
+            Remembered::Sale(facts) => return Ok(Some(facts)),
+            Remembered::Unknown => return Ok(None),
+            Remembered::Nothing => {}
         }
         let (answer, answered) = oneshot::channel();
         let gone = |()| Arc::new(StoreError::Unavailable(sqlx::Error::PoolClosed));
@@ -171,7 +183,13 @@ async fn answer(sales: Sales, memory: Arc<RwLock<Memory>>, mut asked: mpsc::Rece
         questions.retain(|question| !question.answer.is_closed());
         let mut waiting = Vec::with_capacity(questions.len());
         for question in questions.drain(..) {
-            if let Some(known) = read(&memory).get(question.key, now) {
+            let remembered = read(&memory).get(question.key, now);
+            let known = match remembered {
+                Remembered::Sale(facts) => Some(Some(facts)),
+                Remembered::Unknown => Some(None),
+                Remembered::Nothing => None,
+            };
+            if let Some(known) = known {
                 // Nobody hears it when the caller has gone meanwhile.
                 let _ = question.answer.send(Ok(known));
                 continue;

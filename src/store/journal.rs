@@ -659,7 +659,7 @@ impl BatchTransaction<'_> {
             .map(|order| order.unit_price.currency.as_str())
             .collect();
         let statuses: Vec<&str> = orders().map(|order| order.status.as_str()).collect();
-        let accepted_as: Vec<&str> = orders().map(|order| order.accepted_as.as_str()).collect();
+        let first_statuses: Vec<&str> = orders().map(|order| order.accepted_as.as_str()).collect();
         let durabilities: Vec<&str> = orders().map(|order| order.durability.as_str()).collect();
         let fingerprints: Vec<&[u8]> = orders()
             .map(|order| order.fingerprint.0.as_slice())
@@ -687,7 +687,7 @@ impl BatchTransaction<'_> {
             &epochs,
             &currencies as &[&str],
             &statuses as &[&str],
-            &accepted_as as &[&str],
+            &first_statuses as &[&str],
             &durabilities as &[&str],
             &fingerprints as &[&[u8]],
         )

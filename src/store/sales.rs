@@ -275,9 +275,9 @@ impl Sales {
                 let row = select!("WHERE sales.id = $1", sale.id.0)
                     .fetch_one(&pool)
                     .await?;
-                let same = row.request_fingerprint == sale.fingerprint.0;
+                let asked_before = row.request_fingerprint == sale.fingerprint.0;
                 let stored = Sale::try_from(row)?;
-                Ok(match (new, same) {
+                Ok(match (new, asked_before) {
                     (true, _) => Inserted::New(stored),
                     (false, true) => Inserted::Replayed(stored),
                     (false, false) => Inserted::Mismatch,

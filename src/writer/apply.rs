@@ -149,7 +149,7 @@ async fn prepare(
                 .extend(dead.iter().map(|order| (order.id, error.clone())));
             batch = fold(from, entries, &ground, refused, dead_in_a_row)?;
         }
-        reconcile(&mut batch, known, &ground)?;
+        reconcile(&mut batch, &known, &ground)?;
     }
     Ok(batch)
 }
@@ -167,7 +167,7 @@ fn covered(known: &Known, pseq: u64, round: RoundId, seq: u64) -> bool {
 ///
 /// # Errors
 /// [`Halt::Conflict`] when something else is stored in its place.
-fn reconcile(batch: &mut Batch, known: Known, ground: &Ground) -> Result<(), Halt> {
+fn reconcile(batch: &mut Batch, known: &Known, ground: &Ground) -> Result<(), Halt> {
     let place = |order: &Order| (order.round, order.epoch, order.seq);
     let by_id: HashMap<OrderId, Order> = known
         .orders
@@ -220,7 +220,7 @@ fn reconcile(batch: &mut Batch, known: Known, ground: &Ground) -> Result<(), Hal
     let mut new = Vec::with_capacity(batch.events.len());
     for row in batch.events.drain(..) {
         match events.get(&event_place(&row)) {
-            None if covered(&known, row.id.pseq, row.round, row.event.seq) => {}
+            None if covered(known, row.id.pseq, row.round, row.event.seq) => {}
             None => new.push(row),
             Some(stored) if *stored == row => {}
             Some(stored) => {

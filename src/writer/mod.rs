@@ -25,8 +25,9 @@ use crate::{
     store::journal::{Ledger, Position},
 };
 
-/// Entries that one script call reads: at 128 orders each about 6 MB.
-const ENTRIES_MAX: usize = 512;
+/// Entries that one script call reads: at 128 orders each about 1.4 MB, so that reading keeps the
+/// purchases waiting no longer than one of their own calls does.
+const ENTRIES_MAX: usize = 128;
 /// Orders in one transaction: it stays far below the statement timeout, and a larger one is hardly
 /// cheaper per order.
 const ORDERS_MAX: usize = 10_000;
@@ -158,9 +159,9 @@ pub struct WriterStatus {
     pub state: State,
     /// Up to where PostgreSQL has the journal.
     pub position: JournalId,
-    /// Entries that are not stored, as of the last reading.
+    /// Entries of the journal that are not stored, as of the last look at it.
     pub lag_entries: u64,
-    /// When the oldest of them was written, milliseconds since the Unix epoch by Redis' clock.
+    /// When the oldest entry that is not stored was written, milliseconds since the Unix epoch by Redis' clock.
     pub oldest_at_ms: Option<i64>,
     /// When it last committed.
     pub last_commit: Option<Instant>,
@@ -334,13 +335,13 @@ impl Writer {
             None => self.learn().await?,
         };
         if self.pending.is_empty() {
-            let read = self
+            let page = self
                 .reader
                 .read(position.epoch, position.stored, ENTRIES_MAX)
-                .await;
-            let page = read.map_err(|error| self.unread(error, position.stored))?;
-            self.last_pseq = page.last_pseq;
+                .await
+                .map_err(|error| self.unread(error, position.stored))?;
             self.pending = page.entries.into();
+            self.last_pseq = page.last_pseq;
             self.show_lag();
         }
         if self.pending.is_empty() {
@@ -349,9 +350,13 @@ impl Writer {
         let len = batch_len(&self.pending);
         let pending = self.pending.make_contiguous();
         let batch = pending.get(..len).unwrap_or_default();
-        // While PostgreSQL works on the last of what was read, Redis can give the next.
+        // While PostgreSQL works on the last of what was read, Redis can give the next. While it
+        // does not work, Redis still says how far behind it is.
+        let behind = |last: JournalId| {
+            self.last_pseq > last.pseq || matches!(self.status.borrow().state, State::Halted(_))
+        };
         let ahead = match pending.last() {
-            Some(last) if last.id.pseq < self.last_pseq && len == pending.len() => Some(last.id),
+            Some(raw) if len == pending.len() && behind(raw.id) => Some(raw.id),
             _ => None,
         };
         let storing = timeout(
@@ -369,14 +374,15 @@ impl Writer {
             }
         };
         let (applied, next) = tokio::join!(storing, reading);
+        let next = next.map(|page| {
+            self.last_pseq = page.last_pseq;
+            page.entries
+        });
         let late = || Halt::Store(format!("no commit within {} s", BATCH_TIMEOUT.as_secs()));
         match applied.map_err(|_| late()).flatten() {
             Ok(Applied::Stored(batch)) => {
                 self.pending.drain(..len);
-                if let Some(next) = next {
-                    self.last_pseq = next.last_pseq;
-                    self.pending.extend(next.entries);
-                }
+                self.pending.extend(next.into_iter().flatten());
                 self.dead_in_a_row = batch.dead_in_a_row;
                 self.position = Some(Position {
                     stored: batch.to,
@@ -412,6 +418,7 @@ impl Writer {
                 Ok(Turn::Moved)
             }
             Err(halt) => {
+                self.show_lag();
                 if matches!(halt, Halt::Store(_)) {
                     self.ledger.disconnect();
                 } else {
@@ -462,7 +469,6 @@ impl Writer {
     fn forget(&mut self) {
         self.position = None;
         self.pending.clear();
-        self.last_pseq = 0;
     }
 
     fn show_lag(&self) {

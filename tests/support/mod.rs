@@ -5,7 +5,8 @@ use std::process::{Child, Command, Stdio};
 
 use stockade::{
     domain::id::{Epoch, Partition},
-    engine::{Engine, EngineMeter, EngineOptions, RedisUrl},
+    engine::{Engine, EngineOptions, RedisUrl},
+    metrics::EngineMetrics,
 };
 use tempfile::TempDir;
 
@@ -73,7 +74,7 @@ pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
         url: RedisUrl(redis.url.clone().into()),
         queue_capacity: 16_384,
     };
-    let engine = Engine::connect(&options, partition, EngineMeter::default())
+    let engine = Engine::connect(&options, partition, EngineMetrics::default())
         .await
         .unwrap();
     let inspection = engine.inspect().await.unwrap();

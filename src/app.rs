@@ -1,0 +1,511 @@
+//! The composition root: makes the parts, wires them, and starts their tasks.
+//!
+//! The same builder makes the application for production and for tests.
+
+use std::{
+    collections::HashMap, future::IntoFuture, net::SocketAddr, num::NonZeroUsize, sync::Arc,
+    thread::available_parallelism, time::Duration,
+};
+
+use anyhow::Context;
+use axum::{Router, http::HeaderValue, serve::ListenerExt};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::net::TcpListener;
+
+use crate::{
+    auth::{
+        self,
+        accounts::{AccountError, Accounts},
+        email::Email,
+        password::PasswordHasher,
+        session::Successors,
+        token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
+    },
+    config::{self, Config, Endpoints},
+    domain::id::Partition,
+    engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
+    http::{self, AccessLog, HttpSettings, HttpState, Listener},
+    lifecycle::{Lifecycle, Stage},
+    metrics::{Metrics, PartitionLabels},
+    ops::recovery::Recovery,
+    readiness::Readiness,
+    realtime::Hub,
+    sales::{Pseudonyms, Shop, provision_rounds},
+    store::{
+        Database, DatabaseSettings,
+        directory::Directory,
+        journal::{Ledger, Positions},
+        orders::Orders,
+        products::Products,
+        rounds::Rounds,
+        sales::Sales,
+        sessions::Sessions,
+        users::Users,
+    },
+    writer::{State, Writer},
+};
+
+/// The time between two looks at what the metrics and `/readyz` show.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// How long PostgreSQL may take to be there at start.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Something that a process can do. Several processes share the work of a sale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Role {
+    /// Answer requests.
+    Http,
+    /// Drain the journal into PostgreSQL.
+    Writer,
+}
+
+impl Role {
+    /// Everything.
+    pub const ALL: &[Self] = &[Self::Http, Self::Writer];
+}
+
+/// An application that has started. Its tasks live as long as its [`Lifecycle`].
+#[derive(Clone)]
+pub struct App {
+    /// Where it answers; `None` without [`Role::Http`].
+    pub http_addr: Option<SocketAddr>,
+    /// Where operators are answered, if not there.
+    pub admin_addr: Option<SocketAddr>,
+    /// Whether it wants traffic.
+    pub readiness: Readiness,
+    /// Everything that sells; `None` without [`Role::Http`].
+    pub shop: Option<Arc<Shop>>,
+    /// The catalogue.
+    pub products: Products,
+    /// A password that was generated for the configured operator: shown once, kept nowhere.
+    pub generated_password: Option<SecretString>,
+}
+
+/// The stores and what is made of them alone.
+struct Stores {
+    database: Database,
+    engines: Engines,
+    positions: Positions,
+    rounds: Rounds,
+}
+
+/// Starts everything that `roles` names.
+///
+/// # Errors
+/// What cannot be mended by waiting: a store that is not there, a secret that is missing, an
+/// address that is taken.
+pub async fn start(
+    config: &Config,
+    endpoints: &Endpoints,
+    roles: &[Role],
+    life: &Lifecycle,
+) -> anyhow::Result<App> {
+    let metrics = Arc::new(Metrics::new());
+    let readiness = Readiness::new(&["operator", "partitions", "postgresql"]);
+    let stores = connect(config, endpoints, &metrics).await?;
+    for engine in stores.engines.all() {
+        let settings = engine.settings();
+        for danger in &settings.dangers {
+            tracing::error!(danger, "Redis may drop what it must keep");
+        }
+        tracing::info!(
+            partition = %engine.partition(),
+            durability = engine.durability().as_str(),
+            settings = settings.facts.join(" "),
+            "Redis"
+        );
+    }
+
+    let recovery = Recovery {
+        engines: stores.engines.clone(),
+        positions: stores.positions.clone(),
+        rounds: stores.rounds.clone(),
+    };
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "recovery", async move {
+        recovery.run(stop).await;
+        Ok(())
+    });
+
+    let writers = if roles.contains(&Role::Writer) {
+        writers(&stores).await?
+    } else {
+        Vec::new()
+    };
+    let stored = writers
+        .iter()
+        .map(|writer| (writer.partition(), writer.stored()))
+        .collect();
+    let statuses: Vec<_> = writers
+        .iter()
+        .map(|writer| (writer.partition(), writer.status()))
+        .collect();
+    for writer in writers {
+        let (stop, hard) = (life.token(Stage::Writer), life.hard());
+        life.spawn(Stage::Writer, "writer", async move {
+            writer.run(stop, hard).await;
+            Ok(())
+        });
+    }
+
+    let look = Look {
+        engines: stores.engines.clone(),
+        database: stores.database.clone(),
+        metrics: Arc::clone(&metrics),
+        readiness: readiness.clone(),
+        statuses,
+    };
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "look", async move {
+        while stop
+            .run_until_cancelled(tokio::time::sleep(LOOK))
+            .await
+            .is_some()
+        {
+            look.once().await;
+        }
+        Ok(())
+    });
+
+    let mut app = App {
+        http_addr: None,
+        admin_addr: None,
+        readiness,
+        shop: None,
+        products: Products::new(stores.database.clone()),
+        generated_password: None,
+    };
+    if roles.contains(&Role::Http) {
+        serve(config, &stores, stored, &metrics, life, &mut app).await?;
+    } else {
+        app.readiness.pass("operator");
+    }
+    Ok(app)
+}
+
+async fn connect(
+    config: &Config,
+    endpoints: &Endpoints,
+    metrics: &Metrics,
+) -> anyhow::Result<Stores> {
+    let settings = DatabaseSettings {
+        connections_max: config.database_pool,
+        ..DatabaseSettings::default()
+    };
+    let database = Database::new(endpoints.database_url.expose_secret(), settings)
+        .context("DATABASE_URL cannot be read")?;
+    migrate(&database).await?;
+    let options = EngineOptions {
+        url: RedisUrl(endpoints.redis_url.clone()),
+        queue_capacity: config.queue_capacity,
+    };
+    let positions = Positions::new(database.clone());
+    let rounds = Rounds::new(database.clone());
+    let mut engines = Vec::new();
+    for number in 0..config.partitions {
+        let partition = Partition(number);
+        let engine = Engine::connect(&options, partition, metrics.engine.clone())
+            .await
+            .context("Redis does not answer at REDIS_URL: start it")?;
+        engines.push(engine);
+    }
+    Ok(Stores {
+        database,
+        engines: Engines::new(engines),
+        positions,
+        rounds,
+    })
+}
+
+/// Migrates, as soon as PostgreSQL is there.
+///
+/// # Errors
+/// When it is not there in time, or has a schema that this version does not know.
+pub async fn migrate(database: &Database) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match database.migrate().await {
+            Ok(()) => return Ok(()),
+            Err(error @ crate::store::StoreError::Unavailable(_))
+                if tokio::time::Instant::now() < deadline =>
+            {
+                tracing::warn!(%error, "waiting for PostgreSQL");
+                tokio::time::sleep(LOOK).await;
+            }
+            Err(error) => {
+                return Err(error).context("PostgreSQL at DATABASE_URL could not be migrated");
+            }
+        }
+    }
+}
+
+async fn writers(stores: &Stores) -> anyhow::Result<Vec<Writer>> {
+    let mut writers = Vec::new();
+    for engine in stores.engines.all() {
+        let ledger = Ledger::new(&stores.database, engine.partition());
+        writers.push(Writer::new(ledger, engine.journal_reader().await?));
+    }
+    Ok(writers)
+}
+
+/// Starts what answers requests.
+async fn serve(
+    config: &Config,
+    stores: &Stores,
+    stored: HashMap<Partition, crate::writer::StoredPosition>,
+    metrics: &Arc<Metrics>,
+    life: &Lifecycle,
+    app: &mut App,
+) -> anyhow::Result<()> {
+    let secret = config
+        .jwt_secret
+        .as_ref()
+        .context("STOCKADE_JWT_SECRET is not set")?;
+    let secret = secret.expose_secret().as_bytes();
+    let keys = [Secret {
+        id: "1",
+        bytes: secret,
+    }];
+    let tokens = Arc::new(TokenKeys::new(&keys, LIFETIME_MAX_SECONDS)?);
+    // One core stays for everybody who is logged in already.
+    let cores = available_parallelism().map_or(1, NonZeroUsize::get);
+    let workers = NonZeroUsize::new(cores - 1).unwrap_or(NonZeroUsize::MIN);
+    let passwords = PasswordHasher::new(
+        config.bcrypt_cost,
+        workers,
+        config.password_hash_queue,
+        metrics.passwords.clone(),
+    )?;
+    let database = &stores.database;
+    let accounts = Accounts {
+        users: Users::new(database.clone()),
+        sessions: Sessions::new(database.clone()),
+        passwords,
+        tokens: Arc::clone(&tokens),
+        successors: Arc::new(Successors::new(secret)?),
+    };
+    app.generated_password = operator(config, &accounts).await?;
+    app.readiness.pass("operator");
+
+    let shop = Arc::new(Shop {
+        engines: stores.engines.clone(),
+        directory: Directory::new(database.clone()),
+        sales: Sales::new(database.clone()),
+        rounds: stores.rounds.clone(),
+        orders: Orders::new(database.clone()),
+        positions: stores.positions.clone(),
+        stored,
+        pseudonyms: Pseudonyms::new(secret)?,
+    });
+    let (engines, rounds) = (stores.engines.clone(), stores.rounds.clone());
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "provisioning", async move {
+        provision_rounds(engines, rounds, stop).await;
+        Ok(())
+    });
+
+    let hub = Hub::new(
+        stores.engines.clone(),
+        shop.directory.clone(),
+        shop.sales.clone(),
+        metrics.realtime.clone(),
+    );
+    // Ends all streams first: no listener stops before its last connection has.
+    let (live, stop) = (hub.clone(), life.token(Stage::Requests));
+    life.spawn(Stage::Requests, "live stock", async move {
+        live.run(stop).await;
+        Ok(())
+    });
+
+    let settings = HttpSettings {
+        cors_origins: config
+            .cors_origins
+            .iter()
+            .map(HeaderValue::from_str)
+            .collect::<Result<_, _>>()
+            .context("STOCKADE_CORS_ORIGINS")?,
+        request_timeout: Duration::from_millis(config.request_timeout_ms),
+        access_log: access_log(config, metrics).await?,
+    };
+    let state = HttpState::new(http::Parts {
+        tokens,
+        accounts,
+        products: app.products.clone(),
+        shop: Arc::clone(&shop),
+        hub,
+        metrics: Arc::clone(metrics),
+        readiness: app.readiness.clone(),
+    });
+    app.shop = Some(shop);
+    let public = match config.admin_addr {
+        Some(_) => Listener::Public,
+        None => Listener::All,
+    };
+    let router = http::router(state.clone(), &settings, public);
+    app.http_addr = Some(listen(config.http_addr, router, "http", life).await?);
+    if let Some(addr) = config.admin_addr {
+        let router = http::router(state, &settings, Listener::All);
+        app.admin_addr = Some(listen(addr, router, "admin", life).await?);
+    }
+    Ok(())
+}
+
+/// Makes the configured operator, if there is none with that address. Gives the password that was
+/// generated for it, if none was configured.
+async fn operator(config: &Config, accounts: &Accounts) -> anyhow::Result<Option<SecretString>> {
+    let Some(address) = &config.operator_email else {
+        return Ok(None);
+    };
+    let email =
+        Email::parse(address).context("STOCKADE_OPERATOR_EMAIL is not an e-mail address")?;
+    if accounts.users.by_email(email.as_str()).await?.is_some() {
+        return Ok(None);
+    }
+    let (password, generated) = match &config.operator_password {
+        Some(password) => (password.clone(), None),
+        None => {
+            let password = SecretString::from(auth::session::RefreshToken::random()?.text());
+            (password.clone(), Some(password))
+        }
+    };
+    auth::password::check(password.expose_secret())
+        .context("STOCKADE_OPERATOR_PASSWORD is too weak")?;
+    let password = password.expose_secret().to_owned();
+    let name = "Operator".to_owned();
+    match accounts
+        .register(email, name, password, auth::Role::Operator)
+        .await
+    {
+        Ok(_) => Ok(generated),
+        // Another node was faster.
+        Err(AccountError::EmailTaken) => Ok(None),
+        Err(error) => Err(error).context("the operator could not be created"),
+    }
+}
+
+async fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<AccessLog> {
+    let format = match config.access_log {
+        config::AccessLog::Off => return Ok(AccessLog::off()),
+        config::AccessLog::Combined => http::Format::Combined,
+        config::AccessLog::Json => http::Format::Json,
+    };
+    let (log, writer) = AccessLog::new(format, metrics.http.clone());
+    // It ends with the last router that writes to it.
+    match &config.access_log_file {
+        Some(path) => {
+            let file = tokio::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .await;
+            let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+            tokio::spawn(writer.run(file));
+        }
+        None => {
+            tokio::spawn(writer.run(tokio::io::stdout()));
+        }
+    }
+    Ok(log)
+}
+
+async fn listen(
+    addr: SocketAddr,
+    router: Router,
+    name: &'static str,
+    life: &Lifecycle,
+) -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind(addr)
+        .await
+        .with_context(|| format!("cannot listen on {addr}"))?;
+    let addr = listener.local_addr()?;
+    let listener = listener.tap_io(|stream| {
+        // Answers are small: they should not wait for more. A closed socket says so by itself.
+        let _ = stream.set_nodelay(true);
+    });
+    let stop = life.token(Stage::Requests);
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    life.spawn(Stage::Requests, name, async move {
+        let stopping = async move { stop.cancelled().await };
+        Ok(axum::serve(listener, service)
+            .with_graceful_shutdown(stopping)
+            .into_future()
+            .await?)
+    });
+    Ok(addr)
+}
+
+/// Shows how the process is doing: gauges and `/readyz`.
+struct Look {
+    engines: Engines,
+    database: Database,
+    metrics: Arc<Metrics>,
+    readiness: Readiness,
+    statuses: Vec<(
+        Partition,
+        tokio::sync::watch::Receiver<crate::writer::WriterStatus>,
+    )>,
+}
+
+impl Look {
+    async fn once(&self) {
+        match self.database.migrated().await {
+            Ok(true) => self.readiness.pass("postgresql"),
+            Ok(false) => self.readiness.fail("postgresql", "not migrated"),
+            Err(_) => self.readiness.fail("postgresql", "does not answer"),
+        }
+        let mut fenced = Vec::new();
+        let mut redis_ms = None;
+        for engine in self.engines.all() {
+            let labels = PartitionLabels {
+                partition: engine.partition().0,
+            };
+            let is_fenced = matches!(&*engine.fence().borrow(), Fence::Fenced(_));
+            if is_fenced {
+                fenced.push(engine.partition().to_string());
+            }
+            redis_ms = redis_ms.or(engine.redis_ms());
+            let engine_metrics = &self.metrics.engine;
+            engine_metrics
+                .fenced
+                .get_or_create(&labels)
+                .set(is_fenced.into());
+            let waiting = i64::try_from(engine.waiting()).unwrap_or(i64::MAX);
+            engine_metrics.waiting.get_or_create(&labels).set(waiting);
+        }
+        if fenced.is_empty() {
+            self.readiness.pass("partitions");
+        } else {
+            let reason = format!("{} not verified: nothing is sold", fenced.join(", "));
+            self.readiness.fail("partitions", reason);
+        }
+        for (partition, status) in &self.statuses {
+            let status = status.borrow();
+            let labels = PartitionLabels {
+                partition: partition.0,
+            };
+            let writer = &self.metrics.writer;
+            let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+            writer
+                .lag_entries
+                .get_or_create(&labels)
+                .set(count(status.lag_entries));
+            let lag = redis_ms.map_or(0.0, |now_ms| status.lag_seconds(now_ms));
+            writer.lag_seconds.get_or_create(&labels).set(lag);
+            writer
+                .position
+                .get_or_create(&labels)
+                .set(count(status.position.pseq));
+            let halted = matches!(status.state, State::Halted(_));
+            writer.halted.get_or_create(&labels).set(halted.into());
+            writer
+                .orders
+                .get_or_create(&labels)
+                .set(count(status.orders_total));
+            writer
+                .dead_letters
+                .get_or_create(&labels)
+                .set(count(status.letters_total));
+        }
+    }
+}

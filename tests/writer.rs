@@ -1,0 +1,407 @@
+//! The writer between a real Redis and a real PostgreSQL, and everything that may go wrong there.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use secrecy::ExposeSecret;
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use stockade::{
+    clock,
+    domain::{
+        id::{
+            BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId,
+            RoundId, SaleId,
+        },
+        model::Provisioned,
+        money::{Currency, Money},
+        order::{Decision, Purchase},
+        round::{Intent, Terms, Window},
+    },
+    embedded::{PostgresOptions, PostgresServer},
+    engine::Engine,
+    store::{
+        Database, DatabaseSettings,
+        audit::{RoundSums, Snapshot},
+        journal::{Ledger, Positions},
+        orders::Orders,
+        sales::{Inserted, NewSale, Sales},
+    },
+    writer::{Halt, State, StoredPosition, Writer, WriterStatus},
+};
+use support::Redis;
+use tempfile::TempDir;
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+const PARTITION: Partition = Partition(0);
+const ACTOR: Uuid = Uuid::from_u128(0xac);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A sale on its own stores, with nobody draining its journal.
+struct Shop {
+    engine: Engine,
+    round: RoundId,
+    database: Database,
+    sql: PgConnection,
+    postgres: PostgresServer,
+    _redis: Redis,
+    _dir: TempDir,
+}
+
+impl Shop {
+    async fn open() -> Self {
+        let dir = TempDir::new().unwrap();
+        let options = PostgresOptions {
+            throwaway: true,
+            ..PostgresOptions::new(dir.path().join("postgres"))
+        };
+        let (redis, postgres) = tokio::join!(Redis::start(), PostgresServer::start(options));
+        let postgres = postgres.unwrap();
+        let url = postgres.url().expose_secret();
+        let database = Database::new(url, DatabaseSettings::default()).unwrap();
+        database.migrate().await.unwrap();
+        let mut sql = PgConnection::connect(url).await.unwrap();
+
+        let positions = Positions::new(database.clone());
+        assert_eq!(
+            positions.raise_epoch(PARTITION).await.unwrap().epoch,
+            Epoch(1)
+        );
+        let engine = support::engine(&redis, PARTITION).await;
+        assert!(positions.set_installed(PARTITION, Epoch(1)).await.unwrap());
+
+        let product = clock::new_id();
+        sqlx::query(
+            "INSERT INTO products (id, name, description, price_amount, price_currency, created_at,
+                                   updated_at)
+             VALUES ($1, 'Kettle', '', 1999, 'EUR', now(), now())",
+        )
+        .bind(product)
+        .execute(&mut sql)
+        .await
+        .unwrap();
+        let sale = NewSale {
+            id: SaleId(clock::new_id()),
+            fingerprint: Fingerprint::of(&[b"kettle"]),
+            partition: PARTITION,
+            product: ProductId(product),
+            name: "Kettle".to_owned(),
+            small_print: None,
+            terms: Terms {
+                window: Window {
+                    opens_at_ms: 1,
+                    closes_at_ms: None,
+                },
+                per_buyer_limit: 100,
+                per_order_limit: 10,
+                unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
+                allocation: 10_000,
+            },
+            created_by: ACTOR,
+        };
+        let inserted = Sales::new(database.clone()).insert(sale).await.unwrap();
+        let Inserted::New(sale) = inserted else {
+            panic!("{inserted:?}")
+        };
+        let round = sale.facts.round_id();
+        let provisioned = engine.provision(round, &sale.facts.terms).await.unwrap();
+        assert_eq!(provisioned, Provisioned::Created);
+        Self {
+            engine,
+            round,
+            database,
+            sql,
+            postgres,
+            _redis: redis,
+            _dir: dir,
+        }
+    }
+
+    fn item(&self, buyer: u128, key: u32, quantity: u64) -> Purchase {
+        let buyer = BuyerId(Uuid::from_u128(buyer));
+        Purchase {
+            round: self.round,
+            order: OrderId::derive(self.round.sale, buyer, &key.to_string()),
+            buyer,
+            quantity,
+            fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
+        }
+    }
+
+    async fn buy(&self, buyer: u128, key: u32, quantity: u64) -> OrderId {
+        let answer = self
+            .engine
+            .purchase(self.item(buyer, key, quantity))
+            .await
+            .unwrap();
+        let Decision::Accepted(order) = answer.decision else {
+            panic!("{answer:?}")
+        };
+        order.id
+    }
+
+    /// Ten buyers buy and give back, and the operator does what operators do.
+    async fn busy_day(&self, first_buyer: u128) {
+        for buyer in first_buyer..first_buyer + 10 {
+            let orders = futures::future::join_all(
+                (0..8).map(|key| self.buy(buyer, key, u64::from(key % 3) + 1)),
+            )
+            .await;
+            self.engine
+                .cancel(self.round, orders[3], ACTOR)
+                .await
+                .unwrap();
+        }
+        let operation = OperationId::derive("restock", ACTOR, &first_buyer.to_string());
+        let fingerprint = Fingerprint::of(&[b"25"]);
+        self.engine
+            .restock(self.round, 25, operation, fingerprint, ACTOR)
+            .await
+            .unwrap();
+        self.engine
+            .control(self.round, Intent::Paused, ACTOR)
+            .await
+            .unwrap();
+        self.engine
+            .control(self.round, Intent::Live, ACTOR)
+            .await
+            .unwrap();
+    }
+
+    async fn sql(&mut self, statement: &str) {
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned()))
+            .execute(&mut self.sql)
+            .await
+            .unwrap();
+    }
+
+    async fn end(&self) -> JournalId {
+        let inspection = self.engine.inspect().await.unwrap();
+        JournalId {
+            epoch: inspection.epoch.unwrap(),
+            pseq: inspection.pseq,
+        }
+    }
+
+    async fn write(&self) -> Running {
+        let ledger = Ledger::new(&self.database, PARTITION);
+        let writer = Writer::new(ledger, self.engine.journal_reader().await.unwrap());
+        let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+        Running {
+            status: writer.status(),
+            stored: writer.stored(),
+            task: tokio::spawn(writer.run(stop.clone(), abort.clone())),
+            stop,
+            abort,
+        }
+    }
+
+    /// A writer drains everything and stops.
+    async fn drain(&self) {
+        let mut writer = self.write().await;
+        writer.reach(self.end().await).await;
+        writer.stop().await;
+    }
+
+    /// Both stores agree, and every invariant holds.
+    async fn audit(&self) -> RoundSums {
+        let mut snapshot = Snapshot::take(&self.database).await.unwrap();
+        let sums = snapshot.round(self.round).await.unwrap().unwrap();
+        let keys = self
+            .engine
+            .audit(self.round)
+            .await
+            .unwrap()
+            .standing
+            .unwrap();
+        assert_eq!(sums.counters, keys.standing.counters);
+        assert_eq!(sums.counted(), sums.counters);
+        assert_eq!(sums.intent, keys.standing.intent);
+        assert_eq!((sums.gap, sums.duplicates, sums.buyers_above), (None, 0, 0));
+        assert_eq!(sums.events, sums.last_seq);
+        assert_eq!(sums.position, self.end().await);
+        sums
+    }
+}
+
+struct Running {
+    status: watch::Receiver<WriterStatus>,
+    stored: StoredPosition,
+    task: JoinHandle<()>,
+    stop: CancellationToken,
+    abort: CancellationToken,
+}
+
+impl Running {
+    async fn reach(&mut self, id: JournalId) {
+        assert!(timeout(PATIENCE, self.stored.reached(id)).await.unwrap());
+    }
+
+    async fn halt(&mut self) -> Halt {
+        let halted = self
+            .status
+            .wait_for(|status| matches!(status.state, State::Halted(_)));
+        match &timeout(PATIENCE, halted).await.unwrap().unwrap().state {
+            State::Halted(halt) => halt.clone(),
+            state => panic!("{state:?}"),
+        }
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_set_back_or_deleted_doubles_nothing() {
+    let mut shop = Shop::open().await;
+    shop.busy_day(1).await;
+    shop.drain().await;
+    shop.audit().await;
+    let damages = [
+        "UPDATE journal_positions SET position = 0, position_epoch = 0",
+        "UPDATE journal_positions SET position = 5, position_epoch = 1",
+        "UPDATE journal_positions SET position = 0, position_epoch = 0;
+         DELETE FROM orders WHERE seq IN (2, 30);
+         DELETE FROM round_events WHERE seq BETWEEN 20 AND 40;
+         UPDATE orders SET status = accepted_as, last_seq = seq WHERE seq > 50",
+        "DELETE FROM journal_positions",
+    ];
+    for (key, damage) in (0..).zip(damages) {
+        shop.sql(damage).await;
+        // The order tells when the writer is through: it is behind everything that is known.
+        shop.buy(900, key, 1).await;
+        shop.drain().await;
+        shop.audit().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_content_under_an_id_or_a_place_stops_the_partition() {
+    let mut shop = Shop::open().await;
+    shop.busy_day(1).await;
+    shop.drain().await;
+    for damage in [
+        "UPDATE orders SET quantity = quantity + 1 WHERE seq = 5",
+        "UPDATE orders SET quantity = quantity - 1, id = gen_random_uuid() WHERE seq = 5",
+    ] {
+        shop.sql(damage).await;
+        shop.sql("UPDATE journal_positions SET position = 0, position_epoch = 0")
+            .await;
+        let mut writer = shop.write().await;
+        assert!(matches!(writer.halt().await, Halt::Conflict(_)));
+        assert_eq!(writer.stored.get(), JournalId::default());
+        writer.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_order_becomes_a_dead_letter_with_all_that_follows_it() {
+    let mut shop = Shop::open().await;
+    shop.sql("ALTER TABLE orders ADD CONSTRAINT poison CHECK (quantity <> 7)")
+        .await;
+    let early = shop.buy(50, 1, 7).await;
+    let both = shop.buy(50, 2, 7).await;
+    shop.engine.cancel(shop.round, both, ACTOR).await.unwrap();
+    shop.busy_day(1).await;
+    shop.drain().await;
+    shop.engine.cancel(shop.round, early, ACTOR).await.unwrap();
+    shop.buy(50, 3, 7).await;
+    shop.drain().await;
+    let sums = shop.audit().await;
+    assert_eq!((sums.dead_letters, sums.dead_units), (5, 7));
+    // Read once more, they are recognised.
+    shop.sql("UPDATE journal_positions SET position = 0, position_epoch = 0")
+        .await;
+    shop.drain().await;
+    assert_eq!(shop.audit().await.dead_letters, 5);
+    // A hundred in a row are no accident.
+    shop.sql("ALTER TABLE orders ADD CONSTRAINT plague CHECK (quantity <> 9)")
+        .await;
+    futures::future::join_all((0..100).map(|buyer| shop.buy(100 + buyer, 0, 9))).await;
+    let mut writer = shop.write().await;
+    assert!(matches!(writer.halt().await, Halt::TooManyDead { .. }));
+    shop.sql("ALTER TABLE orders DROP CONSTRAINT plague").await;
+    writer.reach(shop.end().await).await;
+    writer.stop().await;
+    assert_eq!(shop.audit().await.dead_letters, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_of_an_old_epoch_stores_nothing() {
+    let shop = Shop::open().await;
+    shop.busy_day(1).await;
+    let mut writer = shop.write().await;
+    writer.reach(shop.end().await).await;
+    // Redis goes on in the old timeline, as an old primary would.
+    Positions::new(shop.database.clone())
+        .raise_epoch(PARTITION)
+        .await
+        .unwrap();
+    let order = shop.buy(900, 1, 1).await;
+    assert!(matches!(writer.halt().await, Halt::Fenced(_)));
+    let orders = Orders::new(shop.database.clone());
+    assert_eq!(orders.by_id(order).await.unwrap(), None);
+    // Once the new epoch has begun with all that was there, it goes on by itself.
+    let inspection = shop.engine.inspect().await.unwrap();
+    let begun = shop.engine.install(Epoch(2), &inspection).await.unwrap();
+    writer.reach(begun).await;
+    writer.stop().await;
+    assert!(orders.by_id(order).await.unwrap().is_some());
+    shop.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn four_writers_that_are_cut_off_at_any_moment_store_everything_once() {
+    let shop = Shop::open().await;
+    let mut writers = vec![];
+    for day in 0..12 {
+        writers.push(shop.write().await);
+        shop.busy_day(day * 100).await;
+        if writers.len() > 4 {
+            let cut_off = writers.remove(0);
+            cut_off.abort.cancel();
+            cut_off.task.await.unwrap();
+        }
+    }
+    let end = shop.end().await;
+    for mut writer in writers {
+        writer.reach(end).await;
+        writer.stop().await;
+    }
+    shop.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_sold_while_postgresql_is_away_is_stored_when_it_is_back() {
+    let mut shop = Shop::open().await;
+    let mut writer = shop.write().await;
+    writer.reach(shop.end().await).await;
+    shop.postgres.kill().await;
+    shop.busy_day(1).await;
+    assert!(matches!(writer.halt().await, Halt::Store(_)));
+    let behind = |status: &WriterStatus| status.lag_entries > 0 && status.oldest_at_ms.is_some();
+    timeout(PATIENCE, writer.status.wait_for(behind))
+        .await
+        .unwrap()
+        .unwrap();
+    shop.postgres.restart().await.unwrap();
+    writer.reach(shop.end().await).await;
+    let drained = |status: &WriterStatus| status.state == State::Waiting;
+    timeout(PATIENCE, writer.status.wait_for(drained))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(writer.status.borrow().lag_entries, 0);
+    assert!(writer.status.borrow().lag_seconds(clock::now_ms()).abs() < f64::EPSILON);
+    writer.stop().await;
+    shop.audit().await;
+}

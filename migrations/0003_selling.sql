@@ -80,6 +80,7 @@ COMMENT ON COLUMN rounds.pseq IS 'The number of the journal entry that brought t
 
 CREATE TABLE orders (
     id           uuid PRIMARY KEY,
+    sale_id      uuid NOT NULL,
     buyer_id     uuid NOT NULL,
     seq          bigint NOT NULL CHECK (seq >= 1),
     pseq         bigint NOT NULL CHECK (pseq >= 1),
@@ -110,7 +111,8 @@ COMMENT ON COLUMN orders.last_seq IS 'The event that gave it its present status;
 COMMENT ON COLUMN orders.unit_price IS 'Minor units (cents) for one unit, at acceptance.';
 COMMENT ON COLUMN orders.accepted_at IS 'By Redis'' clock, to the millisecond.';
 COMMENT ON COLUMN orders.updated_at IS 'When the event of last_seq happened, by Redis'' clock.';
-COMMENT ON COLUMN orders.sale IS 'The number of the sale.';
+COMMENT ON COLUMN orders.sale IS 'The number of the sale: short, so it stands in the index.';
+COMMENT ON COLUMN orders.sale_id IS 'The same sale by the name that the API knows, for people who ask with SQL.';
 COMMENT ON COLUMN orders.epoch IS 'The timeline that accepted it.';
 COMMENT ON COLUMN orders.body_version IS 'Which form its 201 had, so that a replay has the same bytes for ever.';
 COMMENT ON COLUMN orders.accepted_as IS 'Its status at acceptance, which its 201 says.';

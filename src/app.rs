@@ -143,7 +143,13 @@ pub async fn start(
         .collect();
     for writer in writers {
         let (stop, hard) = (life.token(Stage::Writer), life.hard());
+        let fence = stores.engines.of(writer.partition()).map(Engine::fence);
         life.spawn(Stage::Writer, "writer", async move {
+            // Before the first epoch there is no journal to read.
+            if let Some(mut fence) = fence {
+                let open = fence.wait_for(|fence| matches!(fence, Fence::Open(_)));
+                let _ = stop.run_until_cancelled(open).await;
+            }
             writer.run(stop, hard).await;
             Ok(())
         });

@@ -12,11 +12,14 @@ mod docs;
 mod edge;
 mod events;
 mod idempotency;
+mod leaderboard;
+mod orders;
 mod page;
 mod probes;
 pub mod problem;
 mod products;
 mod routes;
+mod sales;
 mod version;
 
 use std::{sync::Arc, time::Duration};
@@ -121,6 +124,9 @@ fn resources() -> Vec<routes::Routes> {
     vec![
         accounts::routes(),
         products::routes(),
+        sales::routes(),
+        orders::routes(),
+        leaderboard::routes(),
         events::routes(),
         probes::routes(),
     ]

@@ -667,12 +667,16 @@ impl BatchTransaction<'_> {
         sqlx::query!(
             "INSERT INTO orders (id, buyer_id, seq, pseq, last_seq, quantity, unit_price,
                                  accepted_at, updated_at, sale, round, epoch, currency, status,
-                                 accepted_as, durability, fingerprint)
-             SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[],
-                                  $6::bigint[], $7::bigint[], $8::timestamptz[],
-                                  $9::timestamptz[], $10::int[], $11::int[], $12::int[],
-                                  $13::text[], $14::text[], $15::text[], $16::text[],
-                                  $17::bytea[])",
+                                 accepted_as, durability, fingerprint, sale_id)
+             SELECT new.*, sales.id
+             FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[],
+                         $6::bigint[], $7::bigint[], $8::timestamptz[], $9::timestamptz[],
+                         $10::int[], $11::int[], $12::int[], $13::text[], $14::text[],
+                         $15::text[], $16::text[], $17::bytea[])
+                  AS new (id, buyer_id, seq, pseq, last_seq, quantity, unit_price, accepted_at,
+                          updated_at, sale, round, epoch, currency, status, accepted_as,
+                          durability, fingerprint)
+             JOIN sales ON sales.number = new.sale",
             &ids,
             &buyers,
             &seqs,

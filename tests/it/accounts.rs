@@ -1,143 +1,24 @@
 //! Accounts and the catalogue over the real router and a real PostgreSQL.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test says what went wrong by panicking"
-)]
 
-use std::{
-    collections::HashMap, fs, num::NonZeroUsize, os::unix::fs::PermissionsExt, sync::Arc,
-    time::Duration,
-};
-
-use axum::{
-    Router,
-    body::Body,
-    http::{HeaderMap, Method, Request, StatusCode},
-};
-use secrecy::ExposeSecret;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use stockade::{
-    auth::{
-        Role,
-        accounts::Accounts,
-        password::PasswordHasher,
-        session::Successors,
-        token::{Identity, Secret, TokenKeys},
-    },
-    clock,
-    embedded::{PostgresOptions, PostgresServer},
-    engine::Engines,
-    http::{AccessLog, HttpSettings, HttpState, Listener, Parts, router},
-    metrics::Metrics,
-    readiness::Readiness,
-    realtime::Hub,
-    sales::{Pseudonyms, Shop},
-    store::{
-        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
-        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
-    },
-};
-use tempfile::TempDir;
+use stockade::auth::Role;
 use tokio::task::JoinSet;
-use tower::ServiceExt;
-use uuid::Uuid;
 
-const SECRET: &[u8] = b"a secret of the tests, 32 bytes!";
+use super::support::app::{self, send};
 
-/// The router on a database of its own.
-struct App {
-    router: Router,
-    operator: String,
-    _postgres: PostgresServer,
-    _dir: TempDir,
-}
+/// An application, spoken to in JSON.
+struct App(app::App);
 
 struct Answer {
     status: StatusCode,
-    headers: HeaderMap,
+    headers: reqwest::header::HeaderMap,
     body: Value,
 }
 
 impl App {
     async fn start() -> Self {
-        // PostgreSQL runs as another user when we are root, and has to pass through.
-        let open = fs::Permissions::from_mode(0o711);
-        let dir = tempfile::Builder::new()
-            .permissions(open)
-            .tempdir()
-            .unwrap();
-        let options = PostgresOptions {
-            throwaway: true,
-            ..PostgresOptions::new(dir.path().join("postgres"))
-        };
-        let postgres = PostgresServer::start(options).await.unwrap();
-        let database =
-            Database::new(postgres.url().expose_secret(), DatabaseSettings::default()).unwrap();
-        assert!(!database.migrated().await.unwrap());
-        database.migrate().await.unwrap();
-        assert!(database.migrated().await.unwrap());
-
-        let metrics = Arc::new(Metrics::new());
-        let tokens = Arc::new(
-            TokenKeys::new(
-                &[Secret {
-                    id: "1",
-                    bytes: SECRET,
-                }],
-                600,
-            )
-            .unwrap(),
-        );
-        let passwords =
-            PasswordHasher::new(4, NonZeroUsize::MIN, 64, metrics.passwords.clone()).unwrap();
-        let accounts = Accounts {
-            users: Users::new(database.clone()),
-            sessions: Sessions::new(database.clone()),
-            passwords,
-            tokens: Arc::clone(&tokens),
-            successors: Arc::new(Successors::new(SECRET).unwrap()),
-        };
-        let identity = Identity {
-            user: Uuid::from_u128(1),
-            role: Role::Operator,
-            session: None,
-        };
-        let operator = tokens
-            .mint(identity, clock::new_id(), clock::now())
-            .unwrap();
-        let engines = Engines::new(Vec::new());
-        let directory = Directory::new(database.clone());
-        let sales = Sales::new(database.clone());
-        let state = HttpState::new(Parts {
-            tokens,
-            accounts,
-            products: Products::new(database.clone()),
-            shop: Arc::new(Shop {
-                engines: engines.clone(),
-                directory: directory.clone(),
-                sales: sales.clone(),
-                rounds: Rounds::new(database.clone()),
-                orders: Orders::new(database.clone()),
-                positions: Positions::new(database),
-                stored: HashMap::new(),
-                pseudonyms: Pseudonyms::new(SECRET).unwrap(),
-            }),
-            hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
-            metrics,
-            readiness: Readiness::new(&[]),
-        });
-        let settings = HttpSettings {
-            cors_origins: Vec::new(),
-            request_timeout: Duration::from_secs(30),
-            access_log: AccessLog::off(),
-        };
-        let router = router(state, &settings, Listener::All);
-        Self {
-            router,
-            operator,
-            _postgres: postgres,
-            _dir: dir,
-        }
+        Self(app::App::start().await)
     }
 
     async fn send(
@@ -147,18 +28,14 @@ impl App {
         body: Option<Value>,
         headers: &[(&str, &str)],
     ) -> Answer {
-        let mut request = Request::builder().method(method).uri(uri);
+        let mut request = self.0.request(method, uri);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let body = match body {
-            Some(body) => {
-                request = request.header("content-type", "application/json");
-                Body::from(body.to_string())
-            }
-            None => Body::empty(),
-        };
-        answer(self.router.clone(), request.body(body).unwrap()).await
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        Answer::of(send(request).await)
     }
 
     async fn post(&self, uri: &str, body: Value) -> Answer {
@@ -177,7 +54,7 @@ impl App {
         body: Option<Value>,
         header: (&str, &str),
     ) -> Answer {
-        let bearer = format!("Bearer {}", self.operator);
+        let bearer = format!("Bearer {}", self.0.token(self.0.operator, Role::Operator));
         self.send(method, uri, body, &[("authorization", &bearer), header])
             .await
     }
@@ -196,18 +73,16 @@ impl App {
     }
 }
 
-async fn answer(router: Router, request: Request<Body>) -> Answer {
-    let (parts, body) = router.oneshot(request).await.unwrap().into_parts();
-    let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
-    let body = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
-    Answer {
-        status: parts.status,
-        headers: parts.headers,
-        body,
-    }
-}
-
 impl Answer {
+    fn of(answer: app::Answer) -> Self {
+        let body = serde_json::from_str(&answer.text).unwrap_or(Value::Null);
+        Self {
+            status: answer.status,
+            headers: answer.headers,
+            body,
+        }
+    }
+
     fn refuses(&self, status: u16, code: &str) {
         assert_eq!(
             (self.status.as_u16(), &self.body["code"]),
@@ -285,6 +160,7 @@ async fn a_user_registers_logs_in_stays_and_leaves() {
         .post("/v1/auth/logout", json!({"refresh_token": "unknown"}))
         .await;
     assert_eq!(logout.status, StatusCode::NO_CONTENT);
+    app.0.finish().await;
 }
 
 #[tokio::test]
@@ -309,12 +185,9 @@ async fn of_many_exchanges_at_once_one_token_lives_and_an_old_one_ends_the_sessi
 
     let mut exchanges = JoinSet::new();
     for _ in 0..100 {
-        let request = Request::post("/v1/auth/refresh").header("content-type", "application/json");
-        let body = json!({"refresh_token": first}).to_string();
-        exchanges.spawn(answer(
-            app.router.clone(),
-            request.body(Body::from(body)).unwrap(),
-        ));
+        let body = json!({"refresh_token": first});
+        let request = app.0.request(Method::POST, "/v1/auth/refresh").json(&body);
+        exchanges.spawn(async move { Answer::of(send(request).await) });
     }
     let mut successors: Vec<_> = exchanges
         .join_all()
@@ -338,6 +211,7 @@ async fn of_many_exchanges_at_once_one_token_lives_and_an_old_one_ends_the_sessi
         .refuses(401, "invalid_credentials");
     // The user's other session is another family.
     assert_eq!(app.refresh(&other).await.status, StatusCode::OK);
+    app.0.finish().await;
 }
 
 #[tokio::test]
@@ -413,6 +287,7 @@ async fn a_product_is_added_once_changed_by_version_and_removed() {
         .await;
     assert_eq!(gone.status, StatusCode::NO_CONTENT);
     app.get(&uri).await.refuses(404, "not_found");
+    app.0.finish().await;
 }
 
 #[tokio::test]
@@ -494,4 +369,5 @@ async fn the_catalogue_is_searched_sorted_and_paged_without_gaps() {
             .await
             .refuses(400, "validation");
     }
+    app.0.finish().await;
 }

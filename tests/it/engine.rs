@@ -1,7 +1,6 @@
 //! The scripts against their specification: random commands, on a real Redis.
 
-mod support;
-
+use super::support::Redis;
 use proptest::{
     prelude::*,
     strategy::ValueTree,
@@ -17,7 +16,6 @@ use stockade::{
     },
     engine::{Engine, EngineError},
 };
-use support::Redis;
 use uuid::Uuid;
 
 const ACTOR: Uuid = Uuid::from_u128(0xac);
@@ -118,7 +116,7 @@ struct Conformance {
 
 impl Conformance {
     async fn new(redis: &Redis, partition: Partition) -> Self {
-        let engine = support::engine(redis, partition).await;
+        let engine = super::support::engine(redis, partition).await;
         let model = engine.dump(&[]).await.unwrap();
         Self {
             engine,

@@ -1,14 +1,8 @@
 //! The writer between a real Redis and a real PostgreSQL, and everything that may go wrong there.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking, its helpers too"
-)]
-
-mod support;
 
 use std::time::Duration;
 
+use super::support::Redis;
 use secrecy::ExposeSecret;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
@@ -34,7 +28,6 @@ use stockade::{
     },
     writer::{Halt, State, StoredPosition, Writer, WriterStatus},
 };
-use support::Redis;
 use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -74,7 +67,7 @@ impl Shop {
             positions.raise_epoch(PARTITION).await.unwrap().epoch,
             Epoch(1)
         );
-        let engine = support::engine(&redis, PARTITION).await;
+        let engine = super::support::engine(&redis, PARTITION).await;
         assert!(positions.set_installed(PARTITION, Epoch(1)).await.unwrap());
 
         let product = clock::new_id();

@@ -1,9 +1,4 @@
 //! The embedded services against the real programs: started, crashed, stopped, taken over.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test says what went wrong by panicking, in its own functions too"
-)]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Lines, Write};

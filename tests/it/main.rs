@@ -1,0 +1,13 @@
+//! Everything against real services: one binary, so that it is linked once and its tests share
+//! one PostgreSQL. Each test has a database and a Redis of its own.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking, its helpers too"
+)]
+
+mod accounts;
+mod embedded;
+mod engine;
+mod support;
+mod writer;

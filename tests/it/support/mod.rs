@@ -1,0 +1,112 @@
+//! What the tests share: real services and a whole application, each test its own.
+
+pub(crate) mod app;
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use stockade::{
+    clock,
+    domain::id::{Epoch, Partition},
+    embedded::{PostgresOptions, PostgresServer, RedisOptions, RedisRole, RedisServer},
+    engine::{Engine, EngineOptions, RedisUrl},
+    metrics::EngineMetrics,
+    store::{Database, DatabaseSettings},
+};
+use tempfile::TempDir;
+use tokio::sync::{Mutex, OnceCell};
+
+/// A Redis of one's own, as durable as in production.
+pub(crate) struct Redis {
+    pub(crate) server: RedisServer,
+    _dir: TempDir,
+}
+
+impl Redis {
+    pub(crate) async fn start() -> Self {
+        let dir = TempDir::new().unwrap();
+        let mut options = RedisOptions::new(dir.path().join("redis"), RedisRole::Journal);
+        options.throwaway = true;
+        options
+            .settings
+            .push(("appendfsync".to_owned(), "always".to_owned()));
+        let server = RedisServer::start(options).await.unwrap();
+        Self { server, _dir: dir }
+    }
+
+    pub(crate) fn url(&self) -> RedisUrl {
+        RedisUrl(self.server.url().clone())
+    }
+}
+
+/// An engine on a fresh partition, in its first epoch.
+pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
+    let options = EngineOptions {
+        url: redis.url(),
+        queue_capacity: 16_384,
+    };
+    let engine = Engine::connect(&options, partition, EngineMetrics::default())
+        .await
+        .unwrap();
+    let inspection = engine.inspect().await.unwrap();
+    engine.install(Epoch(1), &inspection).await.unwrap();
+    engine
+}
+
+/// A directory that PostgreSQL may enter: it runs as another user when we are root.
+pub(crate) fn open_dir() -> TempDir {
+    let open = fs::Permissions::from_mode(0o711);
+    tempfile::Builder::new()
+        .permissions(open)
+        .tempdir()
+        .unwrap()
+}
+
+/// The PostgreSQL of this test binary, with a migrated database to copy.
+struct Cluster {
+    server: PostgresServer,
+    /// Only one copy at a time: the original must have no connections.
+    copying: Mutex<()>,
+    _dir: TempDir,
+}
+
+static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
+
+/// A migrated database of one's own, in a cluster that the tests of this binary share.
+pub(crate) async fn database() -> SecretString {
+    let cluster = CLUSTER
+        .get_or_init(|| async {
+            let dir = open_dir();
+            let options = PostgresOptions {
+                throwaway: true,
+                settings: vec![("max_connections".to_owned(), "400".to_owned())],
+                ..PostgresOptions::new(dir.path().join("postgres"))
+            };
+            let server = PostgresServer::start(options).await.unwrap();
+            let url = server.url().expose_secret();
+            let database = Database::new(url, DatabaseSettings::default()).unwrap();
+            database.migrate().await.unwrap();
+            database.close().await;
+            Cluster {
+                server,
+                copying: Mutex::default(),
+                _dir: dir,
+            }
+        })
+        .await;
+    let url = cluster.server.url().expose_secret();
+    let (base, original) = url.rsplit_once('/').unwrap();
+    let name = format!("test_{}", clock::new_id().simple());
+    let copying = cluster.copying.lock().await;
+    let mut sql = PgConnection::connect(&format!("{base}/postgres"))
+        .await
+        .unwrap();
+    let copy = format!("CREATE DATABASE {name} TEMPLATE {original}");
+    sqlx::query(AssertSqlSafe(copy))
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    drop(copying);
+    format!("{base}/{name}").into()
+}

@@ -236,7 +236,11 @@ fn print(out: &mut impl Write, findings: &Findings) -> io::Result<()> {
         writeln!(out)?;
     }
     let rounds = findings.rounds.len();
-    writeln!(out, "{}: {rounds} rounds audited", findings.verdict.as_str())
+    writeln!(
+        out,
+        "{}: {rounds} rounds audited",
+        findings.verdict.as_str()
+    )
 }
 
 /// Reads `500ms`, `30s`, `2m`; a bare number is seconds.

@@ -11,6 +11,7 @@ mod caller;
 mod check;
 mod docs;
 mod edge;
+mod events;
 mod idempotency;
 mod leaderboard;
 mod orders;
@@ -44,6 +45,7 @@ use crate::{
     metrics::Metrics,
     ops::auditor::Auditor,
     readiness::Readiness,
+    realtime::Hub,
     sales::Shop,
     store::products::Products,
 };
@@ -65,6 +67,8 @@ pub struct Parts {
     pub shop: Arc<Shop>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
+    /// Live stock.
+    pub hub: Hub,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -94,6 +98,7 @@ parts! {
     products: Products,
     shop: Arc<Shop>,
     auditor: Auditor,
+    hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -128,6 +133,7 @@ fn resources() -> Vec<routes::Routes> {
         orders::routes(),
         leaderboard::routes(),
         audit::routes(),
+        events::routes(),
         probes::routes(),
     ]
 }

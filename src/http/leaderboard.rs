@@ -25,7 +25,7 @@ use crate::{domain::id::SaleId, sales::Shop};
 pub(super) fn routes() -> Routes {
     Routes::new().add(
         Access::Anyone,
-        routes!(list),
+        routes!(leaderboard),
         &[Code::NotFound, Code::Validation],
     )
 }

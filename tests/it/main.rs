@@ -9,5 +9,6 @@
 mod accounts;
 mod embedded;
 mod engine;
+mod layers;
 mod support;
 mod writer;

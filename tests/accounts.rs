@@ -4,7 +4,10 @@
     reason = "a test says what went wrong by panicking"
 )]
 
-use std::{fs, num::NonZeroUsize, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap, fs, num::NonZeroUsize, os::unix::fs::PermissionsExt, sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -23,10 +26,15 @@ use stockade::{
     },
     clock,
     embedded::{PostgresOptions, PostgresServer},
+    engine::Engines,
     http::{AccessLog, HttpSettings, HttpState, Listener, Parts, router},
     metrics::Metrics,
     readiness::Readiness,
-    store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
+    sales::{Pseudonyms, Shop},
+    store::{
+        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
+        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+    },
 };
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -47,6 +55,20 @@ struct Answer {
     status: StatusCode,
     headers: HeaderMap,
     body: Value,
+}
+
+/// A shop whose engines are away.
+fn closed_shop(database: Database) -> Shop {
+    Shop {
+        engines: Engines::new(Vec::new()),
+        directory: Directory::new(database.clone()),
+        sales: Sales::new(database.clone()),
+        rounds: Rounds::new(database.clone()),
+        orders: Orders::new(database.clone()),
+        positions: Positions::new(database),
+        stored: HashMap::new(),
+        pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+    }
 }
 
 impl App {
@@ -99,7 +121,8 @@ impl App {
         let state = HttpState::new(Parts {
             tokens,
             accounts,
-            products: Products::new(database),
+            products: Products::new(database.clone()),
+            shop: Arc::new(closed_shop(database)),
             metrics,
             readiness: Readiness::new(&[]),
         });

@@ -11,11 +11,14 @@ mod check;
 mod docs;
 mod edge;
 mod idempotency;
+mod leaderboard;
+mod orders;
 mod page;
 mod probes;
 pub mod problem;
 mod products;
 mod routes;
+mod sales;
 mod version;
 
 use std::{sync::Arc, time::Duration};
@@ -39,6 +42,7 @@ use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
     readiness::Readiness,
+    sales::Shop,
     store::products::Products,
 };
 use edge::{Edge, EdgeLayer};
@@ -55,6 +59,8 @@ pub struct Parts {
     pub accounts: Accounts,
     /// The catalogue.
     pub products: Products,
+    /// Sells.
+    pub shop: Arc<Shop>,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -82,6 +88,7 @@ parts! {
     tokens: Arc<TokenKeys>,
     accounts: Accounts,
     products: Products,
+    shop: Arc<Shop>,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -109,7 +116,14 @@ pub struct HttpSettings {
 
 /// Every resource; a new one is a file and a line here.
 fn resources() -> Vec<routes::Routes> {
-    vec![accounts::routes(), products::routes(), probes::routes()]
+    vec![
+        accounts::routes(),
+        products::routes(),
+        sales::routes(),
+        orders::routes(),
+        leaderboard::routes(),
+        probes::routes(),
+    ]
 }
 
 /// Everything that `listener` serves.

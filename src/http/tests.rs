@@ -1,6 +1,6 @@
 //! The whole router without its stores, and what the other tests of this folder send through it.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{collections::HashMap, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -37,9 +37,14 @@ use crate::{
         },
     },
     clock,
+    engine::Engines,
     metrics::Metrics,
     readiness::Readiness,
-    store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
+    sales::{Pseudonyms, Shop},
+    store::{
+        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
+        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+    },
 };
 
 /// An answer, read to its end.
@@ -101,6 +106,20 @@ pub(super) fn edged_within(router: Router, timeout: Duration) -> Router {
     router.layer(EdgeLayer(Arc::new(edge)))
 }
 
+/// A shop whose engines are away.
+fn closed_shop(database: Database) -> Shop {
+    Shop {
+        engines: Engines::new(Vec::new()),
+        directory: Directory::new(database.clone()),
+        sales: Sales::new(database.clone()),
+        rounds: Rounds::new(database.clone()),
+        orders: Orders::new(database.clone()),
+        positions: Positions::new(database),
+        stored: HashMap::new(),
+        pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+    }
+}
+
 /// The real router, whose database does not answer.
 fn app(listener: Listener) -> Router {
     let settings = DatabaseSettings {
@@ -123,7 +142,8 @@ fn app(listener: Listener) -> Router {
     let state = HttpState::new(Parts {
         tokens,
         accounts,
-        products: Products::new(database),
+        products: Products::new(database.clone()),
+        shop: Arc::new(closed_shop(database)),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

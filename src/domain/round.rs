@@ -40,6 +40,7 @@ pub enum Intent {
     utoipa::ToSchema,
 )]
 #[serde(rename_all = "snake_case")]
+#[schema(as = SaleState)]
 pub enum State {
     /// Before its window.
     Scheduled,

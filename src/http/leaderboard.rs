@@ -65,7 +65,7 @@ struct Place {
 /// Show the leaderboard
 ///
 /// One entry for each confirmed order, at the place of its acceptance.
-#[utoipa::path(get, path = "/v1/sales/{id}/leaderboard", tag = "sales",
+#[utoipa::path(get, path = "/v1/sales/{id}/leaderboard", tag = "leaderboard",
     params(("id" = Uuid, Path), LeaderboardQuery),
     responses((status = 200, description = "A page", body = Page<Entry>)))]
 async fn list(

@@ -324,3 +324,257 @@ async fn cancel(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::{
+        Router,
+        body::Body,
+        http::{Request, header::RETRY_AFTER},
+        routing::post,
+    };
+    use serde_json::{Value, json};
+
+    use super::{
+        super::tests::{Answer as Response, edged},
+        *,
+    };
+    use crate::{engine::EngineError, sales::SaleError};
+
+    const NOW_MS: i64 = 1_764_000_000_000;
+
+    /// The answer of a handler that refuses like this.
+    async fn answer(problem: Problem) -> Response {
+        let handler = async move || -> Result<(), Problem> { Err(problem) };
+        let router = edged(Router::new().route("/", post(handler)));
+        Response::of(router, Request::post("/").body(Body::empty()).unwrap()).await
+    }
+
+    /// Asserts all that a client acts on.
+    fn asserts(answer: &Response, status: u16, retry: &str, outcome: &str, wait: Option<&str>) {
+        let body = &answer.body;
+        assert_eq!(answer.status.as_u16(), status, "{body}");
+        assert_eq!(
+            (&body["retry"], &body["outcome"]),
+            (&retry.into(), &outcome.into()),
+            "{body}"
+        );
+        let header = answer
+            .headers
+            .get(RETRY_AFTER)
+            .map(|value| value.to_str().unwrap());
+        assert_eq!(header, wait, "{body}");
+    }
+
+    #[tokio::test]
+    async fn every_refusal_says_what_a_retry_is_worth() {
+        let not_open = Refusal::NotOpen {
+            opens_at_ms: NOW_MS + 1_001,
+        };
+        let opening = json!({"opens_at": "2025-11-24T16:00:01.001Z", "starts_in_ms": 1_001});
+        let order_limit = Refusal::OrderLimit { limit: 2, held: 1 };
+        let buyer_limit = Refusal::BuyerLimit { limit: 3, held: 2 };
+        let insufficient = Refusal::Insufficient { remaining: 4 };
+        let none = json!({});
+        for (refusal, code, status, seen, unseen, wait, facts) in [
+            (
+                Refusal::Mismatch,
+                "idempotency_key_mismatch",
+                422,
+                "never",
+                "never",
+                None,
+                &none,
+            ),
+            (
+                not_open,
+                "not_open",
+                409,
+                "after",
+                "after",
+                Some("2"),
+                &opening,
+            ),
+            (
+                Refusal::Paused,
+                "paused",
+                409,
+                "after",
+                "after",
+                Some("1"),
+                &none,
+            ),
+            (
+                Refusal::Closed,
+                "closed",
+                409,
+                "never",
+                "same_key",
+                None,
+                &none,
+            ),
+            (
+                order_limit,
+                "order_limit",
+                422,
+                "never",
+                "same_key",
+                None,
+                &json!({"limit": 2, "held": 1}),
+            ),
+            (
+                buyer_limit,
+                "buyer_limit",
+                409,
+                "never",
+                "same_key",
+                None,
+                &json!({"limit": 3, "held": 2}),
+            ),
+            (
+                Refusal::SoldOut,
+                "sold_out",
+                409,
+                "never",
+                "same_key",
+                None,
+                &none,
+            ),
+            (
+                insufficient,
+                "insufficient",
+                409,
+                "never",
+                "same_key",
+                None,
+                &json!({"remaining": 4}),
+            ),
+        ] {
+            for (looked_up, retry) in [(true, seen), (false, unseen)] {
+                let decided = Answer {
+                    decision: Decision::Refused(refusal),
+                    looked_up,
+                    now_ms: NOW_MS,
+                };
+                let answer = answer(refused(refusal, &decided)).await;
+                asserts(&answer, status, retry, "not_applied", wait);
+                assert_eq!(answer.body["code"], code);
+                let mut found = answer.body.as_object().unwrap().clone();
+                found.retain(|name, _| {
+                    ["opens_at", "starts_in_ms", "limit", "held", "remaining"]
+                        .contains(&name.as_str())
+                });
+                assert_eq!(Value::Object(found), *facts, "{code}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sale_that_opens_this_very_moment_is_worth_a_second() {
+        let refusal = Refusal::NotOpen {
+            opens_at_ms: NOW_MS,
+        };
+        let decided = Answer {
+            decision: Decision::Refused(refusal),
+            looked_up: true,
+            now_ms: NOW_MS,
+        };
+        let answer = answer(refused(refusal, &decided)).await;
+        asserts(&answer, 409, "after", "not_applied", Some("1"));
+        assert_eq!(answer.body["starts_in_ms"], 0);
+    }
+
+    #[tokio::test]
+    async fn no_answer_of_a_store_is_unknown_only_if_a_script_may_run() {
+        let why = || "p0".to_owned();
+        for (error, status, outcome, wait) in [
+            (EngineError::Overloaded(7), 503, "not_applied", "1"),
+            (EngineError::Disconnected, 503, "not_applied", "1"),
+            (EngineError::Fenced(why()), 503, "not_applied", "1"),
+            (EngineError::Damaged(why()), 503, "not_applied", "1"),
+            (EngineError::Refused(why()), 503, "not_applied", "1"),
+            (EngineError::Expired, 503, "not_applied", "1"),
+            (EngineError::Unknown(why()), 503, "unknown", "3"),
+            (EngineError::Protocol(why()), 503, "unknown", "3"),
+        ] {
+            let answer = answer(Problem::from(SaleError::Engine(error))).await;
+            asserts(&answer, status, "after", outcome, Some(wait));
+            assert!(
+                !answer.text.contains("p0") && !answer.text.contains("Redis"),
+                "{}",
+                answer.text
+            );
+        }
+        // The sale is in PostgreSQL by then, whatever the engine says.
+        let answer = answer(Problem::of_making(EngineError::Disconnected.into())).await;
+        asserts(&answer, 503, "after", "unknown", Some("3"));
+    }
+
+    #[tokio::test]
+    async fn other_errors_of_a_sale_are_final() {
+        for (error, status, code, pointer) in [
+            (SaleError::NotFound, 404, "not_found", None),
+            (SaleError::Mismatch, 422, "idempotency_key_mismatch", None),
+            (
+                SaleError::NoProduct,
+                422,
+                "validation",
+                Some("#/product_id"),
+            ),
+            (SaleError::TooMany, 422, "validation", Some("#/units")),
+            (
+                SaleError::Conflict("The sale is closed."),
+                409,
+                "conflict",
+                None,
+            ),
+        ] {
+            let answer = answer(Problem::of_making(error)).await;
+            asserts(&answer, status, "never", "not_applied", None);
+            assert_eq!(answer.body["code"], code);
+            assert_eq!(answer.body["errors"][0]["pointer"].as_str(), pointer);
+        }
+    }
+
+    #[tokio::test]
+    async fn only_a_sensible_quantity_is_read() {
+        let handler = async |Json(purchase): Json<Purchase>| {
+            purchase.check().map(|quantity| quantity.to_string())
+        };
+        let router = edged(Router::new().route("/", post(handler)));
+        let send = async |body: &str| {
+            let request = Request::post("/").header(CONTENT_TYPE, "application/json");
+            Response::of(
+                router.clone(),
+                request.body(Body::from(body.to_owned())).unwrap(),
+            )
+            .await
+        };
+        for good in ["1", "1000000"] {
+            assert_eq!(send(&format!("{{\"quantity\":{good}}}")).await.text, good);
+        }
+        for (bad, status) in [
+            ("0", 422),
+            ("-1", 422),
+            ("1000001", 422),
+            ("1000000000", 422),
+            ("9223372036854775807", 422),
+            ("9223372036854775808", 400),
+            ("1.5", 400),
+            ("1e3", 400),
+            ("\"1\"", 400),
+            ("null", 400),
+            ("true", 400),
+            ("1, \"price\": 0", 400),
+        ] {
+            let answer = send(&format!("{{\"quantity\":{bad}}}")).await;
+            asserts(&answer, status, "never", "not_applied", None);
+            let pointer = if bad.contains("price") {
+                "#/price"
+            } else {
+                "#/quantity"
+            };
+            assert_eq!(answer.body["errors"][0]["pointer"], pointer, "{bad}");
+        }
+    }
+}

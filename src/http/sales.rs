@@ -460,3 +460,197 @@ impl Offer {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::{
+        Router,
+        body::Body,
+        http::{Request, header::CONTENT_TYPE},
+        routing::post,
+    };
+    use serde_json::json;
+
+    use super::{
+        super::tests::{Answer, edged},
+        *,
+    };
+    use crate::domain::money::Currency;
+
+    fn sound() -> Value {
+        json!({
+            "product_id": "0192f0c1-2345-7890-abcd-ef0123456789",
+            "allocation": 100,
+            "per_buyer_limit": 2,
+            "opens_at": "2026-11-27T09:00:00Z",
+        })
+    }
+
+    /// A sound body with some members changed.
+    fn with(changes: &Value) -> Value {
+        let mut body = sound();
+        let members = changes.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(members);
+        body
+    }
+
+    /// Answers `opens_at closes_at per_order_limit amount`, with a product of 1999 cents.
+    async fn send(body: &Value) -> Answer {
+        let handler = async |Json(request): Json<SaleRequest>| {
+            let currency = Currency::parse("EUR").map_err(Problem::internal)?;
+            let price = Money::new(1999, currency).map_err(Problem::internal)?;
+            let terms = request.check()?.terms(price)?;
+            let Window {
+                opens_at_ms,
+                closes_at_ms,
+            } = terms.window;
+            let (limit, amount) = (terms.per_order_limit, terms.unit_price.amount);
+            Ok::<_, Problem>(format!(
+                "{opens_at_ms} {} {limit} {amount}",
+                closes_at_ms.unwrap_or(0)
+            ))
+        };
+        let router = edged(Router::new().route("/", post(handler)));
+        let request = Request::post("/").header(CONTENT_TYPE, "application/json");
+        Answer::of(router, request.body(Body::from(body.to_string())).unwrap()).await
+    }
+
+    #[tokio::test]
+    async fn what_is_absent_has_a_default_and_instants_are_read_to_the_millisecond() {
+        for (changes, understood) in [
+            (json!({}), "1795770000000 0 2 1999"),
+            (
+                json!({"opens_at": "2026-11-27T10:30:00.1239+01:30"}),
+                "1795770000123 0 2 1999",
+            ),
+            (json!({"opens_at": "1970-01-01T00:00:00Z"}), "0 0 2 1999"),
+            (
+                json!({"closes_at": "2026-11-27T09:00:00.001Z", "per_order_limit": 1}),
+                "1795770000000 1795770000001 1 1999",
+            ),
+            (
+                json!({"price": {"amount": 0, "currency": "EUR"}, "payment": "none", "durability": "default",
+                       "name": "Lamps", "terms": "No returns."}),
+                "1795770000000 0 2 0",
+            ),
+        ] {
+            let answer = send(&with(&changes)).await;
+            assert_eq!(answer.text, understood, "{changes}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_bad_sale_is_refused_at_its_place() {
+        for (changes, status, pointer) in [
+            (json!({"allocation": 0}), 422, "#/allocation"),
+            (json!({"allocation": 10_000_001}), 422, "#/allocation"),
+            (json!({"allocation": 1.5}), 400, "#/allocation"),
+            (json!({"allocation": null}), 400, "#/allocation"),
+            (json!({"per_buyer_limit": 0}), 422, "#/per_buyer_limit"),
+            (
+                json!({"per_buyer_limit": 1_000_001}),
+                422,
+                "#/per_buyer_limit",
+            ),
+            (json!({"per_order_limit": 0}), 422, "#/per_order_limit"),
+            (json!({"per_order_limit": 3}), 422, "#/per_order_limit"),
+            (json!({"per_order_limit": null}), 400, "#/per_order_limit"),
+            (json!({"opens_at": "tomorrow"}), 400, "#/opens_at"),
+            (json!({"opens_at": 1_795_770_000}), 400, "#/opens_at"),
+            (json!({"opens_at": "2026-11-27"}), 400, "#/opens_at"),
+            (
+                json!({"opens_at": "2026-11-27T09:00:00"}),
+                400,
+                "#/opens_at",
+            ),
+            (
+                json!({"opens_at": "2026-02-30T09:00:00Z"}),
+                400,
+                "#/opens_at",
+            ),
+            (
+                json!({"opens_at": "1970-01-01T00:00:00+00:01"}),
+                422,
+                "#/opens_at",
+            ),
+            (
+                json!({"opens_at": "9999-12-31T23:59:59-00:01"}),
+                422,
+                "#/opens_at",
+            ),
+            (
+                json!({"closes_at": "2026-11-27T09:00:00Z"}),
+                422,
+                "#/closes_at",
+            ),
+            (
+                json!({"closes_at": "2026-11-27T09:00:00.0009Z"}),
+                422,
+                "#/closes_at",
+            ),
+            (json!({"closes_at": null}), 400, "#/closes_at"),
+            (json!({"name": " "}), 422, "#/name"),
+            (json!({"name": "n".repeat(201)}), 422, "#/name"),
+            (json!({"name": null}), 400, "#/name"),
+            (json!({"terms": ""}), 422, "#/terms"),
+            (json!({"terms": "t".repeat(10_001)}), 422, "#/terms"),
+            (
+                json!({"price": {"amount": -1, "currency": "EUR"}}),
+                422,
+                "#/price/amount",
+            ),
+            (
+                json!({"price": {"amount": 1, "currency": "eur"}}),
+                422,
+                "#/price/currency",
+            ),
+            (json!({"price": {"amount": 1}}), 400, "#/price/currency"),
+            (
+                json!({"price": {"amount": 100_000_000_000_000_i64, "currency": "EUR"}}),
+                422,
+                "#/price",
+            ),
+            (json!({"hold_seconds": 60}), 422, "#/hold_seconds"),
+            (json!({"hold_seconds": null}), 422, "#/hold_seconds"),
+            (json!({"schedule": {}}), 422, "#/schedule"),
+            (json!({"payment": "stripe"}), 422, "#/payment"),
+            (json!({"payment": 1}), 400, "#/payment"),
+            (json!({"durability": "committed"}), 422, "#/durability"),
+            (json!({"product_id": "{p0}"}), 400, "#/product_id"),
+            (json!({"stock": 1}), 400, "#/stock"),
+        ] {
+            let answer = send(&with(&changes)).await;
+            assert_eq!(answer.status.as_u16(), status, "{changes}: {}", answer.text);
+            assert_eq!(answer.body["code"], "validation");
+            assert_eq!(answer.body["errors"][0]["pointer"], pointer, "{changes}");
+        }
+        for member in ["product_id", "allocation", "per_buyer_limit", "opens_at"] {
+            let mut body = sound();
+            body.as_object_mut().unwrap().remove(member);
+            let answer = send(&body).await;
+            assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+            assert_eq!(answer.body["errors"][0]["pointer"], format!("#/{member}"));
+        }
+    }
+
+    #[tokio::test]
+    async fn operations_without_a_body_take_none_or_an_empty_one() {
+        let handler = async |_: Option<Json<Nothing>>| "done";
+        let router = edged(Router::new().route("/", post(handler)));
+        for (body, declared, status) in [
+            ("", false, 200),
+            ("", true, 200),
+            ("{}", true, 200),
+            ("{}", false, 415),
+            ("{\"units\": 1}", true, 400),
+            ("[", true, 400),
+        ] {
+            let mut request = Request::post("/");
+            if declared {
+                request = request.header(CONTENT_TYPE, "application/json");
+            }
+            let answer = Answer::of(router.clone(), request.body(Body::from(body)).unwrap()).await;
+            assert_eq!(answer.status.as_u16(), status, "{body}");
+        }
+    }
+}

@@ -257,6 +257,49 @@ async fn a_database_that_is_away_is_unavailable_and_says_nothing_about_the_insid
 }
 
 #[tokio::test]
+async fn nothing_is_sold_or_made_without_the_database_and_everybody_knows_it() {
+    let identity = Identity {
+        user: Uuid::from_u128(1),
+        role: Role::Operator,
+        session: None,
+    };
+    let token = keys()
+        .mint(identity, clock::new_id(), clock::now())
+        .unwrap();
+    let id = clock::new_id();
+    for (uri, body) in [
+        (
+            format!("/v1/sales/{id}/orders"),
+            r#"{"quantity": 1}"#.to_owned(),
+        ),
+        (
+            format!("/v1/sales/{id}/restock"),
+            r#"{"units": 1}"#.to_owned(),
+        ),
+        (format!("/v1/sales/{id}/close"), String::new()),
+        (format!("/v1/orders/{id}/cancel"), String::new()),
+        (
+            "/v1/sales".to_owned(),
+            format!(
+                r#"{{"product_id": "{id}", "allocation": 1, "per_buyer_limit": 1, "opens_at": "2026-01-01T00:00:00Z"}}"#
+            ),
+        ),
+    ] {
+        let request = Request::post(&uri)
+            .header(AUTHORIZATION, format!("Bearer {token}"))
+            .header(CONTENT_TYPE, "application/json")
+            .header("idempotency-key", "k");
+        let answer = Answer::of(app(Listener::All), request.body(Body::from(body)).unwrap()).await;
+        answer.is_problem(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable);
+        assert_eq!(
+            (&answer.body["outcome"], &answer.body["retry"]),
+            (&"not_applied".into(), &"after".into()),
+            "{uri}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn readiness_says_what_is_missing() {
     let app = app(Listener::All);
     assert_eq!(

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt, ops::RangeInclusive};
 
-use chrono::{DateTime, Datelike, Utc};
+use chrono::{DateTime, Datelike, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize, de::Error};
 use utoipa::ToSchema;
 
@@ -136,7 +136,8 @@ impl Timestamp {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.format("%Y-%m-%dT%H:%M:%S%.3fZ").fmt(f)
+        // Several times faster than a format string, and every 201 has one.
+        f.write_str(&self.0.to_rfc3339_opts(SecondsFormat::Millis, true))
     }
 }
 

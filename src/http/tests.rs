@@ -1,6 +1,6 @@
 //! The whole router without its stores, and what the other tests of this folder send through it.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{collections::HashMap, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -41,7 +41,11 @@ use crate::{
     metrics::Metrics,
     ops::auditor::Auditor,
     readiness::Readiness,
-    store::{Database, DatabaseSettings, products::Products, sessions::Sessions, users::Users},
+    sales::{Pseudonyms, Shop},
+    store::{
+        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
+        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+    },
 };
 
 /// An answer, read to its end.
@@ -122,11 +126,23 @@ fn app(listener: Listener) -> Router {
         tokens: Arc::clone(&tokens),
         successors: Arc::new(Successors::new(SECRET).unwrap()),
     };
+    let engines = Engines::new(Vec::new());
+    let shop = Shop {
+        engines: engines.clone(),
+        directory: Directory::new(database.clone()),
+        sales: Sales::new(database.clone()),
+        rounds: Rounds::new(database.clone()),
+        orders: Orders::new(database.clone()),
+        positions: Positions::new(database.clone()),
+        stored: HashMap::new(),
+        pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+    };
     let state = HttpState::new(Parts {
         tokens,
         accounts,
         products: Products::new(database.clone()),
-        auditor: Auditor::new(database, Engines::new(Vec::new())),
+        shop: Arc::new(shop),
+        auditor: Auditor::new(database, engines),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });
@@ -236,6 +252,32 @@ async fn a_database_that_is_away_is_unavailable_and_says_nothing_about_the_insid
         for inside in ["127.0.0.1", "pool", "sqlx", "nobody", "PostgreSQL"] {
             assert!(!answer.text.contains(inside), "{}", answer.text);
         }
+    }
+}
+
+#[tokio::test]
+async fn an_audit_without_its_stores_is_no_verdict() {
+    let id = "0192f0c1-2345-7890-abcd-ef0123456789";
+    for (uri, status, code) in [
+        (
+            format!("/v1/sales/{id}/audit"),
+            StatusCode::SERVICE_UNAVAILABLE,
+            Code::Unavailable,
+        ),
+        (
+            format!("/v1/sales/{id}/audit?round=first"),
+            StatusCode::BAD_REQUEST,
+            Code::Validation,
+        ),
+        (
+            "/v1/sales/1/audit".to_owned(),
+            StatusCode::NOT_FOUND,
+            Code::NotFound,
+        ),
+    ] {
+        let operator = Some(Role::Operator);
+        let answer = with_role(app(Listener::All), Method::GET, &uri, operator).await;
+        answer.is_problem(status, code);
     }
 }
 

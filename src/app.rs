@@ -32,6 +32,7 @@ use crate::{
         recovery::Recovery,
     },
     readiness::Readiness,
+    realtime::Hub,
     sales::{Pseudonyms, Shop, provision_rounds},
     store::{
         Database, DatabaseSettings,
@@ -324,6 +325,19 @@ async fn serve(
         Ok(())
     });
 
+    let hub = Hub::new(
+        stores.engines.clone(),
+        shop.directory.clone(),
+        shop.sales.clone(),
+        metrics.realtime.clone(),
+    );
+    // Ends all streams first: no listener stops before its last connection has.
+    let (live, stop) = (hub.clone(), life.token(Stage::Requests));
+    life.spawn(Stage::Requests, "live stock", async move {
+        live.run(stop).await;
+        Ok(())
+    });
+
     let settings = HttpSettings {
         cors_origins: config
             .cors_origins
@@ -340,6 +354,7 @@ async fn serve(
         products: app.products.clone(),
         shop: Arc::clone(&shop),
         auditor,
+        hub,
         metrics: Arc::clone(metrics),
         readiness: app.readiness.clone(),
     });

@@ -17,6 +17,7 @@ pub mod lifecycle;
 pub mod metrics;
 pub mod ops;
 pub mod readiness;
+pub mod realtime;
 pub mod sales;
 pub mod store;
 pub mod writer;

@@ -32,6 +32,8 @@ pub struct Metrics {
     pub writer: WriterMetrics,
     /// Of the auditor.
     pub audit: AuditMetrics,
+    /// Of live stock.
+    pub realtime: RealtimeMetrics,
 }
 
 /// Requests by route and status.
@@ -314,6 +316,8 @@ impl Metrics {
         writer.register(&mut registry);
         let audit = AuditMetrics::default();
         audit.register(&mut registry);
+        let realtime = RealtimeMetrics::default();
+        realtime.register(&mut registry);
         Self {
             registry,
             http,
@@ -321,6 +325,7 @@ impl Metrics {
             engine,
             writer,
             audit,
+            realtime,
         }
     }
 
@@ -338,5 +343,45 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// What live stock costs.
+#[derive(Clone, Debug, Default)]
+pub struct RealtimeMetrics {
+    /// Open event streams.
+    pub subscribers: Gauge,
+    /// Sales that somebody watches on this node.
+    pub watched_sales: Gauge,
+    /// Frames that were encoded, each once for all subscribers.
+    pub frames: Counter,
+    /// Reads of a watched round that failed.
+    pub failed_samples: Counter,
+}
+
+impl RealtimeMetrics {
+    /// Open event streams.
+    pub fn open_streams(&self) -> usize {
+        usize::try_from(self.subscribers.get()).unwrap_or(0)
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("realtime");
+        registry.register(
+            "subscribers",
+            "Open event streams",
+            self.subscribers.clone(),
+        );
+        registry.register(
+            "watched_sales",
+            "Sales that somebody watches",
+            self.watched_sales.clone(),
+        );
+        registry.register("frames", "Frames encoded", self.frames.clone());
+        registry.register(
+            "failed_samples",
+            "Reads of a watched round that failed",
+            self.failed_samples.clone(),
+        );
     }
 }

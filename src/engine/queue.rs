@@ -1,6 +1,6 @@
 //! Who waits, and how many calls are under way: the part of the coalescer that must be exactly
 //! right under concurrency. It does no I/O and holds no lock of its own; the model checker runs
-//! it through every interleaving (see the tests).
+//! it through interleavings (see the tests).
 
 use std::collections::VecDeque;
 
@@ -104,39 +104,49 @@ mod tests {
         assert_eq!(queue.take(|_| false), Some(vec!['a']));
     }
 
-    /// Every interleaving of three buyers: each item travels exactly once, in no more calls at a
-    /// time than allowed, and nobody is left waiting.
-    #[test]
-    fn nobody_is_left_waiting_in_any_interleaving() {
-        for in_flight_max in [1, 2] {
-            loom::model(move || {
-                let queue = Arc::new(Mutex::new(Queue::new(8, in_flight_max)));
-                let sent = Arc::new(Mutex::new(Vec::new()));
-                let buyers: Vec<_> = (0..3)
-                    .map(|item| {
-                        let (queue, sent) = (Arc::clone(&queue), Arc::clone(&sent));
-                        thread::spawn(move || {
-                            if queue.lock().unwrap().push(item) != Pushed::Start {
-                                return;
-                            }
-                            loop {
-                                let batch = queue.lock().unwrap().take(|_| true);
-                                let Some(batch) = batch else { break };
-                                thread::yield_now();
-                                sent.lock().unwrap().extend(batch);
-                            }
-                        })
+    /// In every interleaving of some buyers each item travels exactly once, and nobody is left
+    /// waiting.
+    fn explore(buyers: usize, in_flight_max: usize, preemptions_max: Option<usize>) {
+        let mut explorer = loom::model::Builder::new();
+        explorer.preemption_bound = preemptions_max;
+        explorer.check(move || {
+            let queue = Arc::new(Mutex::new(Queue::new(8, in_flight_max)));
+            let sent = Arc::new(Mutex::new(Vec::new()));
+            let threads: Vec<_> = (0..buyers)
+                .map(|item| {
+                    let (queue, sent) = (Arc::clone(&queue), Arc::clone(&sent));
+                    thread::spawn(move || {
+                        if queue.lock().unwrap().push(item) != Pushed::Start {
+                            return;
+                        }
+                        loop {
+                            let batch = queue.lock().unwrap().take(|_| true);
+                            let Some(batch) = batch else { break };
+                            sent.lock().unwrap().extend(batch);
+                        }
                     })
-                    .collect();
-                for buyer in buyers {
-                    buyer.join().unwrap();
-                }
-                let mut sent = sent.lock().unwrap().clone();
-                sent.sort_unstable();
-                assert_eq!(sent, [0, 1, 2]);
-                let queue = queue.lock().unwrap();
-                assert_eq!((queue.len(), queue.in_flight), (0, 0));
-            });
-        }
+                })
+                .collect();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            let mut sent = sent.lock().unwrap().clone();
+            sent.sort_unstable();
+            assert_eq!(sent, (0..buyers).collect::<Vec<_>>());
+            let queue = queue.lock().unwrap();
+            assert_eq!((queue.len(), queue.in_flight), (0, 0));
+        });
+    }
+
+    #[test]
+    fn nobody_is_left_waiting_in_any_interleaving_of_two() {
+        explore(2, 1, None);
+        explore(2, 2, None);
+    }
+
+    #[test]
+    fn nobody_is_left_waiting_of_three_with_few_preemptions() {
+        explore(3, 1, Some(2));
+        explore(3, 2, Some(2));
     }
 }

@@ -11,12 +11,16 @@ mod caller;
 mod check;
 mod docs;
 mod edge;
+mod events;
 mod idempotency;
+mod leaderboard;
+mod orders;
 mod page;
 mod probes;
 pub mod problem;
 mod products;
 mod routes;
+mod sales;
 mod version;
 
 use std::{sync::Arc, time::Duration};
@@ -41,6 +45,7 @@ use crate::{
     metrics::Metrics,
     ops::auditor::Auditor,
     readiness::Readiness,
+    realtime::Hub,
     sales::Shop,
     store::products::Products,
 };
@@ -62,6 +67,8 @@ pub struct Parts {
     pub shop: Arc<Shop>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
+    /// Live stock.
+    pub hub: Hub,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -91,6 +98,7 @@ parts! {
     products: Products,
     shop: Arc<Shop>,
     auditor: Auditor,
+    hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -121,7 +129,11 @@ fn resources() -> Vec<routes::Routes> {
     vec![
         accounts::routes(),
         products::routes(),
+        sales::routes(),
+        orders::routes(),
+        leaderboard::routes(),
         audit::routes(),
+        events::routes(),
         probes::routes(),
     ]
 }

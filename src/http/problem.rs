@@ -423,6 +423,11 @@ impl Problem {
         self.0.status
     }
 
+    /// Whether the same request can succeed later.
+    pub fn retry(&self) -> Retry {
+        self.0.retry
+    }
+
     /// What the log should say beside it.
     pub(super) fn cause(&self) -> Option<&str> {
         self.0.cause.as_deref()

@@ -41,6 +41,7 @@ use crate::{
     metrics::Metrics,
     ops::auditor::Auditor,
     readiness::Readiness,
+    realtime::Hub,
     sales::{Pseudonyms, Shop},
     store::{
         Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
@@ -127,22 +128,24 @@ fn app(listener: Listener) -> Router {
         successors: Arc::new(Successors::new(SECRET).unwrap()),
     };
     let engines = Engines::new(Vec::new());
-    let shop = Shop {
-        engines: engines.clone(),
-        directory: Directory::new(database.clone()),
-        sales: Sales::new(database.clone()),
-        rounds: Rounds::new(database.clone()),
-        orders: Orders::new(database.clone()),
-        positions: Positions::new(database.clone()),
-        stored: HashMap::new(),
-        pseudonyms: Pseudonyms::new(SECRET).unwrap(),
-    };
+    let directory = Directory::new(database.clone());
+    let sales = Sales::new(database.clone());
     let state = HttpState::new(Parts {
         tokens,
         accounts,
         products: Products::new(database.clone()),
-        shop: Arc::new(shop),
-        auditor: Auditor::new(database, engines),
+        shop: Arc::new(Shop {
+            engines: engines.clone(),
+            directory: directory.clone(),
+            sales: sales.clone(),
+            rounds: Rounds::new(database.clone()),
+            orders: Orders::new(database.clone()),
+            positions: Positions::new(database.clone()),
+            stored: HashMap::new(),
+            pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+        }),
+        auditor: Auditor::new(database, engines.clone()),
+        hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

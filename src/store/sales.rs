@@ -366,6 +366,35 @@ impl Sales {
             .await
     }
 
+    /// The sales that are not closed at `now` and that Redis has, newest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unclosed(
+        &self,
+        now: DateTime<Utc>,
+        limit: i64,
+    ) -> Result<Vec<Arc<SaleFacts>>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                select!(
+                    "WHERE rounds.intent <> 'closed'
+                       AND (rounds.closes_at IS NULL OR rounds.closes_at > $1)
+                       AND rounds.provisioned_at IS NOT NULL
+                     ORDER BY sales.number DESC
+                     LIMIT $2",
+                    now,
+                    limit
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(|row| Sale::try_from(row).map(|sale| sale.facts))
+                .collect()
+            })
+            .await
+    }
+
     /// The sales of these products that are open at `now`, the newest of each product.
     ///
     /// # Errors

@@ -17,9 +17,9 @@ use stockade::{
         order::{Decision, Purchase},
         round::{Intent, Terms, Window},
     },
-    engine::Engines,
+    engine::{EngineError, Engines},
     metrics::{AuditMetrics, CheckLabels},
-    ops::auditor::{Auditor, CheckName, Patrol, RoundReport, Status},
+    ops::auditor::{AuditError, Auditor, CheckName, Patrol, RoundReport, Status},
     store::{
         Database, DatabaseSettings,
         journal::{Ledger, Positions},
@@ -452,23 +452,24 @@ async fn it_never_cries_wolf_while_a_round_sells() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_store_there_is_no_verdict() {
-    let stall = Stall::provisioned().await;
+    let mut stall = Stall::provisioned().await;
     stall.redis("HSET {p0}:meta epoch 7");
-    stall
-        .auditor
-        .round(&stall.facts, 1)
-        .await
-        .expect_err("fenced");
-    stall.redis.server.kill().await;
-    stall
-        .auditor
-        .round(&stall.facts, 1)
-        .await
-        .expect_err("Redis is gone");
-    assert_eq!(
-        stall.command(&["--wait", "0s"]).await.status.code(),
-        Some(1)
+    let error = stall.auditor.round(&stall.facts, 1).await.unwrap_err();
+    assert!(
+        matches!(error, AuditError::Engine(EngineError::Fenced(_))),
+        "{error}"
     );
+
+    let mut other = Stall::provisioned().await;
+    other.redis.server.kill().await;
+    let error = other.auditor.round(&other.facts, 1).await.unwrap_err();
+    assert!(matches!(error, AuditError::Engine(_)), "{error}");
+    let output = other.command(&["--wait", "0s"]).await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+
+    stall.sql("DROP TABLE round_events").await;
+    let error = stall.auditor.round(&stall.facts, 1).await.unwrap_err();
+    assert!(matches!(error, AuditError::Store(_)), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,190 @@
+//! The event stream of one subscriber.
+
+use std::{convert::Infallible, ops::RangeInclusive};
+
+use bytes::Bytes;
+use futures::{Stream, stream};
+use prometheus_client::metrics::gauge::Gauge;
+use rand::Rng;
+use tokio::sync::watch;
+
+use super::{
+    board::Seat,
+    feeds::Watching,
+    page::{Cursor, Page},
+};
+
+use crate::metrics::RealtimeMetrics;
+
+/// How long a client should wait before it connects again, milliseconds. Every client gets its
+/// own, so that a crowd that is cut off together does not come back together.
+const RETRY_MS: RangeInclusive<u32> = 2_000..=8_000;
+
+/// What a subscriber looks at, for as long as it does.
+#[derive(Debug)]
+pub(super) enum View {
+    /// One sale.
+    Sale(Watching),
+    /// All open sales.
+    All(Seat),
+}
+
+impl View {
+    fn page(&mut self) -> &mut watch::Receiver<Page> {
+        match self {
+            Self::Sale(watching) => &mut watching.page,
+            Self::All(seat) => &mut seat.page,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    Beginning,
+    Going,
+    Over,
+}
+
+/// The event stream of one subscriber: a `retry:`, a snapshot, then every change that it is quick
+/// enough for, and at last another `retry:` when the node stops.
+///
+/// All that is its own is a place in the shared page: no task, no timer, no buffer.
+#[derive(Debug)]
+pub struct Events {
+    view: View,
+    cursor: Cursor,
+    stage: Stage,
+    subscribers: Gauge,
+}
+
+impl Events {
+    pub(super) fn new(mut view: View, metrics: &RealtimeMetrics) -> Self {
+        metrics.subscribers.inc();
+        let cursor = view.page().borrow().start();
+        Self {
+            view,
+            cursor,
+            stage: Stage::Beginning,
+            subscribers: metrics.subscribers.clone(),
+        }
+    }
+
+    /// The next piece of the stream; `None` when it is over.
+    async fn next(&mut self) -> Option<Bytes> {
+        match self.stage {
+            Stage::Beginning => {
+                self.stage = Stage::Going;
+                return Some(retry());
+            }
+            Stage::Going => {}
+            Stage::Over => return None,
+        }
+        let page = self.view.page();
+        loop {
+            if let Some(event) = page.borrow_and_update().next(&mut self.cursor) {
+                return Some(event);
+            }
+            if page.changed().await.is_err() {
+                self.stage = Stage::Over;
+                return Some(retry());
+            }
+        }
+    }
+
+    /// The pieces, as the body of an answer.
+    pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
+        stream::unfold(self, async |mut events| {
+            let piece = events.next().await?;
+            Some((Ok(piece), events))
+        })
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.subscribers.dec();
+    }
+}
+
+fn retry() -> Bytes {
+    let ms = rand::rng().random_range(RETRY_MS);
+    format!("retry: {ms}\n\n").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use futures::{FutureExt, StreamExt};
+
+    use super::*;
+    use crate::realtime::{
+        feeds::tests::feeds,
+        frame::tests::{SALE, standing},
+        pace::FRAME_INTERVAL_MIN as INTERVAL,
+    };
+
+    fn retry_ms(piece: &Bytes) -> u32 {
+        let text = std::str::from_utf8(piece).unwrap();
+        let ms = text.strip_prefix("retry: ").unwrap().strip_suffix("\n\n");
+        ms.unwrap().parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_stream_begins_with_retry_and_snapshot_and_ends_with_the_last_value_and_retry() {
+        let (feeds, metrics) = feeds();
+        let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
+        let now = Instant::now();
+        feeds.offer([standing(1, 1, 0)], now, INTERVAL);
+        let events = Events::new(View::Sale(watching), &metrics);
+        assert_eq!(metrics.subscribers.get(), 1);
+        let mut pieces = Box::pin(events.into_stream().map(Result::unwrap));
+        let mut next = || pieces.next().now_or_never();
+        assert!(RETRY_MS.contains(&retry_ms(&next().unwrap().unwrap())));
+        assert!(next().unwrap().unwrap().starts_with(b"event: snapshot\n"));
+        assert_eq!(next(), None, "nothing to say");
+        feeds.beat();
+        assert_eq!(next().unwrap().unwrap(), ":\n\n");
+        feeds.offer([standing(1, 1, 1)], now + INTERVAL, INTERVAL);
+        feeds.beat();
+        assert!(next().unwrap().unwrap().starts_with(b"event: stock\n"));
+        assert_eq!(next().unwrap().unwrap(), ":\n\n");
+        // The node stops while the last value waits for its turn.
+        feeds.offer([standing(1, 1, 10)], now + INTERVAL, INTERVAL);
+        assert_eq!(next(), None);
+        feeds.close(now + INTERVAL);
+        let last = next().unwrap().unwrap();
+        assert!(last.starts_with(b"event: state\n"), "{last:?}");
+        assert!(RETRY_MS.contains(&retry_ms(&next().unwrap().unwrap())));
+        assert_eq!(next(), Some(None), "over");
+        drop(pieces);
+        assert_eq!(metrics.subscribers.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn subscribers_share_the_bytes_of_a_frame() {
+        let (feeds, metrics) = feeds();
+        let round = standing(1, 1, 0).round;
+        feeds.offer([standing(1, 1, 0)], Instant::now(), INTERVAL);
+        let mut pieces = Vec::new();
+        let mut streams = Vec::new();
+        for _ in 0..2 {
+            let watching = feeds.join(SALE, round).unwrap();
+            feeds.offer([standing(1, 1, 0)], Instant::now(), INTERVAL);
+            let mut events = Events::new(View::Sale(watching), &metrics);
+            events.next().await;
+            pieces.push(events.next().await.unwrap());
+            streams.push(events);
+        }
+        assert_eq!(pieces[0].as_ptr(), pieces[1].as_ptr());
+        assert_eq!(metrics.frames.get(), 1);
+    }
+
+    #[test]
+    fn a_subscriber_is_small() {
+        let (feeds, metrics) = feeds();
+        let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
+        let stream = Events::new(View::Sale(watching), &metrics).into_stream();
+        assert!(size_of_val(&stream) <= 512, "{}", size_of_val(&stream));
+    }
+}

@@ -1,0 +1,273 @@
+//! Which sales of a partition somebody watches, and what they are shown.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{Notify, watch};
+
+use super::{
+    frame::{Frame, FrameId},
+    latest::Latest,
+    page::Page,
+};
+use crate::{
+    domain::id::{RoundId, SaleId, SaleNumber},
+    engine::Standing,
+    metrics::RealtimeMetrics,
+};
+
+/// The watched sales of one partition. One that nobody watches is not in it and costs nothing.
+#[derive(Debug)]
+pub(super) struct Feeds {
+    metrics: RealtimeMetrics,
+    state: Mutex<State>,
+    joined: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    feeds: HashMap<SaleNumber, Feed>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Feed {
+    round: RoundId,
+    latest: Latest,
+    page: watch::Sender<Page>,
+    watchers: usize,
+}
+
+impl Feed {
+    /// Shows a frame, if there is one.
+    fn show(&self, frame: Option<Frame>, metrics: &RealtimeMetrics) {
+        if let Some(frame) = frame {
+            metrics.frames.inc();
+            self.page.send_if_modified(|page| page.show(frame));
+        }
+    }
+}
+
+/// Keeps a sale watched until it is dropped.
+#[derive(Debug)]
+pub(super) struct Watching {
+    /// What is shown of it. Its sender goes when the node stops.
+    pub(super) page: watch::Receiver<Page>,
+    feeds: Arc<Feeds>,
+    sale: SaleNumber,
+}
+
+impl Watching {
+    /// Whether what is shown is younger than `age_max` and not before `after`.
+    pub(super) fn is_fresh(&self, now: Instant, age_max: Duration, after: Option<FrameId>) -> bool {
+        let page = self.page.borrow();
+        page.newest().is_some_and(|frame| {
+            now.saturating_duration_since(frame.made_at) <= age_max && Some(frame.id) >= after
+        })
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.feeds.leave(self.sale);
+    }
+}
+
+impl Feeds {
+    pub(super) fn new(metrics: RealtimeMetrics) -> Self {
+        Self {
+            metrics,
+            state: Mutex::default(),
+            joined: Notify::new(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Watches a sale, which is in this round as far as the caller knows. `None` when the node
+    /// stops.
+    pub(super) fn join(self: &Arc<Self>, sale: SaleId, round: RoundId) -> Option<Watching> {
+        let mut state = self.state();
+        if state.closed {
+            return None;
+        }
+        let feed = state.feeds.entry(round.sale).or_insert_with(|| {
+            self.metrics.watched_sales.inc();
+            Feed {
+                round,
+                latest: Latest::new(sale),
+                page: watch::Sender::new(Page::default()),
+                watchers: 0,
+            }
+        });
+        feed.watchers += 1;
+        feed.round = feed.round.max(round);
+        let page = feed.page.subscribe();
+        drop(state);
+        self.joined.notify_one();
+        Some(Watching {
+            page,
+            feeds: Arc::clone(self),
+            sale: round.sale,
+        })
+    }
+
+    fn leave(&self, sale: SaleNumber) {
+        if let Entry::Occupied(mut feed) = self.state().feeds.entry(sale) {
+            feed.get_mut().watchers -= 1;
+            if feed.get().watchers == 0 {
+                feed.remove();
+                self.metrics.watched_sales.dec();
+            }
+        }
+    }
+
+    /// Done as soon as something is watched.
+    pub(super) async fn occupied(&self) {
+        while self.state().feeds.is_empty() {
+            self.joined.notified().await;
+        }
+    }
+
+    /// The rounds to sample.
+    pub(super) fn rounds(&self) -> Vec<RoundId> {
+        self.state().feeds.values().map(|feed| feed.round).collect()
+    }
+
+    /// Takes what replies said, and shows what may be shown now.
+    pub(super) fn offer(
+        &self,
+        standings: impl IntoIterator<Item = Standing>,
+        now: Instant,
+        interval: Duration,
+    ) {
+        let mut state = self.state();
+        for standing in standings {
+            let Some(feed) = state.feeds.get_mut(&standing.round.sale) else {
+                continue;
+            };
+            // An old round lives on for cancels and refunds; the sale has moved on.
+            if standing.round < feed.round {
+                continue;
+            }
+            feed.round = standing.round;
+            let frame = feed.latest.offer(&standing, now, interval);
+            feed.show(frame, &self.metrics);
+        }
+    }
+
+    /// Shows what has waited long enough. Returns when the next one will have.
+    pub(super) fn flush(&self, now: Instant, interval: Duration) -> Option<Instant> {
+        let mut state = self.state();
+        for feed in state.feeds.values_mut() {
+            let frame = feed.latest.flush(now, interval);
+            feed.show(frame, &self.metrics);
+        }
+        let feeds = state.feeds.values();
+        feeds.filter_map(|feed| feed.latest.due(interval)).min()
+    }
+
+    /// Tells all watchers that their connection is alive.
+    pub(super) fn beat(&self) {
+        for feed in self.state().feeds.values() {
+            feed.page.send_modify(Page::beat);
+        }
+    }
+
+    /// Shows the last of everything, waiting or not, and ends it: nobody joins any more.
+    pub(super) fn close(&self, now: Instant) {
+        self.flush(now, Duration::ZERO);
+        let mut state = self.state();
+        state.closed = true;
+        self.metrics
+            .watched_sales
+            .dec_by(state.feeds.len().try_into().unwrap_or(i64::MAX));
+        state.feeds.clear();
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::realtime::{
+        frame::tests::{SALE, standing},
+        pace::FRAME_INTERVAL_MIN as INTERVAL,
+    };
+
+    pub(in crate::realtime) fn feeds() -> (Arc<Feeds>, RealtimeMetrics) {
+        let metrics = RealtimeMetrics::default();
+        (Arc::new(Feeds::new(metrics.clone())), metrics)
+    }
+
+    #[tokio::test]
+    async fn a_sale_is_sampled_from_the_first_watcher_to_the_last() {
+        let (feeds, metrics) = feeds();
+        let round = standing(1, 1, 0).round;
+        let first = feeds.join(SALE, round).unwrap();
+        feeds.occupied().await;
+        let second = feeds.join(SALE, round).unwrap();
+        assert_eq!(
+            (feeds.rounds(), metrics.watched_sales.get()),
+            (vec![round], 1)
+        );
+        feeds.offer([standing(1, 1, 1)], Instant::now(), INTERVAL);
+        assert_eq!(
+            first.page.borrow().newest_id(),
+            second.page.borrow().newest_id()
+        );
+        assert_eq!(metrics.frames.get(), 1, "one frame for both");
+        drop(first);
+        assert_eq!(feeds.rounds(), [round]);
+        drop(second);
+        assert_eq!((feeds.rounds(), metrics.watched_sales.get()), (vec![], 0));
+        // Who comes later does not get what an earlier audience saw.
+        let third = feeds.join(SALE, round).unwrap();
+        assert!(!third.is_fresh(Instant::now(), INTERVAL, None));
+    }
+
+    #[test]
+    fn news_of_other_sales_and_of_past_rounds_are_not_shown() {
+        let (feeds, metrics) = feeds();
+        feeds.offer([standing(1, 1, 1)], Instant::now(), INTERVAL);
+        let watching = feeds.join(SALE, standing(1, 2, 0).round).unwrap();
+        feeds.offer([standing(2, 1, 1)], Instant::now(), INTERVAL);
+        assert_eq!(metrics.frames.get(), 0);
+        feeds.offer([standing(1, 3, 0)], Instant::now(), INTERVAL);
+        assert_eq!(feeds.rounds(), [standing(1, 3, 0).round]);
+        assert!(watching.page.borrow().newest().is_some());
+    }
+
+    #[test]
+    fn freshness_is_young_and_not_before_what_the_client_has_seen() {
+        let (feeds, _) = feeds();
+        let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
+        let now = Instant::now();
+        assert!(!watching.is_fresh(now, INTERVAL, None));
+        feeds.offer([standing(1, 1, 3)], now, INTERVAL);
+        let id = |seq| Some(FrameId::of(&standing(1, 1, seq)));
+        assert!(watching.is_fresh(now, INTERVAL, None));
+        assert!(watching.is_fresh(now + INTERVAL, INTERVAL, id(3)));
+        assert!(!watching.is_fresh(now, INTERVAL, id(4)));
+        assert!(!watching.is_fresh(now + INTERVAL * 2, INTERVAL, None));
+    }
+
+    #[test]
+    fn closing_shows_the_last_value_and_lets_nobody_in() {
+        let (feeds, metrics) = feeds();
+        let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
+        let now = Instant::now();
+        feeds.offer([standing(1, 1, 0), standing(1, 1, 9)], now, INTERVAL);
+        feeds.close(now);
+        let last = watching.page.borrow().newest_id();
+        assert_eq!(last, Some(FrameId::of(&standing(1, 1, 9))));
+        assert!(watching.page.has_changed().is_err(), "the sender has gone");
+        assert!(feeds.join(SALE, standing(1, 1, 0).round).is_none());
+        drop(watching);
+        assert_eq!(metrics.watched_sales.get(), 0);
+    }
+}

@@ -1,0 +1,272 @@
+//! A frame: what subscribers of a sale are told at once, encoded once for all of them.
+
+use std::{fmt, time::Instant};
+
+use bytes::Bytes;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::{
+    domain::{
+        id::{Epoch, SaleId},
+        round::State,
+    },
+    engine::Standing,
+};
+
+/// Where a frame stands among all frames of its sale, across rounds and epochs.
+///
+/// Written as text, ids compare as they do here: letter by letter, or number by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FrameId {
+    epoch: Epoch,
+    round: u32,
+    seq: u64,
+    /// The passing of time takes no seq: 0 before the window, 1 inside it, 2 after it.
+    phase: u8,
+}
+
+impl FrameId {
+    /// The id of what `standing` says.
+    pub fn of(standing: &Standing) -> Self {
+        Self {
+            epoch: standing.epoch,
+            round: standing.round.round,
+            seq: standing.counters.seq,
+            phase: match standing.state {
+                State::Scheduled => 0,
+                State::Open | State::Paused => 1,
+                State::Closed => 2,
+            },
+        }
+    }
+
+    /// Reads what a client sends back as `Last-Event-ID`; `None` when it is no id of ours.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('-');
+        let id = Self {
+            epoch: Epoch(parts.next()?.parse().ok()?),
+            round: parts.next()?.parse().ok()?,
+            seq: parts.next()?.parse().ok()?,
+            phase: parts.next()?.parse().ok()?,
+        };
+        // Only the one way of writing it is an id: `+1` and `01` are none.
+        (id.to_string() == text).then_some(id)
+    }
+}
+
+impl fmt::Display for FrameId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            epoch,
+            round,
+            seq,
+            phase,
+        } = self;
+        write!(f, "{:010}-{round:010}-{seq:015}-{phase}", epoch.0)
+    }
+}
+
+/// The live stock of a sale at an instant: the `data` of each event.
+#[derive(Serialize, ToSchema)]
+pub struct Stock {
+    /// Which sale.
+    #[schema(value_type = uuid::Uuid)]
+    sale_id: SaleId,
+    /// Which running of it: 1, 2, 3 ….
+    round: u32,
+    /// `scheduled`, `open`, `paused` or `closed`.
+    #[schema(example = "open")]
+    state: &'static str,
+    /// Whether nothing is left.
+    sold_out: bool,
+    /// Units given to the round so far.
+    allocation: u64,
+    /// Units to be had.
+    remaining: u64,
+    /// Units of orders that wait for their payment.
+    held: u64,
+    /// Units of confirmed orders.
+    sold: u64,
+    /// The number of the round's last event.
+    seq: u64,
+    /// When that was so: milliseconds since the Unix epoch by the clock that decides.
+    server_time_ms: i64,
+}
+
+/// What an event is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// The first that a subscriber gets of a sale.
+    Snapshot,
+    /// State, round or `sold_out` changed since the last one.
+    State,
+    /// Only numbers changed.
+    Stock,
+}
+
+/// What makes an event a `state`: round, state, sold out.
+pub(super) type Look = (u32, State, bool);
+
+/// What subscribers of a sale are told, in every form.
+#[derive(Clone, Debug)]
+pub(super) struct Frame {
+    /// Of which sale.
+    pub(super) sale: SaleId,
+    /// Its place.
+    pub(super) id: FrameId,
+    /// What makes an event a `state`.
+    pub(super) look: Look,
+    /// When it was made.
+    pub(super) made_at: Instant,
+    /// All forms, one behind the other.
+    text: Bytes,
+    /// Where the second and the third form begin in it.
+    cuts: [usize; 2],
+}
+
+impl Frame {
+    /// Encodes `standing`.
+    pub(super) fn encode(sale: SaleId, standing: &Standing, made_at: Instant) -> Self {
+        let (id, counters) = (FrameId::of(standing), standing.counters);
+        let look = (standing.round.round, standing.state, standing.sold_out());
+        let stock = Stock {
+            sale_id: sale,
+            round: standing.round.round,
+            state: standing.state.as_str(),
+            sold_out: standing.sold_out(),
+            allocation: counters.allocation,
+            remaining: counters.remaining,
+            held: counters.held,
+            sold: counters.sold,
+            seq: counters.seq,
+            server_time_ms: standing.now_ms,
+        };
+        // Numbers, words and an id always have a JSON form.
+        let data = serde_json::to_string(&stock).unwrap_or_default();
+        let rest = format!("id: {id}\ndata: {data}\n\n");
+        let snapshot = format!("event: snapshot\n{rest}");
+        let state = format!("event: state\n{rest}");
+        let cuts = [snapshot.len(), snapshot.len() + state.len()];
+        let text = Bytes::from(format!("{snapshot}{state}event: stock\n{rest}"));
+        Self {
+            sale,
+            id,
+            look,
+            made_at,
+            text,
+            cuts,
+        }
+    }
+
+    /// The event in this form; shared, not copied.
+    pub(super) fn form(&self, form: Form) -> Bytes {
+        let [state, stock] = self.cuts;
+        match form {
+            Form::Snapshot => self.text.slice(..state),
+            Form::State => self.text.slice(state..stock),
+            Form::Stock => self.text.slice(stock..),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::collections::BTreeSet;
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::domain::{
+        id::{RoundId, SaleNumber},
+        round::{Counters, Intent, Window},
+    };
+
+    pub(in crate::realtime) const SALE: SaleId = SaleId(Uuid::from_u128(0xa));
+
+    /// A standing of an open round of 10 units after `seq` acceptances of one.
+    pub(in crate::realtime) fn standing(epoch: u32, round: u32, seq: u64) -> Standing {
+        Standing {
+            round: RoundId {
+                sale: SaleNumber(7),
+                round,
+            },
+            epoch: Epoch(epoch),
+            counters: Counters {
+                allocation: 10,
+                remaining: 10 - seq,
+                held: 0,
+                sold: seq,
+                seq,
+            },
+            intent: Intent::Live,
+            state: State::Open,
+            window: Window {
+                opens_at_ms: 1_000,
+                closes_at_ms: None,
+            },
+            per_order_limit: 1,
+            orders: seq,
+            now_ms: 2_000 + seq.cast_signed(),
+        }
+    }
+
+    #[test]
+    fn ids_order_frames_across_rounds_and_epochs_also_as_text() {
+        let at = |state, standing| Standing { state, ..standing };
+        let frames = [
+            at(State::Scheduled, standing(1, 1, 0)),
+            at(State::Open, standing(1, 1, 0)),
+            at(State::Open, standing(1, 1, 1)),
+            at(State::Paused, standing(1, 1, 2)),
+            at(State::Open, standing(1, 1, 10)),
+            at(State::Closed, standing(1, 1, 10)),
+            at(State::Scheduled, standing(1, 2, 0)),
+            at(State::Open, standing(1, 10, 0)),
+            at(State::Open, standing(2, 10, 0)),
+            at(State::Open, standing(16, 1, 3)),
+        ];
+        let ids: Vec<_> = frames.iter().map(FrameId::of).collect();
+        let texts: Vec<_> = ids.iter().map(ToString::to_string).collect();
+        assert!(ids.is_sorted_by(|a, b| a < b), "{ids:?}");
+        assert!(texts.is_sorted_by(|a, b| a < b), "{texts:?}");
+        assert_eq!(texts[4], "0000000001-0000000001-000000000000010-1");
+        for (id, text) in ids.iter().zip(&texts) {
+            assert_eq!(FrameId::parse(text), Some(*id));
+        }
+        for bad in [
+            "",
+            "1-1-1-1",
+            "x",
+            "0000000001-0000000001-000000000000010-1-",
+            "0000000001-0000000001-000000000000010-x",
+        ] {
+            assert_eq!(FrameId::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_frame_is_one_line_of_json_in_three_forms() {
+        let frame = Frame::encode(SALE, &standing(3, 2, 10), Instant::now());
+        let mut datas = BTreeSet::new();
+        for (form, name) in [
+            (Form::Snapshot, "snapshot"),
+            (Form::State, "state"),
+            (Form::Stock, "stock"),
+        ] {
+            let text = String::from_utf8(frame.form(form).to_vec()).unwrap();
+            let head =
+                format!("event: {name}\nid: 0000000003-0000000002-000000000000010-1\ndata: ");
+            let data = text.strip_prefix(&head).expect(&text);
+            datas.insert(data.strip_suffix("\n\n").expect(data).to_owned());
+        }
+        let data = datas.pop_first().unwrap();
+        assert!(datas.is_empty() && !data.contains('\n'));
+        let data: serde_json::Value = serde_json::from_str(&data).unwrap();
+        let expected = serde_json::json!({
+            "sale_id": SALE, "round": 2, "state": "open", "sold_out": true, "allocation": 10,
+            "remaining": 0, "held": 0, "sold": 10, "seq": 10, "server_time_ms": 2_010
+        });
+        assert_eq!(data, expected);
+    }
+}

@@ -460,7 +460,7 @@ async fn without_a_store_there_is_no_verdict() {
         "{error}"
     );
 
-    let mut other = Stall::provisioned().await;
+    let other = Stall::provisioned().await;
     other.redis.server.kill().await;
     let error = other.auditor.round(&other.facts, 1).await.unwrap_err();
     assert!(matches!(error, AuditError::Engine(_)), "{error}");

@@ -7,6 +7,7 @@
 )]
 
 mod accounts;
+mod audit;
 mod embedded;
 mod engine;
 mod layers;

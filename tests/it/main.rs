@@ -9,5 +9,6 @@
 mod accounts;
 mod embedded;
 mod engine;
+mod events;
 mod support;
 mod writer;

@@ -4,7 +4,8 @@
 -- ARGV   1 caller (shared/partition.lua)
 -- Reply  { 'ok', now_ms, pseq, standing, n_buyers, HLEN buyers, n_board, ZCARD board, n_orders,
 --          HLEN orders, id of the last entry that touched the round, its 'r' field or '' }
---        '' for the standing of a round that is missing or not whole
+--        { 'ok', now_ms, pseq, '', allocation, remaining, held, sold, seq } of a round that is missing
+--          or not whole: the fields as they stand there, '' for one that does not
 --        { 'fenced', reason } or { 'expired', now_ms }
 -- Flags  no-writes
 
@@ -20,7 +21,12 @@ end
 
 local round, sale = read_round(KEYS[3]), read_sale(KEYS[6])
 if not round or not sale then
-  return { 'ok', whole(partition.now_ms), whole(partition.pseq), '' }
+  local fields = redis.pcall('HMGET', KEYS[3], 'allocation', 'remaining', 'held', 'sold', 'seq')
+  local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq), '' }
+  for i = 1, 5 do
+    reply[#reply + 1] = fields[i] or ''
+  end
+  return reply
 end
 local entry_id, counters = journal_says(KEYS[3])
 return { 'ok', whole(partition.now_ms), whole(partition.pseq),

@@ -27,7 +27,10 @@ use crate::{
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
     metrics::{Metrics, PartitionLabels},
-    ops::recovery::Recovery,
+    ops::{
+        auditor::{Auditor, Patrol},
+        recovery::Recovery,
+    },
     readiness::Readiness,
     realtime::Hub,
     sales::{Pseudonyms, Shop, provision_rounds},
@@ -155,6 +158,16 @@ pub async fn start(
         });
     }
 
+    let auditor = Auditor::new(stores.database.clone(), stores.engines.clone());
+    if roles.contains(&Role::Writer) {
+        let patrol = Patrol::new(auditor.clone(), metrics.audit.clone());
+        let stop = life.token(Stage::Background);
+        life.spawn(Stage::Background, "auditor", async move {
+            patrol.run(stop).await;
+            Ok(())
+        });
+    }
+
     let look = Look {
         engines: stores.engines.clone(),
         database: stores.database.clone(),
@@ -183,7 +196,7 @@ pub async fn start(
         generated_password: None,
     };
     if roles.contains(&Role::Http) {
-        serve(config, &stores, stored, &metrics, life, &mut app).await?;
+        serve(config, &stores, stored, auditor, &metrics, life, &mut app).await?;
     } else {
         app.readiness.pass("operator");
     }
@@ -260,6 +273,7 @@ async fn serve(
     config: &Config,
     stores: &Stores,
     stored: HashMap<Partition, crate::writer::StoredPosition>,
+    auditor: Auditor,
     metrics: &Arc<Metrics>,
     life: &Lifecycle,
     app: &mut App,
@@ -339,6 +353,7 @@ async fn serve(
         accounts,
         products: app.products.clone(),
         shop: Arc::clone(&shop),
+        auditor,
         hub,
         metrics: Arc::clone(metrics),
         readiness: app.readiness.clone(),

@@ -13,7 +13,7 @@ const EXIT_CONFIGURATION: u8 = 78;
 
 fn main() -> ExitCode {
     match cli::run(&cli::Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // Whoever read our output has seen enough: `stockade check-config | head`.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {

@@ -30,6 +30,8 @@ pub struct Metrics {
     pub engine: EngineMetrics,
     /// Of the writers.
     pub writer: WriterMetrics,
+    /// Of the auditor.
+    pub audit: AuditMetrics,
     /// Of live stock.
     pub realtime: RealtimeMetrics,
 }
@@ -227,6 +229,52 @@ impl WriterMetrics {
     }
 }
 
+/// What the auditor found.
+#[derive(Clone, Debug, Default)]
+pub struct AuditMetrics {
+    /// Rounds of which a check fails at present.
+    pub failing: Family<CheckLabels, Gauge>,
+    /// Looks at a round, by what came of them.
+    pub looks: Family<VerdictLabels, Counter>,
+    /// Rounds that could not be looked at, because a store was away or fenced.
+    pub errors: Counter,
+}
+
+/// A kind of check.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CheckLabels {
+    /// The check's name.
+    pub check: &'static str,
+}
+
+/// A kind of verdict.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct VerdictLabels {
+    /// `pass`, `pending` or `fail`.
+    pub verdict: &'static str,
+}
+
+impl AuditMetrics {
+    fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("audit");
+        registry.register(
+            "failing_rounds",
+            "Rounds of which a check fails at present",
+            self.failing.clone(),
+        );
+        registry.register(
+            "looks",
+            "Looks at a round, by what came of them",
+            self.looks.clone(),
+        );
+        registry.register(
+            "errors",
+            "Rounds that could not be looked at, because a store was away or fenced",
+            self.errors.clone(),
+        );
+    }
+}
+
 impl Metrics {
     /// All metrics, at zero.
     pub fn new() -> Self {
@@ -266,6 +314,8 @@ impl Metrics {
         engine.register(&mut registry);
         let writer = WriterMetrics::default();
         writer.register(&mut registry);
+        let audit = AuditMetrics::default();
+        audit.register(&mut registry);
         let realtime = RealtimeMetrics::default();
         realtime.register(&mut registry);
         Self {
@@ -274,6 +324,7 @@ impl Metrics {
             passwords,
             engine,
             writer,
+            audit,
             realtime,
         }
     }

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand.
 
+mod audit;
 mod check_config;
 mod demo;
 mod migrate;
@@ -10,6 +11,7 @@ mod user;
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::path::Path;
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use stockade::app::Role;
@@ -49,6 +51,11 @@ enum Command {
     /// Manage users.
     #[command(subcommand)]
     User(user::UserCommand),
+    /// Compare Redis, its journal and PostgreSQL, and say whether every invariant holds.
+    ///
+    /// Changes nothing. Exit code: 0 all pass, 1 an error, 2 a check fails or a partition is
+    /// fenced, 3 not everything is stored yet.
+    Audit(audit::AuditArguments),
     /// Print the OpenAPI document.
     Openapi,
     /// Show every key of the configuration with its value, its source and its danger, and check them.
@@ -56,7 +63,7 @@ enum Command {
 }
 
 /// Runs one subcommand to its end.
-pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.command {
         Command::Serve { with, demo } => {
             let roles = if with.is_empty() {
@@ -70,8 +77,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Command::Migrate => migrate::run(&configured()?),
         Command::User(command) => user::run(command, &configured()?),
         Command::Openapi => openapi::run(),
+        Command::Audit(arguments) => return audit::run(arguments, &configured()?),
         Command::CheckConfig => check_config::run(variables()?),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The configuration, with logging set up as it says.

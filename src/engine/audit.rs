@@ -2,17 +2,21 @@
 
 use super::{
     Engine, Shared,
+    epoch::journal_id,
     error::EngineError,
     packed::{COUNTERS_BYTES, Standing, Unpack},
     reply::Reply,
 };
-use crate::domain::{id::RoundId, round::Counters};
+use crate::domain::{
+    id::{JournalId, RoundId},
+    round::Counters,
+};
 
 /// Redis' side of an audit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoundAudit {
-    /// Where the units are; `None` when the round's hash is missing or not whole.
-    pub standing: Option<RoundKeys>,
+    /// The round's keys; what is left of them when they are missing or not whole.
+    pub keys: Result<RoundKeys, Remains>,
     /// The last journal entry of the partition.
     pub pseq: u64,
 }
@@ -29,9 +33,25 @@ pub struct RoundKeys {
     /// Orders of the sale, likewise.
     pub orders: (i64, i64),
     /// The journal entry that last touched the round.
-    pub entry: String,
+    pub entry: JournalId,
     /// What that entry says; `None` when the journal has it no more.
     pub journal: Option<Counters>,
+}
+
+/// The counters of a round that is missing or not whole, as they stand in Redis; `None` where
+/// there is no number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Remains {
+    /// Units given to the round.
+    pub allocation: Option<i64>,
+    /// Units to be had.
+    pub remaining: Option<i64>,
+    /// Units of held orders.
+    pub held: Option<i64>,
+    /// Units of confirmed orders.
+    pub sold: Option<i64>,
+    /// The number of its last event.
+    pub seq: Option<i64>,
 }
 
 impl Engine {
@@ -60,8 +80,16 @@ impl Engine {
         let mut reply = Reply::new("audit", reply);
         let head = view.admit(epoch, &mut reply)?;
         let Some(standing) = reply.standing(epoch, head.now_ms)? else {
+            let mut field = || reply.text().map(|text| text.parse().ok());
+            let remains = Remains {
+                allocation: field()?,
+                remaining: field()?,
+                held: field()?,
+                sold: field()?,
+                seq: field()?,
+            };
             return Ok(RoundAudit {
-                standing: None,
+                keys: Err(remains),
                 pseq: head.pseq,
             });
         };
@@ -70,7 +98,7 @@ impl Engine {
             buyers: (reply.number()?, reply.number()?),
             board: (reply.number()?, reply.number()?),
             orders: (reply.number()?, reply.number()?),
-            entry: reply.text()?,
+            entry: journal_id(&reply.text()?).unwrap_or_default(),
             journal: reply
                 .bytes()?
                 .chunks(COUNTERS_BYTES)
@@ -78,7 +106,7 @@ impl Engine {
                 .find_map(|(id, counters)| (id == round).then_some(counters)),
         };
         Ok(RoundAudit {
-            standing: Some(keys),
+            keys: Ok(keys),
             pseq: head.pseq,
         })
     }

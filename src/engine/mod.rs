@@ -31,7 +31,7 @@ use std::{sync::Arc, time::Instant};
 use tokio::sync::{broadcast, watch};
 
 pub use self::{
-    audit::{RoundAudit, RoundKeys},
+    audit::{Remains, RoundAudit, RoundKeys},
     connection::{RedisUrl, ServerSettings},
     epoch::{Inspection, InstallError},
     error::EngineError,

@@ -25,7 +25,7 @@ use crate::{domain::id::SaleId, sales::Shop};
 pub(super) fn routes() -> Routes {
     Routes::new().add(
         Access::Anyone,
-        routes!(list),
+        routes!(leaderboard),
         &[Code::NotFound, Code::Validation],
     )
 }
@@ -61,7 +61,7 @@ struct LeaderboardQuery {
 #[utoipa::path(get, path = "/v1/sales/{id}/leaderboard", tag = "sales",
     params(("id" = Uuid, Path), LeaderboardQuery),
     responses((status = 200, description = "A page", body = Page<Place>)))]
-async fn list(
+async fn leaderboard(
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     Query(query): Query<LeaderboardQuery>,

@@ -5,6 +5,7 @@
 
 mod access_log;
 mod accounts;
+mod audit;
 mod body;
 mod caller;
 mod check;
@@ -42,6 +43,7 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
+    ops::auditor::Auditor,
     readiness::Readiness,
     realtime::Hub,
     sales::Shop,
@@ -63,6 +65,8 @@ pub struct Parts {
     pub products: Products,
     /// Everything that sells.
     pub shop: Arc<Shop>,
+    /// Compares what Redis and PostgreSQL say of a sale.
+    pub auditor: Auditor,
     /// Live stock.
     pub hub: Hub,
     /// Shown at `/metrics`.
@@ -93,6 +97,7 @@ parts! {
     accounts: Accounts,
     products: Products,
     shop: Arc<Shop>,
+    auditor: Auditor,
     hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
@@ -127,6 +132,7 @@ fn resources() -> Vec<routes::Routes> {
         sales::routes(),
         orders::routes(),
         leaderboard::routes(),
+        audit::routes(),
         events::routes(),
         probes::routes(),
     ]

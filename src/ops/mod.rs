@@ -1,3 +1,4 @@
-//! What keeps a node honest: recovery.
+//! What keeps a node honest: recovery and the auditor.
 
+pub mod auditor;
 pub mod recovery;

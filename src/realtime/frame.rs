@@ -16,7 +16,7 @@ use crate::{
 
 /// Where a frame stands among all frames of its sale, across rounds and epochs.
 ///
-/// Written as text, ids compare as they do here.
+/// Written as text, ids compare as they do here: letter by letter, or number by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FrameId {
     epoch: Epoch,
@@ -45,9 +45,9 @@ impl FrameId {
     pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split('-');
         let id = Self {
-            epoch: Epoch(u32::from_str_radix(parts.next()?, 16).ok()?),
-            round: u32::from_str_radix(parts.next()?, 16).ok()?,
-            seq: u64::from_str_radix(parts.next()?, 16).ok()?,
+            epoch: Epoch(parts.next()?.parse().ok()?),
+            round: parts.next()?.parse().ok()?,
+            seq: parts.next()?.parse().ok()?,
             phase: parts.next()?.parse().ok()?,
         };
         // Only the one way of writing it is an id: `+1` and `01` are none.
@@ -63,7 +63,7 @@ impl fmt::Display for FrameId {
             seq,
             phase,
         } = self;
-        write!(f, "{:08x}-{round:08x}-{seq:012x}-{phase}", epoch.0)
+        write!(f, "{:010}-{round:010}-{seq:015}-{phase}", epoch.0)
     }
 }
 
@@ -230,7 +230,7 @@ pub(super) mod tests {
         let texts: Vec<_> = ids.iter().map(ToString::to_string).collect();
         assert!(ids.is_sorted_by(|a, b| a < b), "{ids:?}");
         assert!(texts.is_sorted_by(|a, b| a < b), "{texts:?}");
-        assert_eq!(texts[4], "00000001-00000001-00000000000a-1");
+        assert_eq!(texts[4], "0000000001-0000000001-000000000000010-1");
         for (id, text) in ids.iter().zip(&texts) {
             assert_eq!(FrameId::parse(text), Some(*id));
         }
@@ -238,8 +238,8 @@ pub(super) mod tests {
             "",
             "1-1-1-1",
             "x",
-            "00000001-00000001-00000000000a-1-",
-            "00000001-00000001-00000000000A-1",
+            "0000000001-0000000001-000000000000010-1-",
+            "0000000001-0000000001-000000000000010-x",
         ] {
             assert_eq!(FrameId::parse(bad), None, "{bad}");
         }
@@ -255,7 +255,7 @@ pub(super) mod tests {
             (Form::Stock, "stock"),
         ] {
             let text = String::from_utf8(frame.form(form).to_vec()).unwrap();
-            let head = format!("event: {name}\nid: 00000003-00000002-00000000000a-1\ndata: ");
+            let head = format!("event: {name}\nid: 0000000003-0000000002-000000000000010-1\ndata: ");
             let data = text.strip_prefix(&head).expect(&text);
             datas.insert(data.strip_suffix("\n\n").expect(data).to_owned());
         }

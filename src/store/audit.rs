@@ -2,11 +2,33 @@
 
 use sqlx::{Postgres, Transaction};
 
-use super::{Database, StoreError, orders::Place, rounds::intent};
+use chrono::{DateTime, Utc};
+
+use super::{
+    Database, StoreError,
+    orders::{OrderColumns, Place},
+    rounds::intent,
+};
 use crate::domain::{
-    id::{Epoch, JournalId, OrderId, RoundId},
+    id::{Epoch, JournalId, Partition, RoundId, SaleId, SaleNumber},
+    order::Order,
     round::{Counters, Intent},
 };
+
+/// What the writer has stored of a round, and up to where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Up to where the partition's journal is stored.
+    pub position: JournalId,
+    /// The entry that brought the counters.
+    pub counted_at: JournalId,
+    /// The counters that the writer stored with the position.
+    pub counters: Counters,
+    /// What the operator wants.
+    pub intent: Intent,
+    /// Whether Redis has confirmed that it has the round.
+    pub provisioned: bool,
+}
 
 /// What PostgreSQL has of a round, counted in full.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +41,8 @@ pub struct RoundSums {
     pub counters: Counters,
     /// What the operator wants.
     pub intent: Intent,
+    /// Whether Redis has confirmed that it has the round.
+    pub provisioned: bool,
     /// Units that one buyer may have.
     pub per_buyer_limit: u64,
     /// Units that the round started with.
@@ -50,6 +74,17 @@ pub struct RoundSums {
 }
 
 impl RoundSums {
+    /// What the writer has stored, without the sums.
+    pub fn stored(&self) -> Stored {
+        Stored {
+            position: self.position,
+            counted_at: self.counted_at,
+            counters: self.counters,
+            intent: self.intent,
+            provisioned: self.provisioned,
+        }
+    }
+
     /// The counters as the rows say, to be equal to [`Self::counters`].
     pub fn counted(&self) -> Counters {
         let allocation = self
@@ -98,6 +133,7 @@ impl Snapshot {
         let row = sqlx::query!(
             r#"SELECT rounds.epoch, pseq, rounds.allocation, remaining, held, sold, seq, intent,
                       rounds.per_buyer_limit, initial_allocation,
+                      provisioned_at IS NOT NULL AS "provisioned!",
                       coalesce(position, 0) AS "position!",
                       coalesce(position_epoch, 0) AS "position_epoch!"
                FROM rounds
@@ -179,6 +215,7 @@ impl Snapshot {
                 seq: stored.seq.cast_unsigned(),
             },
             intent: intent(&stored.intent)?,
+            provisioned: stored.provisioned,
             per_buyer_limit: stored.per_buyer_limit.cast_unsigned(),
             initial_allocation: stored.initial_allocation.cast_unsigned(),
             restocked: letters.restocked + letters.allocated,
@@ -205,9 +242,12 @@ impl Snapshot {
         round: RoundId,
         after: Place,
         limit: i64,
-    ) -> Result<Vec<(Place, OrderId)>, StoreError> {
-        let rows = sqlx::query!(
-            "SELECT epoch, seq, id FROM orders
+    ) -> Result<Vec<Order>, StoreError> {
+        sqlx::query_as!(
+            OrderColumns,
+            "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
+                    epoch, currency, status, accepted_as, durability, fingerprint
+             FROM orders
              WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4) AND status = 'confirmed'
              ORDER BY epoch, seq
              LIMIT $5",
@@ -218,20 +258,108 @@ impl Snapshot {
             limit
         )
         .fetch_all(&mut *self.transaction)
-        .await?;
-        Ok(rows
+        .await?
+        .into_iter()
+        .map(Order::try_from)
+        .collect()
+    }
+}
+
+/// A round with what the writer has stored of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Glance {
+    /// Whose running.
+    pub sale: SaleId,
+    /// Where it lives.
+    pub partition: Partition,
+    /// Which.
+    pub round: RoundId,
+    /// What is stored.
+    pub stored: Stored,
+}
+
+/// Which rounds to look at, in order of sale and round.
+#[derive(Clone, Debug)]
+pub struct Glances {
+    /// Those that sell at this instant, and [`Self::also`]; `None` takes all.
+    pub open_at: Option<DateTime<Utc>>,
+    /// These, open or not.
+    pub also: Vec<RoundId>,
+    /// Behind this round: the last of the page before.
+    pub after: Option<RoundId>,
+    /// So many at most.
+    pub limit: i64,
+}
+
+impl Database {
+    /// What the writer has stored of rounds that Redis has.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn glances(&self, which: Glances) -> Result<Vec<Glance>, StoreError> {
+        let after = which.after.unwrap_or(RoundId {
+            sale: SaleNumber(0),
+            round: 0,
+        });
+        let (sales, rounds): (Vec<_>, Vec<_>) = which
+            .also
+            .iter()
+            .map(|id| (id.sale.0.cast_signed(), id.round.cast_signed()))
+            .unzip();
+        self.run(async move |pool| {
+            sqlx::query!(
+                r#"SELECT sales.id, partition, rounds.sale, rounds.round, rounds.epoch, pseq,
+                          rounds.allocation, remaining, held, sold, seq, intent,
+                          coalesce(position, 0) AS "position!",
+                          coalesce(position_epoch, 0) AS "position_epoch!"
+                   FROM rounds
+                   JOIN sales ON sales.number = rounds.sale
+                   LEFT JOIN journal_positions USING (partition)
+                   WHERE provisioned_at IS NOT NULL
+                     AND (rounds.sale, rounds.round) > ($1, $2)
+                     AND ($3::timestamptz IS NULL
+                          OR (intent <> 'closed' AND rounds.opens_at <= $3
+                              AND (rounds.closes_at IS NULL OR rounds.closes_at > $3))
+                          OR (rounds.sale, rounds.round)
+                             IN (SELECT * FROM unnest($4::int[], $5::int[])))
+                   ORDER BY rounds.sale, rounds.round
+                   LIMIT $6"#,
+                after.sale.0.cast_signed(),
+                after.round.cast_signed(),
+                which.open_at,
+                &sales,
+                &rounds,
+                which.limit
+            )
+            .fetch_all(&pool)
+            .await?
             .into_iter()
             .map(|row| {
-                let epoch = Epoch(row.epoch.cast_unsigned());
-                (
-                    Place {
-                        epoch,
-                        seq: row.seq.cast_unsigned(),
+                Ok(Glance {
+                    sale: SaleId(row.id),
+                    partition: Partition(row.partition.cast_unsigned()),
+                    round: RoundId {
+                        sale: SaleNumber(row.sale.cast_unsigned()),
+                        round: row.round.cast_unsigned(),
                     },
-                    OrderId(row.id),
-                )
+                    stored: Stored {
+                        position: journal_id(row.position_epoch, row.position),
+                        counted_at: journal_id(row.epoch, row.pseq),
+                        counters: Counters {
+                            allocation: row.allocation.cast_unsigned(),
+                            remaining: row.remaining.cast_unsigned(),
+                            held: row.held.cast_unsigned(),
+                            sold: row.sold.cast_unsigned(),
+                            seq: row.seq.cast_unsigned(),
+                        },
+                        intent: intent(&row.intent)?,
+                        provisioned: true,
+                    },
+                })
             })
-            .collect())
+            .collect()
+        })
+        .await
     }
 }
 

@@ -176,6 +176,19 @@ impl Positions {
         Self { database }
     }
 
+    /// The position of `partition` as it stands; `None` where there is none yet. Changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn find(&self, partition: Partition) -> Result<Option<Position>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let mut connection = pool.acquire().await?;
+                read(&mut connection, partition).await
+            })
+            .await
+    }
+
     /// The position of `partition`; it is made where there is none, from what the rounds prove.
     ///
     /// # Errors

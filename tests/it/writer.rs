@@ -207,13 +207,7 @@ impl Shop {
     async fn audit(&self) -> RoundSums {
         let mut snapshot = Snapshot::take(&self.database).await.unwrap();
         let sums = snapshot.round(self.round).await.unwrap().unwrap();
-        let keys = self
-            .engine
-            .audit(self.round)
-            .await
-            .unwrap()
-            .standing
-            .unwrap();
+        let keys = self.engine.audit(self.round).await.unwrap().keys.unwrap();
         assert_eq!(sums.counters, keys.standing.counters);
         assert_eq!(sums.counted(), sums.counters);
         assert_eq!(sums.intent, keys.standing.intent);

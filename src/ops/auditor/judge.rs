@@ -1,0 +1,524 @@
+//! The verdict: pure functions from what Redis and PostgreSQL say to checks with both numbers.
+//!
+//! PostgreSQL is always read before Redis. So what PostgreSQL has must be in Redis too, and two
+//! numbers are compared as equals only when PostgreSQL counted them at the very entry that Redis
+//! shows as the round's last; otherwise the writer is on its way, and the check is pending.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::{
+    domain::{
+        id::JournalId,
+        limits::ALLOCATION_MAX,
+        round::{Counters, Intent},
+    },
+    engine::{Remains, RoundAudit, RoundKeys},
+    store::audit::{RoundSums, Stored},
+};
+
+/// What came of a check, or of all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// It holds.
+    Pass,
+    /// The writer has not stored enough yet to say so.
+    Pending,
+    /// It does not hold.
+    Fail,
+}
+
+impl Status {
+    /// The word that the API uses.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Pending => "pending",
+            Self::Fail => "fail",
+        }
+    }
+
+    fn of(holds: bool) -> Self {
+        if holds { Self::Pass } else { Self::Fail }
+    }
+}
+
+/// Everything that is checked of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckName {
+    /// Redis: remaining + held + sold = allocation.
+    Conservation,
+    /// Redis: no counter is negative or above the allocation.
+    Bounds,
+    /// Redis: buyers, leaderboard and orders have as many entries as the round counts.
+    RedisKeys,
+    /// Redis: the counters are those of the round's last journal entry.
+    RedisJournal,
+    /// Once PostgreSQL has stored the round's last entry, its counters are those of Redis.
+    PostgresRedis,
+    /// PostgreSQL has nothing that Redis does not have.
+    PostgresNotAhead,
+    /// PostgreSQL has no counters from behind the position.
+    PostgresPosition,
+    /// PostgreSQL: the counters are the sums of orders, events and dead letters.
+    PostgresSums,
+    /// PostgreSQL: the units of the orders that exist are within the allocation.
+    NoOversell,
+    /// PostgreSQL: each seq from 1 on is there exactly once.
+    DenseSeq,
+    /// PostgreSQL: no buyer has more than the limit.
+    BuyerLimit,
+    /// PostgreSQL refused nothing of the journal.
+    DeadLetters,
+    /// The leaderboard is the confirmed orders of PostgreSQL, in their order, to the last field.
+    Leaderboard,
+}
+
+impl CheckName {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::Conservation,
+        Self::Bounds,
+        Self::RedisKeys,
+        Self::RedisJournal,
+        Self::PostgresRedis,
+        Self::PostgresNotAhead,
+        Self::PostgresPosition,
+        Self::PostgresSums,
+        Self::NoOversell,
+        Self::DenseSeq,
+        Self::BuyerLimit,
+        Self::DeadLetters,
+        Self::Leaderboard,
+    ];
+
+    /// The word that the API and the metrics use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Conservation => "conservation",
+            Self::Bounds => "bounds",
+            Self::RedisKeys => "redis_keys",
+            Self::RedisJournal => "redis_journal",
+            Self::PostgresNotAhead => "postgres_not_ahead",
+            Self::PostgresPosition => "postgres_position",
+            Self::PostgresRedis => "postgres_redis",
+            Self::PostgresSums => "postgres_sums",
+            Self::NoOversell => "no_oversell",
+            Self::DenseSeq => "dense_seq",
+            Self::BuyerLimit => "buyer_limit",
+            Self::DeadLetters => "dead_letters",
+            Self::Leaderboard => "leaderboard",
+        }
+    }
+}
+
+/// One check with both numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Check {
+    /// What is checked.
+    pub name: CheckName,
+    /// What came of it.
+    pub status: Status,
+    /// What should be.
+    #[schema(example = "200 sold of 200, seq 200")]
+    pub expected: String,
+    /// What is.
+    #[schema(example = "200 sold of 200, seq 200")]
+    pub actual: String,
+}
+
+impl Check {
+    fn new(
+        name: CheckName,
+        status: Status,
+        expected: impl Into<String>,
+        actual: impl Into<String>,
+    ) -> Self {
+        Self {
+            name,
+            status,
+            expected: expected.into(),
+            actual: actual.into(),
+        }
+    }
+
+    /// Both must be the same.
+    fn equal(name: CheckName, expected: String, actual: String) -> Self {
+        Self::new(name, Status::of(expected == actual), expected, actual)
+    }
+}
+
+/// The worst of `checks`.
+pub fn verdict(checks: &[Check]) -> Status {
+    checks
+        .iter()
+        .map(|check| check.status)
+        .max()
+        .unwrap_or(Status::Pending)
+}
+
+/// Confirmed orders of one side, in short.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Board {
+    /// How many.
+    pub orders: u64,
+    /// Eight hexadecimal digits of the hash of all their fields, in order.
+    pub digest: String,
+}
+
+/// The leaderboard of both sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boards {
+    /// Nobody looked, because the writer was on its way.
+    Unread,
+    /// Redis has the round, but its leaderboard cannot be read.
+    Damaged(String),
+    /// Both were read.
+    Read {
+        /// In Redis.
+        redis: Board,
+        /// In PostgreSQL.
+        postgres: Board,
+        /// The first place on which they differ.
+        difference: Option<String>,
+    },
+}
+
+/// Whether PostgreSQL has counted the round at the entry that Redis shows as its last.
+pub fn level(redis: &RoundAudit, stored: &Stored) -> bool {
+    matches!(&redis.keys, Ok(keys) if keys.entry == stored.counted_at)
+}
+
+/// What one script and one row tell: cheap enough for every second.
+pub fn judge_counters(redis: &RoundAudit, stored: &Stored) -> Vec<Check> {
+    let mut checks = Vec::with_capacity(CheckName::ALL.len());
+    match &redis.keys {
+        Ok(keys) => whole(keys, stored, &mut checks),
+        Err(remains) => broken(remains, stored, &mut checks),
+    }
+    checks.push(not_ahead(redis, stored));
+    checks.push(Check::new(
+        CheckName::PostgresPosition,
+        Status::of(stored.counted_at <= stored.position),
+        format!("at most {}", stored.position),
+        stored.counted_at.to_string(),
+    ));
+    checks
+}
+
+/// Everything.
+pub fn judge(redis: &RoundAudit, sums: &RoundSums, boards: &Boards) -> Vec<Check> {
+    let stored = sums.stored();
+    let mut checks = judge_counters(redis, &stored);
+    let counted = sums.counted();
+    checks.push(Check::equal(
+        CheckName::PostgresSums,
+        counters(&counted),
+        counters(&sums.counters),
+    ));
+    // From the rows alone, without the subtraction that hides what is too much.
+    let units =
+        i128::from(sums.confirmed) + i128::from(sums.held) + i128::from(sums.dead_units.max(0));
+    checks.push(Check::new(
+        CheckName::NoOversell,
+        Status::of(units <= i128::from(counted.allocation)),
+        format!("at most {}", counted.allocation),
+        units.to_string(),
+    ));
+    checks.push(dense(sums));
+    let above = match sums.buyers_above {
+        0 => String::new(),
+        1 => ", 1 buyer above".to_owned(),
+        buyers => format!(", {buyers} buyers above"),
+    };
+    checks.push(Check::new(
+        CheckName::BuyerLimit,
+        Status::of(sums.buyers_above == 0 && sums.most_units <= sums.per_buyer_limit),
+        format!("at most {} for each buyer", sums.per_buyer_limit),
+        format!("at most {} for each buyer{above}", sums.most_units),
+    ));
+    let dead_units = match sums.dead_letters {
+        0 => String::new(),
+        _ => format!(", {} units not persisted", sums.dead_units),
+    };
+    checks.push(Check::new(
+        CheckName::DeadLetters,
+        Status::of(sums.dead_letters == 0),
+        "0",
+        format!("{}{dead_units}", sums.dead_letters),
+    ));
+    checks.push(leaderboard(redis, &stored, boards));
+    checks
+}
+
+/// The checks of a round whose keys are there.
+fn whole(keys: &RoundKeys, stored: &Stored, checks: &mut Vec<Check>) {
+    let now = keys.standing.counters;
+    let sum = u128::from(now.remaining) + u128::from(now.held) + u128::from(now.sold);
+    checks.push(Check::new(
+        CheckName::Conservation,
+        Status::of(sum == u128::from(now.allocation)),
+        now.allocation.to_string(),
+        format!(
+            "{sum} = {} remaining + {} held + {} sold",
+            now.remaining, now.held, now.sold
+        ),
+    ));
+    let highest = now.remaining.max(now.held).max(now.sold);
+    checks.push(Check::new(
+        CheckName::Bounds,
+        Status::of(highest <= now.allocation && now.allocation <= ALLOCATION_MAX),
+        format!("0 to {}", now.allocation.min(ALLOCATION_MAX)),
+        format!(
+            "{} remaining, {} held, {} sold",
+            now.remaining, now.held, now.sold
+        ),
+    ));
+    let count = |buyers, board, orders| {
+        format!("{buyers} buyers, {board} on the leaderboard, {orders} orders of the sale")
+    };
+    checks.push(Check::equal(
+        CheckName::RedisKeys,
+        count(keys.buyers.0, keys.board.0, keys.orders.0),
+        count(keys.buyers.1, keys.board.1, keys.orders.1),
+    ));
+    checks.push(journal(keys, stored));
+    checks.push(postgres_redis(keys, stored));
+}
+
+/// The checks of a round whose keys are missing or not whole.
+fn broken(remains: &Remains, stored: &Stored, checks: &mut Vec<Check>) {
+    let nothing = *remains == Remains::default();
+    if nothing && !stored.provisioned {
+        // Redis does not have it yet, and nothing has been sold.
+        for name in [
+            CheckName::Conservation,
+            CheckName::Bounds,
+            CheckName::RedisKeys,
+            CheckName::RedisJournal,
+            CheckName::PostgresRedis,
+        ] {
+            checks.push(Check::new(
+                name,
+                Status::Pending,
+                "a round",
+                "not provisioned yet",
+            ));
+        }
+        return;
+    }
+    let Remains {
+        allocation,
+        remaining,
+        held,
+        sold,
+        seq,
+    } = *remains;
+    let word = |number: Option<i64>| number.map_or("nothing".to_owned(), |n| n.to_string());
+    let sum = [remaining, held, sold]
+        .into_iter()
+        .try_fold(0_i128, |sum, units| Some(sum + i128::from(units?)));
+    checks.push(Check::new(
+        CheckName::Conservation,
+        Status::of(sum.is_some() && sum == allocation.map(i128::from)),
+        word(allocation),
+        format!(
+            "{} = {} remaining + {} held + {} sold",
+            sum.map_or("nothing".to_owned(), |sum| sum.to_string()),
+            word(remaining),
+            word(held),
+            word(sold)
+        ),
+    ));
+    let within = |units: Option<i64>| {
+        units.is_some_and(|units| allocation.is_some_and(|all| (0..=all).contains(&units)))
+    };
+    checks.push(Check::new(
+        CheckName::Bounds,
+        Status::of(within(remaining) && within(held) && within(sold)),
+        format!("0 to {}", word(allocation)),
+        format!(
+            "{} remaining, {} held, {} sold",
+            word(remaining),
+            word(held),
+            word(sold)
+        ),
+    ));
+    let what = if nothing { "missing" } else { "not whole" };
+    checks.push(Check::new(
+        CheckName::RedisKeys,
+        Status::Fail,
+        "a whole round",
+        what,
+    ));
+    let shown = format!(
+        "{what}: {} remaining, {} held, {} sold of {}, seq {}",
+        word(remaining),
+        word(held),
+        word(sold),
+        word(allocation),
+        word(seq)
+    );
+    checks.push(Check::new(
+        CheckName::RedisJournal,
+        Status::Fail,
+        "the round as its last entry left it",
+        shown.clone(),
+    ));
+    checks.push(Check::new(
+        CheckName::PostgresRedis,
+        Status::Fail,
+        shown,
+        counters(&stored.counters),
+    ));
+}
+
+/// Redis against its own journal.
+fn journal(keys: &RoundKeys, stored: &Stored) -> Check {
+    let now = at(keys.entry, &keys.standing.counters);
+    match keys.journal {
+        Some(said) => Check::equal(CheckName::RedisJournal, at(keys.entry, &said), now),
+        // It was stored before it was trimmed.
+        None if keys.entry == stored.counted_at => Check::equal(
+            CheckName::RedisJournal,
+            at(stored.counted_at, &stored.counters),
+            now,
+        ),
+        None => Check::new(
+            CheckName::RedisJournal,
+            Status::Fail,
+            format!(
+                "entry {} in the journal or in PostgreSQL, which is at {}",
+                keys.entry, stored.position
+            ),
+            "no such entry",
+        ),
+    }
+}
+
+/// Redis against PostgreSQL.
+fn postgres_redis(keys: &RoundKeys, stored: &Stored) -> Check {
+    let redis = at(keys.entry, &keys.standing.counters);
+    let postgres = at(stored.counted_at, &stored.counters);
+    let status = if keys.entry == stored.counted_at {
+        Status::of(
+            keys.standing.counters == stored.counters && keys.standing.intent == stored.intent,
+        )
+    } else {
+        // Redis was read later: if PostgreSQL had the round's last entry by then, it passed it.
+        Status::of(stored.position < keys.entry && stored.counted_at < keys.entry)
+            .max(Status::Pending)
+    };
+    let word = |text: String, intent| format!("{text}, {}", intent_word(intent));
+    Check::new(
+        CheckName::PostgresRedis,
+        status,
+        word(redis, keys.standing.intent),
+        word(postgres, stored.intent),
+    )
+}
+
+/// PostgreSQL was read first: whatever it has, Redis had before.
+fn not_ahead(redis: &RoundAudit, stored: &Stored) -> Check {
+    let place = |pseq: u64, seq: u64| format!("entry {pseq}, seq {seq}");
+    let position = stored.position.pseq.max(stored.counted_at.pseq);
+    let seq = match &redis.keys {
+        Ok(keys) => Some(keys.standing.counters.seq),
+        Err(remains) => remains.seq.and_then(|seq| u64::try_from(seq).ok()),
+    };
+    // A round that Redis never had has no events.
+    let seq = seq.unwrap_or(0);
+    Check::new(
+        CheckName::PostgresNotAhead,
+        Status::of(position <= redis.pseq && stored.counters.seq <= seq),
+        format!("at most {}", place(redis.pseq, seq)),
+        place(position, stored.counters.seq),
+    )
+}
+
+fn dense(sums: &RoundSums) -> Check {
+    let gap = sums
+        .gap
+        .map_or(String::new(), |seq| format!(", {seq} is missing"));
+    let twice = match sums.duplicates {
+        0 => String::new(),
+        some => format!(", {some} more than once"),
+    };
+    Check::new(
+        CheckName::DenseSeq,
+        Status::of(sums.gap.is_none() && sums.duplicates == 0 && sums.events == sums.last_seq),
+        format!("{} events up to seq {0}", sums.last_seq),
+        format!(
+            "{} events up to seq {}{gap}{twice}",
+            sums.events, sums.last_seq
+        ),
+    )
+}
+
+fn leaderboard(redis: &RoundAudit, stored: &Stored, boards: &Boards) -> Check {
+    let name = CheckName::Leaderboard;
+    let shown = |board: &Board| format!("{} orders, {}", board.orders, board.digest);
+    match boards {
+        Boards::Damaged(what) if stored.provisioned => Check::new(
+            name,
+            Status::Fail,
+            "a leaderboard",
+            format!("damaged: {what}"),
+        ),
+        Boards::Read {
+            redis: in_redis,
+            postgres,
+            difference,
+        } if level(redis, stored) => {
+            let difference = difference
+                .as_ref()
+                .map_or(String::new(), |text| format!("; {text}"));
+            Check::new(
+                name,
+                Status::of(in_redis == postgres && difference.is_empty()),
+                shown(in_redis),
+                format!("{}{difference}", shown(postgres)),
+            )
+        }
+        Boards::Unread | Boards::Damaged(_) | Boards::Read { .. } => {
+            let entry = match &redis.keys {
+                Ok(keys) => keys.entry.to_string(),
+                Err(_) => "unknown".to_owned(),
+            };
+            Check::new(
+                name,
+                Status::Pending,
+                format!("stored up to entry {entry}"),
+                format!("stored up to entry {}", stored.counted_at),
+            )
+        }
+    }
+}
+
+fn counters(counters: &Counters) -> String {
+    let Counters {
+        allocation,
+        remaining,
+        held,
+        sold,
+        seq,
+    } = counters;
+    format!("{remaining} remaining, {held} held, {sold} sold of {allocation}, seq {seq}")
+}
+
+fn at(entry: JournalId, now: &Counters) -> String {
+    format!("{} at entry {entry}", counters(now))
+}
+
+fn intent_word(intent: Intent) -> &'static str {
+    match intent {
+        Intent::Live => "live",
+        Intent::Paused => "paused",
+        Intent::Closed => "closed",
+    }
+}
+
+#[cfg(test)]
+mod tests;

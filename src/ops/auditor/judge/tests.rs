@@ -1,0 +1,471 @@
+use super::*;
+use crate::{
+    domain::{
+        id::{Epoch, RoundId, SaleNumber},
+        round::{State, Window},
+    },
+    engine::Standing,
+};
+
+fn entry(pseq: u64) -> JournalId {
+    JournalId {
+        epoch: Epoch(2),
+        pseq,
+    }
+}
+
+/// What was read of a round: 60 units in 50 orders, ten of them given back, one restock.
+#[derive(Clone)]
+struct Evidence {
+    redis: RoundAudit,
+    sums: RoundSums,
+    boards: Boards,
+}
+
+impl Evidence {
+    fn sound() -> Self {
+        let counters = Counters {
+            allocation: 110,
+            remaining: 60,
+            held: 0,
+            sold: 50,
+            seq: 61,
+        };
+        let board = Board {
+            orders: 40,
+            digest: "00c0ffee".to_owned(),
+        };
+        let standing = Standing {
+            round: RoundId {
+                sale: SaleNumber(1),
+                round: 1,
+            },
+            epoch: Epoch(2),
+            counters,
+            intent: Intent::Live,
+            state: State::Open,
+            window: Window {
+                opens_at_ms: 1,
+                closes_at_ms: None,
+            },
+            per_order_limit: 2,
+            orders: 50,
+            now_ms: 5,
+        };
+        Self {
+            redis: RoundAudit {
+                keys: Ok(RoundKeys {
+                    standing,
+                    buyers: (30, 30),
+                    board: (40, 40),
+                    orders: (50, 50),
+                    entry: entry(70),
+                    journal: Some(counters),
+                }),
+                pseq: 75,
+            },
+            sums: RoundSums {
+                position: entry(74),
+                counted_at: entry(70),
+                counters,
+                intent: Intent::Live,
+                provisioned: true,
+                per_buyer_limit: 4,
+                initial_allocation: 100,
+                restocked: 10,
+                held: 0,
+                confirmed: 50,
+                confirmed_orders: 40,
+                dead_letters: 0,
+                dead_units: 0,
+                events: 61,
+                last_seq: 61,
+                gap: None,
+                duplicates: 0,
+                buyers_above: 0,
+                most_units: 4,
+            },
+            boards: Boards::Read {
+                redis: board.clone(),
+                postgres: board,
+                difference: None,
+            },
+        }
+    }
+
+    fn keys(&mut self) -> &mut RoundKeys {
+        self.redis.keys.as_mut().unwrap()
+    }
+
+    fn now(&mut self) -> &mut Counters {
+        &mut self.keys().standing.counters
+    }
+
+    fn boards(&mut self) -> (&mut Board, &mut Board, &mut Option<String>) {
+        match &mut self.boards {
+            Boards::Read {
+                redis,
+                postgres,
+                difference,
+            } => (redis, postgres, difference),
+            Boards::Unread | Boards::Damaged(_) => panic!("not read"),
+        }
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        judge(&self.redis, &self.sums, &self.boards)
+    }
+
+    fn with(&self, status: Status) -> Vec<CheckName> {
+        let checks = self.checks().into_iter();
+        checks
+            .filter(|check| check.status == status)
+            .map(|check| check.name)
+            .collect()
+    }
+}
+
+#[test]
+fn a_sound_round_passes_every_check_once() {
+    let evidence = Evidence::sound();
+    let checks = evidence.checks();
+    assert_eq!(verdict(&checks), Status::Pass, "{checks:#?}");
+    assert_eq!(evidence.with(Status::Pass), CheckName::ALL);
+    assert!(
+        checks
+            .iter()
+            .all(|check| !check.expected.is_empty() && !check.actual.is_empty())
+    );
+}
+
+#[test]
+fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
+    use CheckName as N;
+    type Corruption = (&'static str, fn(&mut Evidence), &'static [CheckName]);
+    let corruptions: &[Corruption] = &[
+        (
+            "a unit appeared in Redis",
+            |e| e.now().remaining += 1,
+            &[N::Conservation, N::RedisJournal, N::PostgresRedis],
+        ),
+        (
+            "an order's units are in Redis twice",
+            |e| e.now().held = 1,
+            &[N::Conservation, N::RedisJournal, N::PostgresRedis],
+        ),
+        (
+            "more is sold than there was",
+            |e| {
+                *e.now() = Counters {
+                    sold: 111,
+                    remaining: 0,
+                    ..*e.now()
+                }
+            },
+            &[
+                N::Conservation,
+                N::Bounds,
+                N::RedisJournal,
+                N::PostgresRedis,
+            ],
+        ),
+        (
+            "a round beyond all bounds",
+            |e| {
+                let all = ALLOCATION_MAX + 1;
+                let now = Counters {
+                    allocation: all,
+                    remaining: all - 50,
+                    ..*e.now()
+                };
+                *e.now() = now;
+                e.keys().journal = Some(now);
+                e.sums.counters = now;
+                e.sums.initial_allocation = all - 10;
+            },
+            &[N::Bounds],
+        ),
+        (
+            "the counters fell below zero",
+            |e| {
+                e.redis.keys = Err(Remains {
+                    allocation: Some(110),
+                    remaining: Some(-1),
+                    held: Some(0),
+                    sold: Some(111),
+                    seq: Some(61),
+                });
+            },
+            &[N::Bounds, N::RedisKeys, N::RedisJournal, N::PostgresRedis],
+        ),
+        (
+            "the counters do not add up any more",
+            |e| {
+                e.redis.keys = Err(Remains {
+                    allocation: Some(110),
+                    remaining: Some(61),
+                    held: Some(0),
+                    sold: Some(50),
+                    seq: Some(61),
+                });
+            },
+            &[
+                N::Conservation,
+                N::RedisKeys,
+                N::RedisJournal,
+                N::PostgresRedis,
+            ],
+        ),
+        (
+            "the round is gone",
+            |e| e.redis.keys = Err(Remains::default()),
+            &[
+                N::Conservation,
+                N::Bounds,
+                N::RedisKeys,
+                N::RedisJournal,
+                N::PostgresRedis,
+                N::PostgresNotAhead,
+            ],
+        ),
+        (
+            "buyers are lost",
+            |e| e.keys().buyers.1 = 29,
+            &[N::RedisKeys],
+        ),
+        (
+            "the buyers are of another type",
+            |e| e.keys().buyers.1 = -1,
+            &[N::RedisKeys],
+        ),
+        (
+            "a place is lost",
+            |e| e.keys().board.1 = 39,
+            &[N::RedisKeys],
+        ),
+        (
+            "an order is lost",
+            |e| e.keys().orders.1 = 49,
+            &[N::RedisKeys],
+        ),
+        (
+            "the round missed an entry",
+            |e| {
+                e.keys().journal.as_mut().unwrap().seq = 62;
+            },
+            &[N::RedisJournal],
+        ),
+        (
+            "an entry vanished before it was stored",
+            |e| {
+                e.keys().journal = None;
+                e.sums.position = entry(60);
+                e.sums.counted_at = entry(60);
+            },
+            &[N::RedisJournal],
+        ),
+        (
+            "the writer stored other counters",
+            |e| {
+                e.sums.counters = Counters {
+                    remaining: 61,
+                    sold: 49,
+                    ..e.sums.counters
+                }
+            },
+            &[N::PostgresRedis, N::PostgresSums],
+        ),
+        (
+            "a pause was lost",
+            |e| e.sums.intent = Intent::Paused,
+            &[N::PostgresRedis],
+        ),
+        (
+            "the writer passed an entry by",
+            |e| e.sums.counted_at = entry(69),
+            &[N::PostgresRedis],
+        ),
+        (
+            "Redis was set back",
+            |e| e.redis.pseq = 73,
+            &[N::PostgresNotAhead],
+        ),
+        (
+            "the round alone was set back",
+            |e| {
+                let now = Counters {
+                    remaining: 61,
+                    sold: 49,
+                    seq: 60,
+                    ..*e.now()
+                };
+                *e.now() = now;
+                e.keys().journal = Some(now);
+                e.keys().entry = entry(69);
+            },
+            &[N::PostgresNotAhead, N::PostgresRedis],
+        ),
+        (
+            "the position was set back",
+            |e| e.sums.position = entry(60),
+            &[N::PostgresPosition],
+        ),
+        (
+            "a row is gone",
+            |e| {
+                e.sums.confirmed = 49;
+                e.sums.events = 60;
+                e.sums.gap = Some(17);
+            },
+            &[N::PostgresSums, N::DenseSeq],
+        ),
+        (
+            "a row is there twice",
+            |e| {
+                e.sums.confirmed = 51;
+                e.sums.events = 62;
+                e.sums.duplicates = 1;
+            },
+            &[N::PostgresSums, N::DenseSeq],
+        ),
+        (
+            "a quantity was changed",
+            |e| e.sums.confirmed = 55,
+            &[N::PostgresSums],
+        ),
+        (
+            "more orders than units",
+            |e| e.sums.confirmed = 111,
+            &[N::PostgresSums, N::NoOversell],
+        ),
+        (
+            "a restock was invented",
+            |e| e.sums.restocked = 20,
+            &[N::PostgresSums],
+        ),
+        (
+            "a buyer has more than the limit",
+            |e| {
+                e.sums.most_units = 5;
+                e.sums.buyers_above = 1;
+            },
+            &[N::BuyerLimit],
+        ),
+        (
+            "an order could not be stored",
+            |e| {
+                e.sums.dead_letters = 1;
+                e.sums.dead_units = 2;
+                e.sums.confirmed = 48;
+            },
+            &[N::DeadLetters],
+        ),
+        (
+            "an order is only in Redis",
+            |e| {
+                let (_, postgres, difference) = e.boards();
+                postgres.orders = 39;
+                *difference = Some("place 40".to_owned());
+            },
+            &[N::Leaderboard],
+        ),
+        (
+            "two orders changed places",
+            |e| e.boards().1.digest = "deadbeef".to_owned(),
+            &[N::Leaderboard],
+        ),
+        (
+            "the leaderboard cannot be read",
+            |e| e.boards = Boards::Damaged("orders".to_owned()),
+            &[N::Leaderboard],
+        ),
+    ];
+    for (name, corrupt, expected) in corruptions {
+        let mut evidence = Evidence::sound();
+        corrupt(&mut evidence);
+        let mut failing = evidence.with(Status::Fail);
+        let mut expected = expected.to_vec();
+        failing.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(failing, expected, "{name}");
+        assert_eq!(verdict(&evidence.checks()), Status::Fail, "{name}");
+        for check in evidence.checks() {
+            if check.status == Status::Fail {
+                assert_ne!(check.expected, check.actual, "{name}: {check:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn while_the_writer_is_on_its_way_nothing_is_compared_and_nothing_is_passed() {
+    let mut evidence = Evidence::sound();
+    evidence.sums.position = entry(65);
+    evidence.sums.counted_at = entry(64);
+    let before = Counters {
+        remaining: 62,
+        sold: 48,
+        seq: 59,
+        ..evidence.sums.counters
+    };
+    evidence.sums.counters = before;
+    evidence.sums.confirmed = 48;
+    evidence.sums.events = 59;
+    evidence.sums.last_seq = 59;
+    for boards in [Boards::Unread, evidence.boards.clone()] {
+        evidence.boards = boards;
+        assert_eq!(evidence.with(Status::Fail), []);
+        assert_eq!(
+            evidence.with(Status::Pending),
+            [CheckName::PostgresRedis, CheckName::Leaderboard]
+        );
+        assert_eq!(verdict(&evidence.checks()), Status::Pending);
+    }
+    // A lie of PostgreSQL about itself shows even so.
+    evidence.sums.confirmed = 47;
+    assert_eq!(evidence.with(Status::Fail), [CheckName::PostgresSums]);
+}
+
+#[test]
+fn an_entry_that_was_stored_and_trimmed_is_compared_with_what_was_stored() {
+    let mut evidence = Evidence::sound();
+    evidence.keys().journal = None;
+    assert_eq!(verdict(&evidence.checks()), Status::Pass);
+    evidence.sums.counters.seq = 62;
+    assert!(
+        evidence
+            .with(Status::Fail)
+            .contains(&CheckName::RedisJournal)
+    );
+}
+
+#[test]
+fn a_round_that_redis_does_not_have_yet_is_pending() {
+    let mut evidence = Evidence::sound();
+    let fresh = Counters::fresh(100);
+    evidence.redis.keys = Err(Remains::default());
+    evidence.sums = RoundSums {
+        position: entry(60),
+        counted_at: JournalId::default(),
+        counters: fresh,
+        provisioned: false,
+        restocked: 0,
+        confirmed: 0,
+        confirmed_orders: 0,
+        events: 0,
+        last_seq: 0,
+        most_units: 0,
+        ..evidence.sums
+    };
+    evidence.boards = Boards::Unread;
+    assert_eq!(evidence.with(Status::Fail), []);
+    assert_eq!(verdict(&evidence.checks()), Status::Pending);
+    // Somebody said that Redis has it.
+    evidence.sums.provisioned = true;
+    assert!(evidence.with(Status::Fail).contains(&CheckName::RedisKeys));
+}
+
+#[test]
+fn no_check_is_no_verdict() {
+    assert_eq!(verdict(&[]), Status::Pending);
+}

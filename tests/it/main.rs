@@ -10,5 +10,6 @@ mod accounts;
 mod embedded;
 mod engine;
 mod events;
+mod layers;
 mod support;
 mod writer;

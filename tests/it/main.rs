@@ -10,6 +10,7 @@ mod accounts;
 mod audit;
 mod embedded;
 mod engine;
+mod events;
 mod layers;
 mod support;
 mod writer;

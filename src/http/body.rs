@@ -1,6 +1,6 @@
 //! What a request says: its body, its query, its path, each read once and refused in one way.
 
-use std::error::Error;
+use std::{error::Error, fmt, marker::PhantomData};
 
 use axum::{
     body::{Body, HttpBody},
@@ -8,7 +8,10 @@ use axum::{
     http::{HeaderMap, header::CONTENT_TYPE, request},
 };
 use futures::StreamExt;
-use serde::de::DeserializeOwned;
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
+};
 use serde_path_to_error::{Path as ErrorPath, Segment};
 
 use super::problem::{Code, Problem};
@@ -75,14 +78,40 @@ fn declares_json(headers: &HeaderMap) -> bool {
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     // Only a body that is wrong pays for finding out where.
-    serde_json::from_slice(bytes).map_err(|error| {
+    let read = serde_json::from_slice::<Object<T>>(bytes);
+    read.map(|Object(value)| value).map_err(|error| {
         let deserializer = &mut serde_json::Deserializer::from_slice(bytes);
-        match serde_path_to_error::deserialize::<_, T>(deserializer) {
+        match serde_path_to_error::deserialize::<_, Object<T>>(deserializer) {
             Err(located) => refuse("#", located.path(), &located.inner().to_string()),
             // The value is right, so something is behind it.
             Ok(_) => Problem::unreadable("#", error.to_string()),
         }
     })
+}
+
+/// What is written as a JSON object, and only that: by itself a derived struct also takes an array
+/// of its members, and `[1]` would buy.
+#[derive(Clone, Debug)]
+pub(super) struct Object<T>(pub(super) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, members: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(members)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(Members(PhantomData))
+    }
 }
 
 /// The query, with its own words for what it may contain.
@@ -241,6 +270,7 @@ mod tests {
             ),
             ("{}", unreadable, "#/quantity"),
             ("[]", unreadable, "#"),
+            ("[1]", unreadable, "#"),
             ("1", unreadable, "#"),
             ("null", unreadable, "#"),
             ("", unreadable, "#"),

@@ -9,5 +9,6 @@
 mod accounts;
 mod embedded;
 mod engine;
+mod refusals;
 mod support;
 mod writer;

@@ -160,12 +160,14 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T>
 fn refuse(root: &str, path: &ErrorPath, message: &str) -> Problem {
     let mut pointer = root.to_owned();
     for segment in path {
-        pointer.push('/');
         match segment {
-            Segment::Seq { index } => pointer.push_str(&index.to_string()),
-            Segment::Map { key } => pointer.push_str(&escape(key)),
-            Segment::Enum { variant } => pointer.push_str(&escape(variant)),
-            Segment::Unknown => pointer.push('?'),
+            Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
+            Segment::Map { key: name } | Segment::Enum { variant: name } => {
+                pointer.push('/');
+                pointer.push_str(&escape(name));
+            }
+            // A key that could not be read; the place before it is the last that is known.
+            Segment::Unknown => break,
         }
     }
     let missing = message

@@ -255,7 +255,8 @@ pub(super) mod tests {
             (Form::Stock, "stock"),
         ] {
             let text = String::from_utf8(frame.form(form).to_vec()).unwrap();
-            let head = format!("event: {name}\nid: 0000000003-0000000002-000000000000010-1\ndata: ");
+            let head =
+                format!("event: {name}\nid: 0000000003-0000000002-000000000000010-1\ndata: ");
             let data = text.strip_prefix(&head).expect(&text);
             datas.insert(data.strip_suffix("\n\n").expect(data).to_owned());
         }

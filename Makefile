@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check
+.PHONY: help run test drop check sqlx
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -14,7 +14,7 @@ help: ## Show this list
 run: ## Build and serve, with a Redis and a PostgreSQL of its own below .stockade/
 	@.ci/install
 	cargo build --release --locked
-	@exec $(TARGET_DIR)/release/stockade serve $(ARGS)
+	@exec $(TARGET_DIR)/release/stockade serve --demo $(ARGS)
 
 drop: ## Send a crowd at the running server and print the audit's verdict (ARGS="drop's options")
 	@.ci/install
@@ -25,6 +25,11 @@ test: ## Run every test, against real services that the tests start
 	@.ci/install
 	cargo test --workspace --locked
 
-check: ## Formatting and lints
+sqlx: ## Write .sqlx/ anew, after a change of a query or of the schema
+	@.ci/install
+	.ci/sqlx
+
+check: ## Formatting, lints, and whether .sqlx/ is current
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	.ci/sqlx --check

@@ -6,7 +6,11 @@ use super::{
 };
 
 /// Where an order is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = OrderStatus)]
 pub enum Status {
     /// Its units wait for the payment.
     Held,
@@ -47,7 +51,10 @@ impl Status {
 }
 
 /// What an acceptance survives, weakest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
 pub enum Durability {
     /// The script ran; Redis syncs its file about once a second.
     Fast,
@@ -189,9 +196,14 @@ mod tests {
             Status::Refunded,
         ] {
             assert_eq!(Status::parse(status.as_str()), Some(status));
+            assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());
         }
         for durability in [Durability::Fast, Durability::Fsync] {
             assert_eq!(Durability::parse(durability.as_str()), Some(durability));
+            assert_eq!(
+                serde_json::to_value(durability).unwrap(),
+                durability.as_str()
+            );
         }
         assert_eq!(Status::parse("lost"), None);
     }

@@ -26,7 +26,21 @@ pub enum Intent {
 }
 
 /// What a round is at an instant, derived from intent, window and clock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = SaleState)]
 pub enum State {
     /// Before its window.
     Scheduled,

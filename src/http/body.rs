@@ -4,7 +4,7 @@ use std::{error::Error, fmt, marker::PhantomData};
 
 use axum::{
     body::{Body, HttpBody},
-    extract::{FromRequest, FromRequestParts, Request},
+    extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request},
     http::{HeaderMap, header::CONTENT_TYPE, request},
 };
 use futures::StreamExt;
@@ -28,18 +28,39 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
-        let bytes = collect(body).await?;
-        if bytes.is_empty() {
-            return Err(Problem::unreadable("#", "a JSON body is required"));
-        }
-        if !declares_json(&parts.headers) {
-            return Err(super::problem::bare(
-                axum::http::StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            ));
-        }
-        read(&bytes).map(Self)
+        optional(request)
+            .await?
+            .map(Self)
+            .ok_or_else(|| Problem::unreadable("#", "a JSON body is required"))
     }
+}
+
+/// The same, but nothing instead of a body is as good.
+impl<S: Sync, T: DeserializeOwned> OptionalFromRequest<S> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Option<Self>, Problem> {
+        Ok(optional(request).await?.map(Self))
+    }
+}
+
+/// The body of a request that says everything by its address: none, or `{}`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+async fn optional<T: DeserializeOwned>(request: Request) -> Result<Option<T>, Problem> {
+    let (parts, body) = request.into_parts();
+    let bytes = collect(body).await?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    if !declares_json(&parts.headers) {
+        return Err(super::problem::bare(
+            axum::http::StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        ));
+    }
+    read(&bytes).map(Some)
 }
 
 async fn collect(body: Body) -> Result<Vec<u8>, Problem> {

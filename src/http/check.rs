@@ -1,9 +1,9 @@
 //! Checks of values that could be read: bounds, collected so that a client learns all at once.
 
-use std::ops::RangeInclusive;
+use std::{borrow::Cow, fmt, ops::RangeInclusive};
 
-use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
+use chrono::{DateTime, Datelike, SecondsFormat, Utc};
+use serde::{Deserialize, Serialize, de::Error};
 use utoipa::ToSchema;
 
 use super::{
@@ -56,6 +56,14 @@ impl Check {
             self.refuse(pointer, "must not contain control characters");
         }
         value.to_owned()
+    }
+
+    /// An instant in the years 1970 to 9999, in milliseconds since the Unix epoch.
+    pub(super) fn instant(&mut self, pointer: &str, value: Timestamp) -> i64 {
+        if !(1970..=9999).contains(&value.0.year()) {
+            self.refuse(pointer, "must lie in the years 1970 to 9999 (UTC)");
+        }
+        value.0.timestamp_millis()
     }
 
     /// An amount of money; nothing when it is none.
@@ -142,15 +150,28 @@ impl Timestamp {
     }
 }
 
-impl std::fmt::Display for Timestamp {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0.format("%Y-%m-%dT%H:%M:%S%.3fZ"))
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Several times faster than a format string, and every 201 has one.
+        f.write_str(&self.0.to_rfc3339_opts(SecondsFormat::Millis, true))
     }
 }
 
 impl Serialize for Timestamp {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+/// RFC 3339 with any offset, read to the millisecond.
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        DateTime::parse_from_rfc3339(&text)
+            .map(|instant| Self::from_ms(instant.timestamp_millis()))
+            .map_err(|_| {
+                D::Error::custom("must be a timestamp like 2026-11-27T09:00:00.000Z (RFC 3339)")
+            })
     }
 }
 

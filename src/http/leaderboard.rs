@@ -1,12 +1,8 @@
-//! The leaderboard: who bought, in order of purchase.
+//! Who bought, in order of purchase, under names that lead nowhere.
 
 use std::sync::Arc;
 
-use axum::{
-    extract::State,
-    http::header::CACHE_CONTROL,
-    response::{IntoResponse, Response},
-};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -18,71 +14,88 @@ use super::{
     page::{Page, Pagination},
     problem::{Code, Problem},
     routes::{Access, Routes},
-    sales::NO_STORE,
 };
 use crate::{domain::id::SaleId, sales::Shop};
 
 pub(super) fn routes() -> Routes {
     Routes::new().add(
         Access::Anyone,
-        routes!(leaderboard),
+        routes!(list),
         &[Code::NotFound, Code::Validation],
     )
 }
 
-/// A confirmed order's place.
+/// A confirmed order.
 #[derive(Serialize, ToSchema)]
-struct Place {
-    /// 1, 2, 3 …: it changes when somebody ahead cancels.
+struct Entry {
+    /// 1 is who bought first. It falls when somebody before cancels.
     rank: u64,
-    /// A pseudonym of the buyer, for this sale only.
+    /// What the buyer is called in this sale.
+    #[schema(example = "kx0Zq3mJ7vYtR2aB")]
     buyer: String,
     quantity: u64,
     accepted_at: Timestamp,
-    /// Never changes.
+    /// The place of the acceptance among the events of the round. It never changes.
     seq: u64,
 }
 
-/// Which places to list.
+/// Which entries to list.
 #[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct LeaderboardQuery {
-    /// Which round; the current one if absent.
+    /// Of which running of the sale; the present one if absent.
+    #[param(minimum = 1)]
     round: Option<u32>,
-    /// Places on a page, 20 if absent.
+    /// Entries on a page, 20 if absent.
     #[param(minimum = 1, maximum = 100)]
     limit: Option<i64>,
     /// The `next_cursor` of the page before.
     cursor: Option<String>,
 }
 
-/// List who bought, in order of purchase
-#[utoipa::path(get, path = "/v1/sales/{id}/leaderboard", tag = "sales",
+/// Where a page ends. It keeps to its round when the next one begins meanwhile.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Place {
+    round: u32,
+    seq: u64,
+}
+
+/// Show the leaderboard
+///
+/// One entry for each confirmed order, at the place of its acceptance.
+#[utoipa::path(get, path = "/v1/sales/{id}/leaderboard", tag = "leaderboard",
     params(("id" = Uuid, Path), LeaderboardQuery),
-    responses((status = 200, description = "A page", body = Page<Place>)))]
-async fn leaderboard(
+    responses((status = 200, description = "A page", body = Page<Entry>)))]
+async fn list(
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     Query(query): Query<LeaderboardQuery>,
-) -> Result<Response, Problem> {
-    let page = Pagination::<u64>::read(query.limit, query.cursor.as_deref())?;
+) -> Result<axum::Json<Page<Entry>>, Problem> {
+    let page = Pagination::<Place>::read(query.limit, query.cursor.as_deref())?;
+    let after = page.after;
+    if let (Some(after), Some(round)) = (after, query.round)
+        && after.round != round
+    {
+        return Err(Pagination::<Place>::bad_cursor());
+    }
+    let round = query.round.or(after.map(|after| after.round));
+    let after_seq = after.map_or(0, |after| after.seq);
     let rows = usize::try_from(page.rows()).map_err(Problem::internal)?;
-    let after = page.after.unwrap_or(0);
-    let (places, sale) = shop
-        .leaderboard(SaleId(id), query.round, after, rows)
-        .await?;
-    let ranked = (places.before + 1..).zip(places.orders).collect();
-    let page = page.page(
-        ranked,
-        |(_, order)| order.seq,
-        |(rank, order)| Place {
+    let (board, sale) = shop.leaderboard(SaleId(id), round, after_seq, rows).await?;
+    let place = |(_, order): &(u64, crate::domain::order::Order)| Place {
+        round: order.round.round,
+        seq: order.seq,
+    };
+    let ranked = (board.before + 1..).zip(board.orders).collect();
+    Ok(axum::Json(page.page(ranked, place, |(rank, order)| {
+        Entry {
             rank,
             buyer: shop.pseudonyms.of(sale.id, order.buyer),
             quantity: order.quantity,
             accepted_at: Timestamp::from_ms(order.accepted_at_ms),
             seq: order.seq,
-        },
-    );
-    Ok(([(CACHE_CONTROL, NO_STORE)], axum::Json(page)).into_response())
+        }
+    })))
 }

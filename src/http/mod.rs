@@ -63,7 +63,7 @@ pub struct Parts {
     pub accounts: Accounts,
     /// The catalogue.
     pub products: Products,
-    /// Everything that sells.
+    /// Sells.
     pub shop: Arc<Shop>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
@@ -132,8 +132,8 @@ fn resources() -> Vec<routes::Routes> {
         sales::routes(),
         orders::routes(),
         leaderboard::routes(),
-        audit::routes(),
         events::routes(),
+        audit::routes(),
         probes::routes(),
     ]
 }

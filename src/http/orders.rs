@@ -1,4 +1,4 @@
-//! Orders: the purchase, and what becomes of it.
+//! Orders: buying, looking up what was bought, giving it back.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,7 +6,7 @@ use axum::{
     extract::State,
     http::{
         HeaderValue, StatusCode,
-        header::{CACHE_CONTROL, LOCATION},
+        header::{CONTENT_TYPE, LOCATION},
     },
     response::{IntoResponse, Response},
 };
@@ -16,29 +16,29 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::{
-    body::{Json, Path, Query},
+    body::{Json, Nothing, Path, Query},
     caller::Caller,
     check::{Check, Price, Timestamp},
     idempotency::{IDEMPOTENCY_REPLAYED, IdempotencyKey, REPLAYED},
     page::{Page, Pagination},
     problem::{Code, Problem},
     routes::{Access, Routes},
-    sales::NO_STORE,
 };
 use crate::{
     auth::token::Identity,
     domain::{
         id::{BuyerId, OrderId, SaleId},
         limits::BUYER_LIMIT_MAX,
-        order::{self, Decision, Refusal},
+        money::Money,
+        order::{Decision, Durability, Order, Refusal, Status},
     },
     engine::Answer,
-    sales::{OrderView, Shop},
+    sales::Shop,
     store::{orders::Filter, sales::SaleFacts},
 };
 
-/// How long a buyer should wait before asking a paused sale again.
-const PAUSED_RETRY: Duration = Duration::from_secs(2);
+/// Room for a 201, so that it is written without growing.
+const RECEIPT_BYTES: usize = 512;
 
 pub(super) fn routes() -> Routes {
     Routes::new()
@@ -47,238 +47,110 @@ pub(super) fn routes() -> Routes {
             routes!(purchase),
             &[
                 Code::NotFound,
+                Code::IdempotencyKeyMissing,
+                Code::IdempotencyKeyMismatch,
                 Code::NotOpen,
                 Code::Paused,
                 Code::Closed,
+                Code::OrderLimit,
+                Code::BuyerLimit,
                 Code::SoldOut,
                 Code::Insufficient,
-                Code::BuyerLimit,
-                Code::OrderLimit,
-                Code::IdempotencyKeyMissing,
-                Code::IdempotencyKeyMismatch,
             ],
-        )
-        .add(
-            Access::Caller,
-            routes!(list),
-            &[Code::Forbidden, Code::NotFound, Code::Validation],
         )
         .add(Access::Caller, routes!(get), &[Code::NotFound])
         .add(
             Access::Caller,
+            routes!(list),
+            &[Code::NotFound, Code::Forbidden, Code::Validation],
+        )
+        .add(
+            Access::Caller,
             routes!(cancel),
-            &[Code::NotFound, Code::Conflict],
+            &[Code::NotFound, Code::Conflict, Code::Validation],
         )
 }
 
 /// What to buy.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct NewOrder {
-    /// Units, 1 to 10^6.
+struct Purchase {
+    /// Units.
     #[schema(example = 1, minimum = 1, maximum = 1_000_000)]
     quantity: i64,
 }
 
-/// What was accepted: facts fixed at that instant, so that every replay has the same bytes.
+impl Purchase {
+    fn check(&self) -> Result<u64, Problem> {
+        let mut check = Check::new();
+        let quantity = check.units("#/quantity", self.quantity, 1..=BUYER_LIMIT_MAX);
+        check.done().map(|()| quantity)
+    }
+}
+
+/// An accepted purchase. As the answer to a purchase it holds only what never changes again, so
+/// that every retry gets the same bytes.
 #[derive(Serialize, ToSchema)]
-struct Acceptance {
+struct Receipt {
     id: Uuid,
     sale_id: Uuid,
+    /// Which running of the sale it took its units from.
     round: u32,
     buyer_id: Uuid,
     quantity: u64,
-    unit_price: Price,
-    total: Price,
-    /// `confirmed`, or `held` until it is paid.
-    #[schema(example = "confirmed")]
-    status: &'static str,
+    #[schema(value_type = Price)]
+    unit_price: Money,
+    #[schema(value_type = Price)]
+    total: Money,
+    status: Status,
     /// Its place among the events of its round.
     seq: u64,
+    /// By the clock of the store that decides.
     accepted_at: Timestamp,
     /// What the acceptance survives.
-    #[schema(example = "fsync")]
-    durability: &'static str,
+    durability: Durability,
 }
 
-impl Acceptance {
-    fn new(order: &order::Order, sale: SaleId) -> Self {
+impl Receipt {
+    fn new(order: &Order, sale: &SaleFacts, status: Status) -> Self {
         Self {
             id: order.id.0,
-            sale_id: sale.0,
+            sale_id: sale.id.0,
             round: order.round.round,
             buyer_id: order.buyer.0,
             quantity: order.quantity,
-            unit_price: order.unit_price.into(),
-            total: order.total().into(),
-            status: order.accepted_as.as_str(),
+            unit_price: order.unit_price,
+            total: order.total(),
+            status,
             seq: order.seq,
             accepted_at: Timestamp::from_ms(order.accepted_at_ms),
-            durability: order.durability.as_str(),
+            durability: order.durability,
         }
     }
 }
 
-/// An order as it stands.
+/// An order as it is now.
 #[derive(Serialize, ToSchema)]
-struct Order {
+struct OrderView {
     #[serde(flatten)]
-    acceptance: Acceptance,
-    /// Whether PostgreSQL has it.
+    receipt: Receipt,
+    /// Whether PostgreSQL has it. Accepted it is either way.
     stored: bool,
 }
 
-impl Order {
-    fn new(order: &order::Order, sale: &SaleFacts, stored: bool) -> Self {
-        let status = order.status.as_str();
-        let acceptance = Acceptance {
-            status,
-            ..Acceptance::new(order, sale.id)
-        };
-        Self { acceptance, stored }
-    }
-}
-
-impl From<OrderView> for Order {
-    fn from(
-        OrderView {
-            order,
-            sale,
+impl OrderView {
+    fn new(order: &Order, sale: &SaleFacts, stored: bool) -> Self {
+        Self {
+            receipt: Receipt::new(order, sale, order.status),
             stored,
-        }: OrderView,
-    ) -> Self {
-        Self::new(&order, &sale, stored)
+        }
     }
 }
 
-/// Buy
-///
-/// A 201 is final. Send the same request with the same key again whenever the answer is lost,
-/// `unknown` or 503: it has one effect and the same answer, also after sell-out and after the end.
-#[utoipa::path(post, path = "/v1/sales/{id}/orders", tag = "orders", request_body = NewOrder,
-    params(("id" = Uuid, Path), ("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters")),
-    responses((status = 201, description = "Accepted", body = Acceptance)))]
-async fn purchase(
-    Caller(buyer): Caller,
-    State(shop): State<Arc<Shop>>,
-    Path(id): Path<Uuid>,
-    key: IdempotencyKey,
-    Json(body): Json<NewOrder>,
-) -> Result<Response, Problem> {
-    let mut check = Check::new();
-    let quantity = check.units("#/quantity", body.quantity, 1..=BUYER_LIMIT_MAX);
-    check.done()?;
-    let (answer, sale) = shop
-        .purchase(SaleId(id), BuyerId(buyer.user), &key.0, quantity)
-        .await?;
-    let (order, replayed) = match answer.decision {
-        Decision::Accepted(order) => (order, None),
-        Decision::Replayed(order) => (order, Some([(IDEMPOTENCY_REPLAYED, REPLAYED)])),
-        Decision::Refused(refusal) => return Err(refuse(refusal, &answer)),
-    };
-    let location =
-        HeaderValue::from_str(&format!("/v1/orders/{}", order.id)).map_err(Problem::internal)?;
-    let headers = [(LOCATION, location), (CACHE_CONTROL, NO_STORE)];
-    let body = axum::Json(Acceptance::new(&order, sale.id));
-    Ok((StatusCode::CREATED, headers, replayed, body).into_response())
-}
-
-/// The refusal of a purchase. `never` only where a script looked the key up, and where waiting
-/// does not help.
-fn refuse(refusal: Refusal, answer: &Answer) -> Problem {
-    let (problem, waiting_helps) = match refusal {
-        Refusal::Mismatch => {
-            let detail = "This key has bought something else in this sale.";
-            (Problem::new(Code::IdempotencyKeyMismatch, detail), false)
-        }
-        Refusal::NotOpen { opens_at_ms } => {
-            let starts_in_ms = (opens_at_ms - answer.now_ms).max(0);
-            let problem = Problem::new(Code::NotOpen, "The sale is not open yet.")
-                .after(Duration::from_millis(starts_in_ms.unsigned_abs()))
-                .fact("opens_at", Timestamp::from_ms(opens_at_ms).to_string())
-                .fact("starts_in_ms", starts_in_ms);
-            (problem, true)
-        }
-        Refusal::Paused => {
-            let problem = Problem::new(Code::Paused, "The sale is paused.").after(PAUSED_RETRY);
-            (problem, true)
-        }
-        Refusal::Closed => (Problem::new(Code::Closed, "The sale is closed."), false),
-        Refusal::OrderLimit { limit, held } => {
-            let detail = format!("One order may ask for {limit} units at most.");
-            let problem = Problem::new(Code::OrderLimit, detail);
-            (problem.fact("limit", limit).fact("held", held), false)
-        }
-        Refusal::BuyerLimit { limit, held } => {
-            let detail = format!("One buyer may have {limit} units; you have {held}.");
-            let problem = Problem::new(Code::BuyerLimit, detail);
-            (problem.fact("limit", limit).fact("held", held), false)
-        }
-        Refusal::SoldOut => (Problem::new(Code::SoldOut, "No unit is left."), false),
-        Refusal::Insufficient { remaining } => {
-            let detail = format!("Only {remaining} units are left.");
-            let problem = Problem::new(Code::Insufficient, detail);
-            (problem.fact("remaining", remaining), false)
-        }
-    };
-    if answer.looked_up && !waiting_helps {
-        problem.looked_up()
-    } else {
-        problem
+impl From<crate::sales::OrderView> for OrderView {
+    fn from(view: crate::sales::OrderView) -> Self {
+        Self::new(&view.order, &view.sale, view.stored)
     }
-}
-
-/// Whose orders the caller may see: operators everybody's.
-fn sight(caller: Identity) -> Option<BuyerId> {
-    (!caller.role.operates()).then_some(BuyerId(caller.user))
-}
-
-/// Get an order as it stands
-///
-/// At once after its 201, on every node.
-#[utoipa::path(get, path = "/v1/orders/{id}", tag = "orders", params(("id" = Uuid, Path)),
-    responses((status = 200, description = "The order", body = Order)))]
-async fn get(
-    Caller(caller): Caller,
-    State(shop): State<Arc<Shop>>,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    Ok(shown(shop.order(OrderId(id), sight(caller)).await?))
-}
-
-/// Give an order back
-///
-/// Its units are for sale again. Doing so twice is doing it once.
-#[utoipa::path(post, path = "/v1/orders/{id}/cancel", tag = "orders", params(("id" = Uuid, Path)),
-    responses((status = 200, description = "The order", body = Order)))]
-async fn cancel(
-    Caller(caller): Caller,
-    State(shop): State<Arc<Shop>>,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    let view = shop.cancel(OrderId(id), sight(caller), caller.user).await?;
-    if view.order.status != order::Status::Cancelled {
-        return Err(Problem::new(
-            Code::Conflict,
-            "This order cannot be cancelled any more.",
-        ));
-    }
-    Ok(shown(view))
-}
-
-fn shown(view: OrderView) -> Response {
-    ([(CACHE_CONTROL, NO_STORE)], axum::Json(Order::from(view))).into_response()
-}
-
-/// What an order can be.
-#[derive(Clone, Copy, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-enum StatusWord {
-    Held,
-    Confirmed,
-    Expired,
-    Cancelled,
-    Refunded,
 }
 
 /// Which orders to list.
@@ -290,8 +162,8 @@ struct OrderQuery {
     sale_id: Option<Uuid>,
     /// Only orders with this status.
     #[param(inline)]
-    status: Option<StatusWord>,
-    /// Only orders of this buyer; for operators.
+    status: Option<Status>,
+    /// Only orders of this buyer. Buyers see their own, whatever they ask for.
     buyer_id: Option<Uuid>,
     /// Orders on a page, 20 if absent.
     #[param(minimum = 1, maximum = 100)]
@@ -300,131 +172,409 @@ struct OrderQuery {
     cursor: Option<String>,
 }
 
+/// Buy
+///
+/// The 201 is final. A retry with the same key gets it again, byte by byte, whatever has happened
+/// to the order since; a refusal leaves nothing behind.
+#[utoipa::path(post, path = "/v1/sales/{id}/orders", tag = "orders", request_body = Purchase,
+    params(("id" = Uuid, Path), ("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters")),
+    responses((status = 201, description = "The order", body = Receipt)))]
+async fn purchase(
+    Caller(caller): Caller,
+    State(shop): State<Arc<Shop>>,
+    Path(sale): Path<Uuid>,
+    key: IdempotencyKey,
+    Json(purchase): Json<Purchase>,
+) -> Result<Response, Problem> {
+    let quantity = purchase.check()?;
+    let (answer, sale) = shop
+        .purchase(SaleId(sale), BuyerId(caller.user), &key.0, quantity)
+        .await?;
+    match answer.decision {
+        Decision::Accepted(order) => receipt(&order, &sale, false),
+        Decision::Replayed(order) => receipt(&order, &sale, true),
+        Decision::Refused(refusal) => Err(refused(refusal, &answer)),
+    }
+}
+
+fn receipt(order: &Order, sale: &SaleFacts, replayed: bool) -> Result<Response, Problem> {
+    let mut body = Vec::with_capacity(RECEIPT_BYTES);
+    serde_json::to_writer(&mut body, &Receipt::new(order, sale, order.accepted_as))
+        .map_err(Problem::internal)?;
+    // Hexadecimal digits and hyphens are always a header's value.
+    let location =
+        HeaderValue::try_from(format!("/v1/orders/{}", order.id)).map_err(Problem::internal)?;
+    let headers = [
+        (CONTENT_TYPE, HeaderValue::from_static("application/json")),
+        (LOCATION, location),
+    ];
+    let replayed = replayed.then_some([(IDEMPOTENCY_REPLAYED, REPLAYED)]);
+    Ok((StatusCode::CREATED, replayed, headers, body).into_response())
+}
+
+/// A refusal as the client sees it. It is final for the key only if a script looked the key up,
+/// and not even then if the passing of time or an operator can change it.
+fn refused(refusal: Refusal, answer: &Answer) -> Problem {
+    let problem = match refusal {
+        Refusal::Mismatch => {
+            return Problem::new(
+                Code::IdempotencyKeyMismatch,
+                "This key has ordered another quantity in this sale.",
+            );
+        }
+        Refusal::NotOpen { opens_at_ms } => {
+            let starts_in_ms = u64::try_from(opens_at_ms - answer.now_ms).unwrap_or(0);
+            return Problem::new(Code::NotOpen, "The sale has not begun.")
+                .after(Duration::from_millis(starts_in_ms.max(1)))
+                .fact("opens_at", Timestamp::from_ms(opens_at_ms).to_string())
+                .fact("starts_in_ms", starts_in_ms);
+        }
+        Refusal::Paused => return Problem::new(Code::Paused, "The sale is paused for now."),
+        Refusal::Closed => Problem::new(Code::Closed, "The sale has ended."),
+        Refusal::OrderLimit { limit, held } => {
+            Problem::new(Code::OrderLimit, "One order may not ask for so many units.")
+                .fact("limit", limit)
+                .fact("held", held)
+        }
+        Refusal::BuyerLimit { limit, held } => {
+            Problem::new(Code::BuyerLimit, "One buyer may not have so many units.")
+                .fact("limit", limit)
+                .fact("held", held)
+        }
+        Refusal::SoldOut => Problem::new(Code::SoldOut, "No unit is left."),
+        Refusal::Insufficient { remaining } => {
+            Problem::new(Code::Insufficient, "Fewer units are left than asked for.")
+                .fact("remaining", remaining)
+        }
+    };
+    if answer.looked_up {
+        problem.looked_up()
+    } else {
+        problem
+    }
+}
+
+/// Whose orders a caller may see; `None` sees all.
+fn sees(caller: &Identity) -> Option<BuyerId> {
+    (!caller.role.operates()).then_some(BuyerId(caller.user))
+}
+
+/// Get an order
+///
+/// At once, on every node, as soon as it is accepted.
+#[utoipa::path(get, path = "/v1/orders/{id}", tag = "orders", params(("id" = Uuid, Path)),
+    responses((status = 200, description = "The order", body = OrderView)))]
+async fn get(
+    Caller(caller): Caller,
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+) -> Result<axum::Json<OrderView>, Problem> {
+    let view = shop.order(OrderId(id), sees(&caller)).await?;
+    Ok(axum::Json(view.into()))
+}
+
 /// List orders
 ///
-/// Buyers see their own, newest first; operators all. Follows PostgreSQL: an order is here once it
-/// is stored.
+/// A buyer's own, or an operator's choice; those that are stored, newest first.
 #[utoipa::path(get, path = "/v1/orders", tag = "orders", params(OrderQuery),
-    responses((status = 200, description = "A page", body = Page<Order>)))]
+    responses((status = 200, description = "A page", body = Page<OrderView>)))]
 async fn list(
     Caller(caller): Caller,
     State(shop): State<Arc<Shop>>,
     Query(query): Query<OrderQuery>,
-) -> Result<Response, Problem> {
-    let page = Pagination::<Uuid>::read(query.limit, query.cursor.as_deref())?;
+) -> Result<axum::Json<Page<OrderView>>, Problem> {
+    let page = Pagination::<OrderId>::read(query.limit, query.cursor.as_deref())?;
     let asked = query.buyer_id.map(BuyerId);
-    let own = sight(caller);
+    let own = sees(&caller);
     if own.is_some() && asked.is_some() && asked != own {
-        return Err(Problem::new(
-            Code::Forbidden,
-            "Buyers see their own orders only.",
-        ));
+        let detail = "Only operators may see the orders of others.";
+        return Err(Problem::new(Code::Forbidden, detail));
     }
     let filter = Filter {
         buyer: own.or(asked),
         sale: None,
-        status: query.status.map(|word| match word {
-            StatusWord::Held => order::Status::Held,
-            StatusWord::Confirmed => order::Status::Confirmed,
-            StatusWord::Expired => order::Status::Expired,
-            StatusWord::Cancelled => order::Status::Cancelled,
-            StatusWord::Refunded => order::Status::Refunded,
-        }),
-        after: page.after.map(OrderId),
+        status: query.status,
+        after: page.after,
         limit: page.rows(),
     };
     let rows = shop
         .stored_orders(query.sale_id.map(SaleId), filter)
         .await?;
-    let page = page.page(
-        rows,
-        |(order, _)| order.id.0,
-        |(order, sale)| Order::new(&order, &sale, true),
-    );
-    Ok(([(CACHE_CONTROL, NO_STORE)], axum::Json(page)).into_response())
+    let view = |(order, sale): (Order, Arc<SaleFacts>)| OrderView::new(&order, &sale, true);
+    Ok(axum::Json(page.page(rows, |(order, _)| order.id, view)))
+}
+
+/// Cancel an order
+///
+/// Its units are for sale again. Doing it twice is doing it once.
+#[utoipa::path(post, path = "/v1/orders/{id}/cancel", tag = "orders", params(("id" = Uuid, Path)),
+    responses((status = 200, description = "The order", body = OrderView)))]
+async fn cancel(
+    Caller(caller): Caller,
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+    _: Option<Json<Nothing>>,
+) -> Result<axum::Json<OrderView>, Problem> {
+    let view = shop.cancel(OrderId(id), sees(&caller), caller.user).await?;
+    match view.order.status {
+        Status::Cancelled => Ok(axum::Json(view.into())),
+        Status::Held | Status::Confirmed | Status::Expired | Status::Refunded => {
+            let detail = format!("The order is {}.", view.order.status.as_str());
+            Err(Problem::new(Code::Conflict, detail))
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::http::problem::Retry;
+    use axum::{
+        Router,
+        body::Body,
+        http::{Request, header::RETRY_AFTER},
+        routing::post,
+    };
+    use serde_json::{Value, json};
 
-    /// Every refusal, from a script and from memory: code, status and what a client may retry.
-    #[test]
-    fn only_a_script_that_looked_the_key_up_says_never() {
-        let opens_at_ms = 5_000;
-        for (refusal, code, status, looked_up, from_memory) in [
+    use super::{
+        super::tests::{Answer as Response, edged},
+        *,
+    };
+    use crate::{engine::EngineError, sales::SaleError};
+
+    const NOW_MS: i64 = 1_764_000_000_000;
+
+    /// The answer of a handler that refuses like this.
+    async fn answer(problem: Problem) -> Response {
+        let handler = async move || -> Result<(), Problem> { Err(problem) };
+        let router = edged(Router::new().route("/", post(handler)));
+        Response::of(router, Request::post("/").body(Body::empty()).unwrap()).await
+    }
+
+    /// Asserts all that a client acts on.
+    fn asserts(answer: &Response, status: u16, retry: &str, outcome: &str, wait: Option<&str>) {
+        let body = &answer.body;
+        assert_eq!(answer.status.as_u16(), status, "{body}");
+        assert_eq!(
+            (&body["retry"], &body["outcome"]),
+            (&retry.into(), &outcome.into()),
+            "{body}"
+        );
+        let header = answer
+            .headers
+            .get(RETRY_AFTER)
+            .map(|value| value.to_str().unwrap());
+        assert_eq!(header, wait, "{body}");
+    }
+
+    #[tokio::test]
+    async fn every_refusal_says_what_a_retry_is_worth() {
+        let not_open = Refusal::NotOpen {
+            opens_at_ms: NOW_MS + 1_001,
+        };
+        let opening = json!({"opens_at": "2025-11-24T16:00:01.001Z", "starts_in_ms": 1_001});
+        let order_limit = Refusal::OrderLimit { limit: 2, held: 1 };
+        let buyer_limit = Refusal::BuyerLimit { limit: 3, held: 2 };
+        let insufficient = Refusal::Insufficient { remaining: 4 };
+        let none = json!({});
+        for (refusal, code, status, seen, unseen, wait, facts) in [
             (
                 Refusal::Mismatch,
-                Code::IdempotencyKeyMismatch,
+                "idempotency_key_mismatch",
                 422,
-                Retry::Never,
-                Retry::Never,
+                "never",
+                "never",
+                None,
+                &none,
             ),
             (
-                Refusal::NotOpen { opens_at_ms },
-                Code::NotOpen,
+                not_open,
+                "not_open",
                 409,
-                Retry::After,
-                Retry::After,
+                "after",
+                "after",
+                Some("2"),
+                &opening,
             ),
             (
                 Refusal::Paused,
-                Code::Paused,
+                "paused",
                 409,
-                Retry::After,
-                Retry::After,
+                "after",
+                "after",
+                Some("1"),
+                &none,
             ),
             (
                 Refusal::Closed,
-                Code::Closed,
+                "closed",
                 409,
-                Retry::Never,
-                Retry::SameKey,
+                "never",
+                "same_key",
+                None,
+                &none,
             ),
             (
-                Refusal::OrderLimit { limit: 2, held: 1 },
-                Code::OrderLimit,
+                order_limit,
+                "order_limit",
                 422,
-                Retry::Never,
-                Retry::SameKey,
+                "never",
+                "same_key",
+                None,
+                &json!({"limit": 2, "held": 1}),
             ),
             (
-                Refusal::BuyerLimit { limit: 2, held: 1 },
-                Code::BuyerLimit,
+                buyer_limit,
+                "buyer_limit",
                 409,
-                Retry::Never,
-                Retry::SameKey,
+                "never",
+                "same_key",
+                None,
+                &json!({"limit": 3, "held": 2}),
             ),
             (
                 Refusal::SoldOut,
-                Code::SoldOut,
+                "sold_out",
                 409,
-                Retry::Never,
-                Retry::SameKey,
+                "never",
+                "same_key",
+                None,
+                &none,
             ),
             (
-                Refusal::Insufficient { remaining: 1 },
-                Code::Insufficient,
+                insufficient,
+                "insufficient",
                 409,
-                Retry::Never,
-                Retry::SameKey,
+                "never",
+                "same_key",
+                None,
+                &json!({"remaining": 4}),
             ),
         ] {
-            for (asked, retry) in [(true, looked_up), (false, from_memory)] {
-                let decision = Decision::Refused(refusal);
-                let answer = Answer {
-                    decision,
-                    looked_up: asked,
-                    now_ms: 3_000,
+            for (looked_up, retry) in [(true, seen), (false, unseen)] {
+                let decided = Answer {
+                    decision: Decision::Refused(refusal),
+                    looked_up,
+                    now_ms: NOW_MS,
                 };
-                let problem = refuse(refusal, &answer);
-                assert_eq!(
-                    (problem.code(), problem.status().as_u16(), problem.retry()),
-                    (code, status, retry),
-                    "{refusal:?}"
-                );
+                let answer = answer(refused(refusal, &decided)).await;
+                asserts(&answer, status, retry, "not_applied", wait);
+                assert_eq!(answer.body["code"], code);
+                let mut found = answer.body.as_object().unwrap().clone();
+                found.retain(|name, _| {
+                    ["opens_at", "starts_in_ms", "limit", "held", "remaining"]
+                        .contains(&name.as_str())
+                });
+                assert_eq!(Value::Object(found), *facts, "{code}");
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sale_that_opens_this_very_moment_is_worth_a_second() {
+        let refusal = Refusal::NotOpen {
+            opens_at_ms: NOW_MS,
+        };
+        let decided = Answer {
+            decision: Decision::Refused(refusal),
+            looked_up: true,
+            now_ms: NOW_MS,
+        };
+        let answer = answer(refused(refusal, &decided)).await;
+        asserts(&answer, 409, "after", "not_applied", Some("1"));
+        assert_eq!(answer.body["starts_in_ms"], 0);
+    }
+
+    #[tokio::test]
+    async fn no_answer_of_a_store_is_unknown_only_if_a_script_may_run() {
+        let why = || "p0".to_owned();
+        for (error, status, outcome, wait) in [
+            (EngineError::Overloaded(7), 503, "not_applied", "1"),
+            (EngineError::Disconnected, 503, "not_applied", "1"),
+            (EngineError::Fenced(why()), 503, "not_applied", "1"),
+            (EngineError::Damaged(why()), 503, "not_applied", "1"),
+            (EngineError::Refused(why()), 503, "not_applied", "1"),
+            (EngineError::Expired, 503, "not_applied", "1"),
+            (EngineError::Unknown(why()), 503, "unknown", "3"),
+            (EngineError::Protocol(why()), 503, "unknown", "3"),
+        ] {
+            let answer = answer(Problem::from(SaleError::Engine(error))).await;
+            asserts(&answer, status, "after", outcome, Some(wait));
+            assert!(
+                !answer.text.contains("p0") && !answer.text.contains("Redis"),
+                "{}",
+                answer.text
+            );
+        }
+        // The sale is in PostgreSQL by then, whatever the engine says.
+        let answer = answer(Problem::of_making(EngineError::Disconnected.into())).await;
+        asserts(&answer, 503, "after", "unknown", Some("3"));
+    }
+
+    #[tokio::test]
+    async fn other_errors_of_a_sale_are_final() {
+        for (error, status, code, pointer) in [
+            (SaleError::NotFound, 404, "not_found", None),
+            (SaleError::Mismatch, 422, "idempotency_key_mismatch", None),
+            (
+                SaleError::NoProduct,
+                422,
+                "validation",
+                Some("#/product_id"),
+            ),
+            (SaleError::TooMany, 422, "validation", Some("#/units")),
+            (
+                SaleError::Conflict("The sale is closed."),
+                409,
+                "conflict",
+                None,
+            ),
+        ] {
+            let answer = answer(Problem::of_making(error)).await;
+            asserts(&answer, status, "never", "not_applied", None);
+            assert_eq!(answer.body["code"], code);
+            assert_eq!(answer.body["errors"][0]["pointer"].as_str(), pointer);
+        }
+    }
+
+    #[tokio::test]
+    async fn only_a_sensible_quantity_is_read() {
+        let handler = async |Json(purchase): Json<Purchase>| {
+            purchase.check().map(|quantity| quantity.to_string())
+        };
+        let router = edged(Router::new().route("/", post(handler)));
+        let send = async |body: &str| {
+            let request = Request::post("/").header(CONTENT_TYPE, "application/json");
+            Response::of(
+                router.clone(),
+                request.body(Body::from(body.to_owned())).unwrap(),
+            )
+            .await
+        };
+        for good in ["1", "1000000"] {
+            assert_eq!(send(&format!("{{\"quantity\":{good}}}")).await.text, good);
+        }
+        for (bad, status) in [
+            ("0", 422),
+            ("-1", 422),
+            ("1000001", 422),
+            ("1000000000", 422),
+            ("9223372036854775807", 422),
+            ("9223372036854775808", 400),
+            ("1.5", 400),
+            ("1e3", 400),
+            ("\"1\"", 400),
+            ("null", 400),
+            ("true", 400),
+            ("1, \"price\": 0", 400),
+        ] {
+            let answer = send(&format!("{{\"quantity\":{bad}}}")).await;
+            asserts(&answer, status, "never", "not_applied", None);
+            let pointer = if bad.contains("price") {
+                "#/price"
+            } else {
+                "#/quantity"
+            };
+            assert_eq!(answer.body["errors"][0]["pointer"], pointer, "{bad}");
         }
     }
 }

@@ -69,6 +69,13 @@ impl<C: Serialize + DeserializeOwned> Pagination<C> {
     }
 }
 
+impl<T> Page<T> {
+    /// Takes entries out that turned out not to belong to the list; where it goes on stays.
+    pub(super) fn retain(&mut self, keep: impl FnMut(&T) -> bool) {
+        self.data.retain(keep);
+    }
+}
+
 /// A page of a list.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Page<T> {

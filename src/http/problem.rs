@@ -15,7 +15,12 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::store::StoreError;
+use crate::{
+    domain::limits::{ALLOCATION_MAX, CALL_DEADLINE_MS},
+    engine::EngineError,
+    sales::SaleError,
+    store::StoreError,
+};
 
 /// The media type of a problem document.
 pub const MEDIA_TYPE: &str = "application/problem+json";
@@ -491,14 +496,83 @@ impl IntoResponse for Problem {
     }
 }
 
+/// A call that was sent may run until its deadline; a second is for clocks and the way.
+const CALL_MAY_RUN_FOR: Duration = Duration::from_millis(CALL_DEADLINE_MS.unsigned_abs() + 1000);
+
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&StoreError> for Problem {
+    fn from(error: &StoreError) -> Self {
         match error {
             StoreError::Unavailable(_) => {
                 Self::unknown("The database does not answer.", Duration::from_secs(1))
                     .caused_by(error)
             }
             StoreError::Unexpected(_) => Self::internal(error),
+        }
+    }
+}
+
+/// Without a cause for the log: in a crowd everybody gets the same answer at once, so these are
+/// counted, and whoever lost the connection has logged it once.
+impl From<EngineError> for Problem {
+    fn from(error: EngineError) -> Self {
+        tracing::debug!(%error, "the engine has no answer");
+        let problem = if error.may_have_run() {
+            Self::unknown("The store that decides did not answer.", CALL_MAY_RUN_FOR)
+        } else {
+            Self::unavailable("The store that decides is not available.")
+        };
+        match error {
+            EngineError::Protocol(_) => problem.caused_by(error),
+            EngineError::Overloaded(_)
+            | EngineError::Disconnected
+            | EngineError::Fenced(_)
+            | EngineError::Damaged(_)
+            | EngineError::Refused(_)
+            | EngineError::Expired
+            | EngineError::Unknown(_) => problem,
+        }
+    }
+}
+
+impl From<SaleError> for Problem {
+    fn from(error: SaleError) -> Self {
+        match error {
+            SaleError::NotFound => Self::not_found(),
+            SaleError::Mismatch => Self::new(
+                Code::IdempotencyKeyMismatch,
+                "This key belongs to another request.",
+            ),
+            SaleError::NoProduct => {
+                let missing = FieldError::new("#/product_id", "there is no such product");
+                Self::out_of_range(vec![missing])
+            }
+            SaleError::Conflict(detail) => Self::new(Code::Conflict, detail),
+            SaleError::TooMany => {
+                let detail = format!("the allocation would leave 1 to {ALLOCATION_MAX}");
+                Self::out_of_range(vec![FieldError::new("#/units", detail)])
+            }
+            SaleError::Engine(error) => error.into(),
+            // PostgreSQL is asked which sale or order is meant, before anything is decided; only
+            // making a sale writes there, and says so itself.
+            SaleError::Store(error) => Self::from(&*error).of_reading(),
+        }
+    }
+}
+
+impl Problem {
+    /// The answer when making a sale came to no end: it may be there, and is finished later.
+    pub(super) fn of_making(error: SaleError) -> Self {
+        match error {
+            SaleError::Engine(_) | SaleError::Store(_) => {
+                Self::unknown("The sale could not be finished.", CALL_MAY_RUN_FOR).caused_by(error)
+            }
+            other => other.into(),
         }
     }
 }

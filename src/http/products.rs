@@ -1,5 +1,7 @@
 //! The catalogue.
 
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
 use axum::{
     extract::State,
     http::{
@@ -21,17 +23,24 @@ use super::{
     page::{Page, Pagination},
     problem::{Code, Problem},
     routes::{Access, Routes},
-    version::{IfMatch, etag, stale, unchanged},
+    version::{IfMatch, etag, live_etag, stale, unchanged},
 };
 use crate::{
     clock,
-    domain::id::{OperationId, ProductId},
+    domain::{
+        id::{OperationId, ProductId},
+        round,
+    },
+    sales::{SaleView, Shop},
     store::products::{Added, After, Change, Changed, Content, Product, Products, Search, Sort},
 };
 
 const NAME_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=200;
 const DESCRIPTION_CHARACTERS: std::ops::RangeInclusive<usize> = 0..=4000;
 const SEARCH_CHARACTERS_MAX: usize = 200;
+
+/// How long the catalogue waits for its stock.
+const STOCK_TIMEOUT: Duration = Duration::from_millis(500);
 
 pub(super) fn routes() -> Routes {
     Routes::new()
@@ -105,18 +114,46 @@ struct ProductView {
 }
 
 impl ProductView {
-    fn new(product: Product) -> Self {
+    fn new(product: Product, sale: Option<&SaleView>) -> Self {
         Self {
             id: product.id.0,
             name: product.content.name,
             description: product.content.description,
             price: product.content.price.into(),
-            sale_id: None,
-            stock: None,
+            sale_id: sale.map(|sale| sale.facts.id.0),
+            stock: sale.map(|sale| sale.standing.counters.remaining),
             created_at: Timestamp(product.created_at),
             updated_at: Timestamp(product.updated_at),
         }
     }
+}
+
+/// The open sales of some products. The catalogue does without when the engine does not answer.
+async fn open_sales(shop: &Shop, products: Vec<ProductId>) -> HashMap<ProductId, SaleView> {
+    let sales = tokio::time::timeout(STOCK_TIMEOUT, shop.open_sales(products)).await;
+    let Ok(Ok(mut sales)) = sales else {
+        tracing::debug!("the catalogue is shown without stock");
+        return HashMap::new();
+    };
+    // PostgreSQL chose them, and it may be behind what Redis has said since.
+    sales.retain(|_, sale| {
+        matches!(
+            sale.standing.state,
+            round::State::Open | round::State::Paused
+        )
+    });
+    sales
+}
+
+/// A product with its stock, and the `ETag` of both.
+async fn with_stock(shop: &Shop, product: Product) -> (HeaderValue, ProductView) {
+    let mut sales = open_sales(shop, vec![product.id]).await;
+    let sale = sales.remove(&product.id);
+    let etag = match sale {
+        Some(_) => live_etag(product.version),
+        None => etag(product.version),
+    };
+    (etag, ProductView::new(product, sale.as_ref()))
 }
 
 /// Which way a list goes.
@@ -164,6 +201,7 @@ struct ProductQuery {
     responses((status = 200, description = "A page", body = Page<ProductView>)))]
 async fn list(
     State(products): State<Products>,
+    State(shop): State<Arc<Shop>>,
     Query(query): Query<ProductQuery>,
 ) -> Result<axum::Json<Page<ProductView>>, Problem> {
     let page = Pagination::<After>::read(query.limit, query.cursor.as_deref())?;
@@ -201,7 +239,13 @@ async fn list(
         })
         .await?;
     let place = |product: &Product| After::product(product, sort, descending);
-    Ok(axum::Json(page.page(rows, place, ProductView::new)))
+    let ids = rows.iter().map(|product| product.id).collect();
+    let sales = open_sales(&shop, ids).await;
+    let view = |product: Product| {
+        let sale = sales.get(&product.id);
+        ProductView::new(product, sale)
+    };
+    Ok(axum::Json(page.page(rows, place, view)))
 }
 
 /// Get a product
@@ -212,6 +256,7 @@ async fn list(
     ))]
 async fn get(
     State(products): State<Products>,
+    State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
@@ -219,11 +264,12 @@ async fn get(
         .by_id(ProductId(id))
         .await?
         .ok_or_else(Problem::not_found)?;
-    let version = [(ETAG, etag(product.version))];
-    if unchanged(&headers, product.version) {
-        return Ok((StatusCode::NOT_MODIFIED, version).into_response());
+    let (etag, view) = with_stock(&shop, product).await;
+    // Stock moves by itself: what shows it is always sent again.
+    if view.sale_id.is_none() && unchanged(&headers, &etag) {
+        return Ok((StatusCode::NOT_MODIFIED, [(ETAG, etag)]).into_response());
     }
-    Ok((version, axum::Json(ProductView::new(product))).into_response())
+    Ok(([(ETAG, etag)], axum::Json(view)).into_response())
 }
 
 /// Add a product
@@ -235,6 +281,7 @@ async fn get(
 async fn create(
     Operator(operator): Operator,
     State(products): State<Products>,
+    State(shop): State<Arc<Shop>>,
     key: Option<IdempotencyKey>,
     Json(new): Json<NewProduct>,
 ) -> Result<Response, Problem> {
@@ -257,9 +304,9 @@ async fn create(
     // Hexadecimal digits and hyphens are always a header's value.
     let location =
         HeaderValue::from_str(&format!("/v1/products/{id}")).map_err(Problem::internal)?;
-    let headers = [(ETAG, etag(product.version)), (LOCATION, location)];
-    let body = axum::Json(ProductView::new(product));
-    Ok((StatusCode::CREATED, headers, replayed, body).into_response())
+    let (etag, view) = with_stock(&shop, product).await;
+    let headers = [(ETAG, etag), (LOCATION, location)];
+    Ok((StatusCode::CREATED, headers, replayed, axum::Json(view)).into_response())
 }
 
 /// Change a product
@@ -269,6 +316,7 @@ async fn create(
 async fn change(
     _: Operator,
     State(products): State<Products>,
+    State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     IfMatch(version): IfMatch,
     Json(change): Json<ProductChange>,
@@ -277,12 +325,8 @@ async fn change(
     let changed = products
         .change(ProductId(id), version, change, clock::now())
         .await?;
-    let product = done(changed)?;
-    Ok((
-        [(ETAG, etag(product.version))],
-        axum::Json(ProductView::new(product)),
-    )
-        .into_response())
+    let (etag, view) = with_stock(&shop, done(changed)?).await;
+    Ok(([(ETAG, etag)], axum::Json(view)).into_response())
 }
 
 /// Remove a product

@@ -1,23 +1,20 @@
-//! Sales: made, looked at, steered by operators.
+//! Sales: making them, watching them, and what operators do to them while they run.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     extract::State,
-    http::{
-        HeaderValue, StatusCode,
-        header::{CACHE_CONTROL, LOCATION},
-    },
+    http::{HeaderValue, StatusCode, header::LOCATION},
     response::{IntoResponse, Response},
 };
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::{
-    body::{Json, Path, Query},
+    body::{Json, Nothing, Path, Query},
     caller::Operator,
     check::{Check, Price, Timestamp, present},
     idempotency::{IDEMPOTENCY_REPLAYED, IdempotencyKey, REPLAYED},
@@ -29,29 +26,25 @@ use crate::{
     clock,
     domain::{
         id::{Fingerprint, OperationId, Partition, ProductId, SaleId, SaleNumber},
-        limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX, CALL_DEADLINE_MS},
-        round::{Intent, State as RoundState, Terms, TermsError, Window},
+        limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
+        money::Money,
+        round::{self, Intent, Terms, TermsError, Window},
     },
-    engine::EngineError,
-    sales::{SaleError, SaleView, Shop},
+    sales::{SaleError, Shop},
     store::{
-        StoreError,
         products::Products,
         sales::{Filter, NewSale},
     },
 };
 
-/// Answers that say how things stand are out of date at once.
-pub(super) const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
-
 const NAME_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=200;
-const TERMS_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=10_000;
+const SMALL_PRINT_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=10_000;
 
-/// The last instant that RFC 3339 can write: the end of the year 9999.
-const INSTANT_MAX_MS: i64 = 253_402_300_799_999;
+/// Where new sales live. A sale stays for life where it was made.
+const HOME: Partition = Partition(0);
 
 pub(super) fn routes() -> Routes {
-    const STEERED: &[Code] = &[Code::NotFound, Code::Conflict];
+    const RUNS: &[Code] = &[Code::NotFound, Code::Conflict, Code::Validation];
     Routes::new()
         .add(Access::Anyone, routes!(list), &[Code::Validation])
         .add(Access::Anyone, routes!(get), &[Code::NotFound])
@@ -60,9 +53,9 @@ pub(super) fn routes() -> Routes {
             routes!(create),
             &[Code::IdempotencyKeyMismatch],
         )
-        .add(Access::Operator, routes!(pause), STEERED)
-        .add(Access::Operator, routes!(resume), STEERED)
-        .add(Access::Operator, routes!(close), STEERED)
+        .add(Access::Operator, routes!(pause), RUNS)
+        .add(Access::Operator, routes!(resume), RUNS)
+        .add(Access::Operator, routes!(close), RUNS)
         .add(
             Access::Operator,
             routes!(restock),
@@ -76,9 +69,9 @@ pub(super) fn routes() -> Routes {
 }
 
 /// A sale to make.
-#[derive(Deserialize, ToSchema)]
+#[derive(Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct NewSaleBody {
+struct SaleRequest {
     product_id: Uuid,
     /// The product's name if absent.
     #[serde(default, deserialize_with = "present")]
@@ -88,41 +81,41 @@ struct NewSaleBody {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = String, required = false, min_length = 1, max_length = 10_000)]
     terms: Option<String>,
-    /// The product's price if absent.
+    /// Of one unit; the product's price if absent.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Price, required = false)]
     price: Option<Price>,
-    /// Units to sell, 1 to 10^7.
-    #[schema(example = 200, minimum = 1, maximum = 10_000_000)]
+    /// Units to sell.
+    #[schema(example = 100, minimum = 1, maximum = 10_000_000)]
     allocation: i64,
-    /// Units that one buyer may have, 1 to 10^6.
-    #[schema(example = 1, minimum = 1, maximum = 1_000_000)]
+    /// Units that one buyer may have.
+    #[schema(example = 2, minimum = 1, maximum = 1_000_000)]
     per_buyer_limit: i64,
-    /// Units that one order may ask for; as many as one buyer may have if absent.
+    /// Units that one order may ask for; `per_buyer_limit` if absent, and never more.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
     per_order_limit: Option<i64>,
-    /// The first instant of selling; one in the past opens at once.
-    opens_at: DateTime<Utc>,
-    /// The first instant after selling; until sold out or closed if absent.
+    /// May lie in the past: then the sale is open at once.
+    opens_at: Timestamp,
+    /// If absent, the sale runs until it is sold out or closed.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = DateTime<Utc>, required = false)]
-    closes_at: Option<DateTime<Utc>>,
-    /// Not supported yet.
-    #[serde(default)]
-    #[schema(value_type = Object, required = false, ignore)]
-    hold_seconds: Option<serde_json::Value>,
-    /// Not supported yet.
-    #[serde(default)]
-    #[schema(value_type = Object, required = false, ignore)]
-    schedule: Option<serde_json::Value>,
-    /// `none`: an order is confirmed at once.
+    #[schema(value_type = Timestamp, required = false)]
+    closes_at: Option<Timestamp>,
+    /// Not supported.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = String, required = false, example = "none")]
+    #[schema(ignore)]
+    hold_seconds: Option<Value>,
+    /// How orders are paid: `none`.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, pattern = "^none$")]
     payment: Option<String>,
-    /// `default`: what the Redis of this installation gives.
+    /// Not supported.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = String, required = false, example = "default")]
+    #[schema(ignore)]
+    schedule: Option<Value>,
+    /// What an acceptance survives: `default`, as Redis is set up.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, pattern = "^default$")]
     durability: Option<String>,
 }
 
@@ -130,29 +123,30 @@ struct NewSaleBody {
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Restock {
-    /// 1 to 10^7; the allocation stays within 10^7.
-    #[schema(example = 50, minimum = 1, maximum = 10_000_000)]
+    #[schema(example = 10, minimum = 1, maximum = 10_000_000)]
     units: i64,
 }
 
 /// A sale as it stands.
 #[derive(Serialize, ToSchema)]
-struct Sale {
+struct SaleView {
     id: Uuid,
     product_id: Uuid,
     name: String,
+    /// The small print.
     terms: Option<String>,
     /// Of one unit.
-    price: Price,
-    /// `scheduled`, `open`, `paused` or `closed`.
-    #[schema(example = "open")]
-    state: &'static str,
-    /// Whether no unit is left.
+    #[schema(value_type = Price)]
+    price: Money,
+    state: round::State,
+    /// Whether nothing is left.
     sold_out: bool,
-    /// The current round: 1, 2, 3 ….
+    /// Which running of the sale this is.
     round: u32,
+    /// Units given to the round so far: always `remaining` + `held` + `sold`.
     allocation: u64,
     remaining: u64,
+    /// Units of orders that wait for their payment.
     held: u64,
     sold: u64,
     /// The number of the round's last event.
@@ -161,54 +155,44 @@ struct Sale {
     per_order_limit: u64,
     opens_at: Timestamp,
     closes_at: Option<Timestamp>,
+    /// The clock that decides, in milliseconds since the Unix epoch.
+    server_time_ms: i64,
     #[schema(example = "none")]
     payment: &'static str,
     #[schema(example = "default")]
     durability: &'static str,
     created_at: Timestamp,
     updated_at: Timestamp,
-    /// The clock that decides when the sale opens, milliseconds since the Unix epoch.
-    server_time_ms: i64,
 }
 
-impl From<SaleView> for Sale {
-    fn from(SaleView { facts, standing }: SaleView) -> Self {
-        let counters = standing.counters;
+impl From<crate::sales::SaleView> for SaleView {
+    fn from(view: crate::sales::SaleView) -> Self {
+        let crate::sales::SaleView { facts, standing } = view;
         Self {
             id: facts.id.0,
             product_id: facts.product.0,
             name: facts.name.clone(),
             terms: facts.small_print.clone(),
-            price: facts.terms.unit_price.into(),
-            state: standing.state.as_str(),
+            price: facts.terms.unit_price,
+            state: standing.state,
             sold_out: standing.sold_out(),
-            round: facts.round,
-            allocation: counters.allocation,
-            remaining: counters.remaining,
-            held: counters.held,
-            sold: counters.sold,
-            seq: counters.seq,
+            round: standing.round.round,
+            allocation: standing.counters.allocation,
+            remaining: standing.counters.remaining,
+            held: standing.counters.held,
+            sold: standing.counters.sold,
+            seq: standing.counters.seq,
             per_buyer_limit: facts.terms.per_buyer_limit,
             per_order_limit: facts.terms.per_order_limit,
             opens_at: Timestamp::from_ms(standing.window.opens_at_ms),
             closes_at: standing.window.closes_at_ms.map(Timestamp::from_ms),
+            server_time_ms: standing.now_ms,
             payment: "none",
             durability: "default",
             created_at: Timestamp(facts.created_at),
             updated_at: Timestamp(facts.updated_at),
-            server_time_ms: standing.now_ms,
         }
     }
-}
-
-/// What a sale can be.
-#[derive(Clone, Copy, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-enum StateWord {
-    Scheduled,
-    Open,
-    Paused,
-    Closed,
 }
 
 /// Which sales to list.
@@ -218,7 +202,7 @@ enum StateWord {
 struct SaleQuery {
     /// Only sales in this state.
     #[param(inline)]
-    state: Option<StateWord>,
+    state: Option<round::State>,
     /// Sales on a page, 20 if absent.
     #[param(minimum = 1, maximum = 100)]
     limit: Option<i64>,
@@ -226,168 +210,171 @@ struct SaleQuery {
     cursor: Option<String>,
 }
 
-/// List sales, newest first
+/// List sales
+///
+/// Newest first, each as it stands at the moment.
 #[utoipa::path(get, path = "/v1/sales", tag = "sales", params(SaleQuery),
-    responses((status = 200, description = "A page", body = Page<Sale>)))]
+    responses((status = 200, description = "A page", body = Page<SaleView>)))]
 async fn list(
     State(shop): State<Arc<Shop>>,
     Query(query): Query<SaleQuery>,
-) -> Result<Response, Problem> {
+) -> Result<axum::Json<Page<SaleView>>, Problem> {
     let page = Pagination::<SaleNumber>::read(query.limit, query.cursor.as_deref())?;
-    let state = query.state.map(|word| match word {
-        StateWord::Scheduled => RoundState::Scheduled,
-        StateWord::Open => RoundState::Open,
-        StateWord::Paused => RoundState::Paused,
-        StateWord::Closed => RoundState::Closed,
-    });
     let filter = Filter {
-        state,
+        state: query.state,
         now: clock::now(),
         product: None,
         after: page.after,
         limit: page.rows(),
     };
     let rows = shop.list(filter).await?;
-    let page = page.page(rows, |view| view.facts.number, Sale::from);
-    Ok(([(CACHE_CONTROL, NO_STORE)], axum::Json(page)).into_response())
+    let mut page = page.page(rows, |row| row.facts.number, SaleView::from);
+    // PostgreSQL chose them, and it may be behind what Redis has said since.
+    page.retain(|sale| query.state.is_none_or(|state| sale.state == state));
+    Ok(axum::Json(page))
 }
 
-/// Get a sale as it stands
+/// Get a sale
 ///
 /// Never older than the request.
 #[utoipa::path(get, path = "/v1/sales/{id}", tag = "sales", params(("id" = Uuid, Path)),
-    responses((status = 200, description = "The sale", body = Sale)))]
-async fn get(State(shop): State<Arc<Shop>>, Path(id): Path<Uuid>) -> Result<Response, Problem> {
-    Ok(shown(shop.view(SaleId(id)).await?))
+    responses((status = 200, description = "The sale", body = SaleView)))]
+async fn get(
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+) -> Result<axum::Json<SaleView>, Problem> {
+    Ok(axum::Json(shop.view(SaleId(id)).await?.into()))
 }
 
 /// Make a sale
 ///
-/// Answers once its round can be sold. With an `Idempotency-Key` a retry makes nothing and gets
-/// the sale as it stands.
-#[utoipa::path(post, path = "/v1/sales", tag = "sales", request_body = NewSaleBody,
+/// It can sell as soon as this is answered. With an `Idempotency-Key` a retry makes no other sale,
+/// and gets the one that is there.
+#[utoipa::path(post, path = "/v1/sales", tag = "sales", request_body = SaleRequest,
     params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible ASCII characters")),
-    responses((status = 201, description = "The sale", body = Sale)))]
+    responses((status = 201, description = "The sale", body = SaleView)))]
 async fn create(
     Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     State(products): State<Products>,
     key: Option<IdempotencyKey>,
-    Json(body): Json<NewSaleBody>,
+    Json(request): Json<SaleRequest>,
 ) -> Result<Response, Problem> {
-    let product = products.by_id(ProductId(body.product_id)).await?;
-    let (name, price) = match product {
-        Some(product) => (product.content.name, product.content.price),
-        None => return Err(SaleError::NoProduct.into()),
-    };
-    let id = match &key {
+    let offer = request.check()?;
+    // Strings, numbers and instants always become JSON.
+    let canonical = serde_json::to_vec(&request).map_err(Problem::internal)?;
+    let product = products
+        .by_id(offer.product)
+        .await
+        .map_err(|error| Problem::from(error).of_reading())?
+        .ok_or(SaleError::NoProduct)?;
+    let terms = offer.terms(product.content.price)?;
+    let id = SaleId(match &key {
         Some(key) => OperationId::derive("sales.create", operator.user, &key.0).0,
         None => clock::new_id(),
+    });
+    let sale = NewSale {
+        id,
+        fingerprint: Fingerprint::of(&[b"sale", &canonical]),
+        partition: HOME,
+        product: offer.product,
+        name: offer.name.unwrap_or(product.content.name),
+        small_print: offer.small_print,
+        terms,
+        created_by: operator.user,
     };
-    let sale = body.check(SaleId(id), operator.user, name, price)?;
-    let (view, replayed) = shop.create(sale).await?;
-    let location = HeaderValue::from_str(&format!("/v1/sales/{id}")).map_err(Problem::internal)?;
+    let (view, replayed) = shop.create(sale).await.map_err(Problem::of_making)?;
+    // Hexadecimal digits and hyphens are always a header's value.
+    let location = HeaderValue::try_from(format!("/v1/sales/{id}")).map_err(Problem::internal)?;
+    let headers = [(LOCATION, location)];
     let replayed = replayed.then_some([(IDEMPOTENCY_REPLAYED, REPLAYED)]);
-    let headers = [(LOCATION, location), (CACHE_CONTROL, NO_STORE)];
-    Ok((
-        StatusCode::CREATED,
-        headers,
-        replayed,
-        axum::Json(Sale::from(view)),
-    )
-        .into_response())
+    let body = axum::Json(SaleView::from(view));
+    Ok((StatusCode::CREATED, headers, replayed, body).into_response())
 }
 
 /// Pause a sale
+///
+/// Nobody can buy until it is resumed. Doing it twice is doing it once.
 #[utoipa::path(post, path = "/v1/sales/{id}/pause", tag = "sales", params(("id" = Uuid, Path)),
-    responses((status = 200, description = "The sale", body = Sale)))]
+    responses((status = 200, description = "The sale", body = SaleView)))]
 async fn pause(
     Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    Ok(shown(
-        shop.control(SaleId(id), Intent::Paused, operator.user)
-            .await?,
-    ))
+    _: Option<Json<Nothing>>,
+) -> Result<axum::Json<SaleView>, Problem> {
+    let view = shop.control(SaleId(id), Intent::Paused, operator.user);
+    Ok(axum::Json(view.await?.into()))
 }
 
-/// Resume a paused sale
+/// Resume a sale
+///
+/// Takes a pause back. Doing it twice is doing it once.
 #[utoipa::path(post, path = "/v1/sales/{id}/resume", tag = "sales", params(("id" = Uuid, Path)),
-    responses((status = 200, description = "The sale", body = Sale)))]
+    responses((status = 200, description = "The sale", body = SaleView)))]
 async fn resume(
     Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    Ok(shown(
-        shop.control(SaleId(id), Intent::Live, operator.user)
-            .await?,
-    ))
+    _: Option<Json<Nothing>>,
+) -> Result<axum::Json<SaleView>, Problem> {
+    let view = shop.control(SaleId(id), Intent::Live, operator.user);
+    Ok(axum::Json(view.await?.into()))
 }
 
-/// Close a sale for good
+/// Close a sale
+///
+/// For ever. Doing it twice is doing it once.
 #[utoipa::path(post, path = "/v1/sales/{id}/close", tag = "sales", params(("id" = Uuid, Path)),
-    responses((status = 200, description = "The sale", body = Sale)))]
+    responses((status = 200, description = "The sale", body = SaleView)))]
 async fn close(
     Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
-    Ok(shown(
-        shop.control(SaleId(id), Intent::Closed, operator.user)
-            .await?,
-    ))
+    _: Option<Json<Nothing>>,
+) -> Result<axum::Json<SaleView>, Problem> {
+    let view = shop.control(SaleId(id), Intent::Closed, operator.user);
+    Ok(axum::Json(view.await?.into()))
 }
 
 /// Add units to a sale
 ///
-/// A retry with the same key adds nothing and gets the sale as it stands.
+/// Once for each `Idempotency-Key`, however often it is sent.
 #[utoipa::path(post, path = "/v1/sales/{id}/restock", tag = "sales", request_body = Restock,
     params(("id" = Uuid, Path), ("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters")),
-    responses((status = 200, description = "The sale", body = Sale)))]
+    responses((status = 200, description = "The sale", body = SaleView)))]
 async fn restock(
     Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     key: IdempotencyKey,
-    Json(body): Json<Restock>,
+    Json(restock): Json<Restock>,
 ) -> Result<Response, Problem> {
     let mut check = Check::new();
-    let units = check.units("#/units", body.units, 1..=ALLOCATION_MAX);
+    let units = check.units("#/units", restock.units, 1..=ALLOCATION_MAX);
     check.done()?;
     let (view, replayed) = shop
         .restock(SaleId(id), units, operator.user, &key.0)
         .await?;
     let replayed = replayed.then_some([(IDEMPOTENCY_REPLAYED, REPLAYED)]);
-    Ok((replayed, shown(view)).into_response())
+    Ok((replayed, axum::Json(SaleView::from(view))).into_response())
 }
 
-fn shown(view: SaleView) -> Response {
-    ([(CACHE_CONTROL, NO_STORE)], axum::Json(Sale::from(view))).into_response()
+/// A request for a sale whose values are in range by themselves.
+struct Offer {
+    product: ProductId,
+    name: Option<String>,
+    small_print: Option<String>,
+    price: Option<Money>,
+    allocation: u64,
+    per_buyer_limit: u64,
+    per_order_limit: u64,
+    window: Window,
 }
 
-impl NewSaleBody {
-    fn check(
-        self,
-        id: SaleId,
-        created_by: Uuid,
-        product_name: String,
-        product_price: crate::domain::money::Money,
-    ) -> Result<NewSale, Problem> {
+impl SaleRequest {
+    fn check(&self) -> Result<Offer, Problem> {
         let mut check = Check::new();
-        let name = match &self.name {
-            Some(name) => check.text("#/name", name, NAME_CHARACTERS),
-            None => product_name,
-        };
-        let small_print = self
-            .terms
-            .as_ref()
-            .map(|terms| check.text("#/terms", terms, TERMS_CHARACTERS));
-        let unit_price = match &self.price {
-            Some(price) => check.price("#/price", price).unwrap_or(product_price),
-            None => product_price,
-        };
         let allocation = check.units("#/allocation", self.allocation, 1..=ALLOCATION_MAX);
         let per_buyer_limit = check.units(
             "#/per_buyer_limit",
@@ -398,40 +385,70 @@ impl NewSaleBody {
             Some(limit) => check.units("#/per_order_limit", limit, 1..=per_buyer_limit),
             None => per_buyer_limit,
         };
-        let opens_at_ms = instant(&mut check, "#/opens_at", self.opens_at);
-        let closes_at_ms = self
-            .closes_at
-            .map(|end| instant(&mut check, "#/closes_at", end));
+        let name = self
+            .name
+            .as_ref()
+            .map(|name| check.text("#/name", name, NAME_CHARACTERS));
+        let small_print = self
+            .terms
+            .as_ref()
+            .map(|terms| check.text("#/terms", terms, SMALL_PRINT_CHARACTERS));
+        let price = self
+            .price
+            .as_ref()
+            .and_then(|price| check.price("#/price", price));
+        let window = Window {
+            opens_at_ms: check.instant("#/opens_at", self.opens_at),
+            closes_at_ms: self
+                .closes_at
+                .map(|instant| check.instant("#/closes_at", instant)),
+        };
+        if window
+            .closes_at_ms
+            .is_some_and(|end| end <= window.opens_at_ms)
+        {
+            check.refuse("#/closes_at", TermsError::Window.to_string());
+        }
         for (pointer, given) in [
             ("#/hold_seconds", &self.hold_seconds),
             ("#/schedule", &self.schedule),
         ] {
             if given.is_some() {
-                check.refuse(pointer, "is not supported yet");
+                check.refuse(pointer, "not supported");
             }
         }
-        for (pointer, given, supported) in [
+        for (pointer, given, only) in [
             ("#/payment", &self.payment, "none"),
             ("#/durability", &self.durability, "default"),
         ] {
-            if given.as_deref().is_some_and(|given| given != supported) {
-                check.refuse(pointer, format!("only `{supported}` is supported yet"));
+            if given.as_ref().is_some_and(|given| given != only) {
+                check.refuse(pointer, format!("not supported; only {only} is"));
             }
         }
-        let window = Window {
-            opens_at_ms,
-            closes_at_ms,
-        };
-        let terms = Terms {
-            window,
+        check.done().map(|()| Offer {
+            product: ProductId(self.product_id),
+            name,
+            small_print,
+            price,
+            allocation,
             per_buyer_limit,
             per_order_limit,
-            unit_price,
-            allocation,
+            window,
+        })
+    }
+}
+
+impl Offer {
+    /// The rules of the first round; the values are in range together too.
+    fn terms(&self, product_price: Money) -> Result<Terms, Problem> {
+        let terms = Terms {
+            window: self.window,
+            per_buyer_limit: self.per_buyer_limit,
+            per_order_limit: self.per_order_limit,
+            unit_price: self.price.unwrap_or(product_price),
+            allocation: self.allocation,
         };
-        check.done()?;
-        // What is left are the relations between the values.
-        terms.check().map_err(|error| {
+        terms.check().map(|()| terms).map_err(|error| {
             let pointer = match error {
                 TermsError::Allocation => "#/allocation",
                 TermsError::BuyerLimit => "#/per_buyer_limit",
@@ -440,90 +457,200 @@ impl NewSaleBody {
                 TermsError::Total => "#/price",
             };
             Problem::out_of_range(vec![FieldError::new(pointer, error.to_string())])
-        })?;
-        let small = small_print.as_deref().unwrap_or_default();
-        let fingerprint = Fingerprint::of(&[
-            self.product_id.as_bytes(),
-            name.as_bytes(),
-            small.as_bytes(),
-            &unit_price.amount.to_be_bytes(),
-            &unit_price.currency.bytes(),
-            &allocation.to_be_bytes(),
-            &per_buyer_limit.to_be_bytes(),
-            &per_order_limit.to_be_bytes(),
-            &opens_at_ms.to_be_bytes(),
-            &closes_at_ms.unwrap_or(0).to_be_bytes(),
-        ]);
-        Ok(NewSale {
-            id,
-            fingerprint,
-            partition: Partition(0),
-            product: ProductId(self.product_id),
-            name,
-            small_print,
-            terms,
-            created_by,
         })
     }
 }
 
-/// Milliseconds since the Unix epoch, from 1970 to 9999.
-fn instant(check: &mut Check, pointer: &str, instant: DateTime<Utc>) -> i64 {
-    let ms = instant.timestamp_millis();
-    if !(0..=INSTANT_MAX_MS).contains(&ms) {
-        check.refuse(pointer, "must be in the years 1970 to 9999");
-    }
-    ms.clamp(0, INSTANT_MAX_MS)
-}
+#[cfg(test)]
+mod tests {
+    use axum::{
+        Router,
+        body::Body,
+        http::{Request, header::CONTENT_TYPE},
+        routing::post,
+    };
+    use serde_json::json;
 
-impl From<EngineError> for Problem {
-    fn from(error: EngineError) -> Self {
-        let deadline = Duration::from_millis(CALL_DEADLINE_MS.unsigned_abs());
-        if error.may_have_run() {
-            return Self::unknown(
-                "No answer from the store that decides. Retry with the same key: it is safe.",
-                deadline,
-            )
-            .caused_by(error);
-        }
-        let detail = match &error {
-            EngineError::Overloaded(_) => "Too many requests are waiting.",
-            EngineError::Fenced(_) | EngineError::Damaged(_) => {
-                "The stock is being verified; nothing is sold meanwhile."
-            }
-            _ => "The store that decides does not take requests.",
+    use super::{
+        super::tests::{Answer, edged},
+        *,
+    };
+    use crate::domain::money::Currency;
+
+    fn sound() -> Value {
+        json!({
+            "product_id": "0192f0c1-2345-7890-abcd-ef0123456789",
+            "allocation": 100,
+            "per_buyer_limit": 2,
+            "opens_at": "2026-11-27T09:00:00Z",
+        })
+    }
+
+    /// A sound body with some members changed.
+    fn with(changes: &Value) -> Value {
+        let mut body = sound();
+        let members = changes.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(members);
+        body
+    }
+
+    /// Answers `opens_at closes_at per_order_limit amount`, with a product of 1999 cents.
+    async fn send(body: &Value) -> Answer {
+        let handler = async |Json(request): Json<SaleRequest>| {
+            let currency = Currency::parse("EUR").map_err(Problem::internal)?;
+            let price = Money::new(1999, currency).map_err(Problem::internal)?;
+            let terms = request.check()?.terms(price)?;
+            let Window {
+                opens_at_ms,
+                closes_at_ms,
+            } = terms.window;
+            let (limit, amount) = (terms.per_order_limit, terms.unit_price.amount);
+            Ok::<_, Problem>(format!(
+                "{opens_at_ms} {} {limit} {amount}",
+                closes_at_ms.unwrap_or(0)
+            ))
         };
-        Self::unavailable(detail)
-            .after(Duration::from_secs(1))
-            .caused_by(error)
+        let router = edged(Router::new().route("/", post(handler)));
+        let request = Request::post("/").header(CONTENT_TYPE, "application/json");
+        Answer::of(router, request.body(Body::from(body.to_string())).unwrap()).await
     }
-}
 
-impl From<SaleError> for Problem {
-    fn from(error: SaleError) -> Self {
-        match error {
-            SaleError::NotFound => Self::not_found(),
-            SaleError::Mismatch => Self::new(
-                Code::IdempotencyKeyMismatch,
-                "This key belongs to another request.",
+    #[tokio::test]
+    async fn what_is_absent_has_a_default_and_instants_are_read_to_the_millisecond() {
+        for (changes, understood) in [
+            (json!({}), "1795770000000 0 2 1999"),
+            (
+                json!({"opens_at": "2026-11-27T10:30:00.1239+01:30"}),
+                "1795770000123 0 2 1999",
             ),
-            SaleError::NoProduct => Self::out_of_range(vec![FieldError::new(
-                "#/product_id",
-                "there is no such product",
-            )]),
-            SaleError::Conflict(detail) => Self::new(Code::Conflict, detail),
-            SaleError::TooMany => Self::out_of_range(vec![FieldError::new(
-                "#/units",
-                format!("the allocation may be {ALLOCATION_MAX} units at most"),
-            )]),
-            SaleError::Engine(error) => error.into(),
-            SaleError::Store(error) => match &*error {
-                StoreError::Unavailable(_) => {
-                    Self::unknown("The database does not answer.", Duration::from_secs(1))
-                        .caused_by(error)
-                }
-                StoreError::Unexpected(_) => Self::internal(error),
-            },
+            (json!({"opens_at": "1970-01-01T00:00:00Z"}), "0 0 2 1999"),
+            (
+                json!({"closes_at": "2026-11-27T09:00:00.001Z", "per_order_limit": 1}),
+                "1795770000000 1795770000001 1 1999",
+            ),
+            (
+                json!({"price": {"amount": 0, "currency": "EUR"}, "payment": "none", "durability": "default",
+                       "name": "Lamps", "terms": "No returns."}),
+                "1795770000000 0 2 0",
+            ),
+        ] {
+            let answer = send(&with(&changes)).await;
+            assert_eq!(answer.text, understood, "{changes}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_bad_sale_is_refused_at_its_place() {
+        for (changes, status, pointer) in [
+            (json!({"allocation": 0}), 422, "#/allocation"),
+            (json!({"allocation": 10_000_001}), 422, "#/allocation"),
+            (json!({"allocation": 1.5}), 400, "#/allocation"),
+            (json!({"allocation": null}), 400, "#/allocation"),
+            (json!({"per_buyer_limit": 0}), 422, "#/per_buyer_limit"),
+            (
+                json!({"per_buyer_limit": 1_000_001}),
+                422,
+                "#/per_buyer_limit",
+            ),
+            (json!({"per_order_limit": 0}), 422, "#/per_order_limit"),
+            (json!({"per_order_limit": 3}), 422, "#/per_order_limit"),
+            (json!({"per_order_limit": null}), 400, "#/per_order_limit"),
+            (json!({"opens_at": "tomorrow"}), 400, "#/opens_at"),
+            (json!({"opens_at": 1_795_770_000}), 400, "#/opens_at"),
+            (json!({"opens_at": "2026-11-27"}), 400, "#/opens_at"),
+            (
+                json!({"opens_at": "2026-11-27T09:00:00"}),
+                400,
+                "#/opens_at",
+            ),
+            (
+                json!({"opens_at": "2026-02-30T09:00:00Z"}),
+                400,
+                "#/opens_at",
+            ),
+            (
+                json!({"opens_at": "1970-01-01T00:00:00+00:01"}),
+                422,
+                "#/opens_at",
+            ),
+            (
+                json!({"opens_at": "9999-12-31T23:59:59-00:01"}),
+                422,
+                "#/opens_at",
+            ),
+            (
+                json!({"closes_at": "2026-11-27T09:00:00Z"}),
+                422,
+                "#/closes_at",
+            ),
+            (
+                json!({"closes_at": "2026-11-27T09:00:00.0009Z"}),
+                422,
+                "#/closes_at",
+            ),
+            (json!({"closes_at": null}), 400, "#/closes_at"),
+            (json!({"name": " "}), 422, "#/name"),
+            (json!({"name": "n".repeat(201)}), 422, "#/name"),
+            (json!({"name": null}), 400, "#/name"),
+            (json!({"terms": ""}), 422, "#/terms"),
+            (json!({"terms": "t".repeat(10_001)}), 422, "#/terms"),
+            (
+                json!({"price": {"amount": -1, "currency": "EUR"}}),
+                422,
+                "#/price/amount",
+            ),
+            (
+                json!({"price": {"amount": 1, "currency": "eur"}}),
+                422,
+                "#/price/currency",
+            ),
+            (json!({"price": {"amount": 1}}), 400, "#/price/currency"),
+            (
+                json!({"price": {"amount": 100_000_000_000_000_i64, "currency": "EUR"}}),
+                422,
+                "#/price",
+            ),
+            (json!({"hold_seconds": 60}), 422, "#/hold_seconds"),
+            (json!({"hold_seconds": null}), 422, "#/hold_seconds"),
+            (json!({"schedule": {}}), 422, "#/schedule"),
+            (json!({"payment": "stripe"}), 422, "#/payment"),
+            (json!({"payment": 1}), 400, "#/payment"),
+            (json!({"durability": "committed"}), 422, "#/durability"),
+            (json!({"product_id": "{p0}"}), 400, "#/product_id"),
+            (json!({"stock": 1}), 400, "#/stock"),
+        ] {
+            let answer = send(&with(&changes)).await;
+            assert_eq!(answer.status.as_u16(), status, "{changes}: {}", answer.text);
+            assert_eq!(answer.body["code"], "validation");
+            assert_eq!(answer.body["errors"][0]["pointer"], pointer, "{changes}");
+        }
+        for member in ["product_id", "allocation", "per_buyer_limit", "opens_at"] {
+            let mut body = sound();
+            body.as_object_mut().unwrap().remove(member);
+            let answer = send(&body).await;
+            assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+            assert_eq!(answer.body["errors"][0]["pointer"], format!("#/{member}"));
+        }
+    }
+
+    #[tokio::test]
+    async fn operations_without_a_body_take_none_or_an_empty_one() {
+        let handler = async |_: Option<Json<Nothing>>| "done";
+        let router = edged(Router::new().route("/", post(handler)));
+        for (body, declared, status) in [
+            ("", false, 200),
+            ("", true, 200),
+            ("{}", true, 200),
+            ("{}", false, 415),
+            ("{\"units\": 1}", true, 400),
+            ("[", true, 400),
+        ] {
+            let mut request = Request::post("/");
+            if declared {
+                request = request.header(CONTENT_TYPE, "application/json");
+            }
+            let answer = Answer::of(router.clone(), request.body(Body::from(body)).unwrap()).await;
+            assert_eq!(answer.status.as_u16(), status, "{body}");
         }
     }
 }

@@ -108,6 +108,20 @@ pub(super) fn edged_within(router: Router, timeout: Duration) -> Router {
     router.layer(EdgeLayer(Arc::new(edge)))
 }
 
+/// A shop whose engines are away.
+fn closed_shop(database: Database) -> Shop {
+    Shop {
+        engines: Engines::new(Vec::new()),
+        directory: Directory::new(database.clone()),
+        sales: Sales::new(database.clone()),
+        rounds: Rounds::new(database.clone()),
+        orders: Orders::new(database.clone()),
+        positions: Positions::new(database),
+        stored: HashMap::new(),
+        pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+    }
+}
+
 /// The real router, whose database does not answer.
 fn app(listener: Listener) -> Router {
     let settings = DatabaseSettings {
@@ -134,16 +148,7 @@ fn app(listener: Listener) -> Router {
         tokens,
         accounts,
         products: Products::new(database.clone()),
-        shop: Arc::new(Shop {
-            engines: engines.clone(),
-            directory: directory.clone(),
-            sales: sales.clone(),
-            rounds: Rounds::new(database.clone()),
-            orders: Orders::new(database.clone()),
-            positions: Positions::new(database.clone()),
-            stored: HashMap::new(),
-            pseudonyms: Pseudonyms::new(SECRET).unwrap(),
-        }),
+        shop: Arc::new(closed_shop(database.clone())),
         auditor: Auditor::new(database, engines.clone()),
         hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
         metrics,
@@ -255,6 +260,49 @@ async fn a_database_that_is_away_is_unavailable_and_says_nothing_about_the_insid
         for inside in ["127.0.0.1", "pool", "sqlx", "nobody", "PostgreSQL"] {
             assert!(!answer.text.contains(inside), "{}", answer.text);
         }
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_sold_or_made_without_the_database_and_everybody_knows_it() {
+    let identity = Identity {
+        user: Uuid::from_u128(1),
+        role: Role::Operator,
+        session: None,
+    };
+    let token = keys()
+        .mint(identity, clock::new_id(), clock::now())
+        .unwrap();
+    let id = clock::new_id();
+    for (uri, body) in [
+        (
+            format!("/v1/sales/{id}/orders"),
+            r#"{"quantity": 1}"#.to_owned(),
+        ),
+        (
+            format!("/v1/sales/{id}/restock"),
+            r#"{"units": 1}"#.to_owned(),
+        ),
+        (format!("/v1/sales/{id}/close"), String::new()),
+        (format!("/v1/orders/{id}/cancel"), String::new()),
+        (
+            "/v1/sales".to_owned(),
+            format!(
+                r#"{{"product_id": "{id}", "allocation": 1, "per_buyer_limit": 1, "opens_at": "2026-01-01T00:00:00Z"}}"#
+            ),
+        ),
+    ] {
+        let request = Request::post(&uri)
+            .header(AUTHORIZATION, format!("Bearer {token}"))
+            .header(CONTENT_TYPE, "application/json")
+            .header("idempotency-key", "k");
+        let answer = Answer::of(app(Listener::All), request.body(Body::from(body)).unwrap()).await;
+        answer.is_problem(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable);
+        assert_eq!(
+            (&answer.body["outcome"], &answer.body["retry"]),
+            (&"not_applied".into(), &"after".into()),
+            "{uri}"
+        );
     }
 }
 

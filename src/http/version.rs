@@ -11,15 +11,24 @@ use axum::{
 
 use super::problem::{Code, Problem};
 
+/// What a [`live_etag`] has behind its version.
+const LIVE: &str = "-live";
+
 /// The `ETag` of a version.
 pub(super) fn etag(version: i64) -> HeaderValue {
     // Quotes and digits are always a header's value.
     HeaderValue::from_str(&format!("\"{version}\"")).unwrap_or(HeaderValue::from_static("\"\""))
 }
 
-/// Whether the client already has this version.
-pub(super) fn unchanged(headers: &HeaderMap, version: i64) -> bool {
-    let etag = etag(version);
+/// The `ETag` of a version that was shown together with what moves by itself. It names the same
+/// version to a change, but is never what a client already has.
+pub(super) fn live_etag(version: i64) -> HeaderValue {
+    HeaderValue::from_str(&format!("\"{version}{LIVE}\""))
+        .unwrap_or(HeaderValue::from_static("\"\""))
+}
+
+/// Whether the client already has what this `ETag` names.
+pub(super) fn unchanged(headers: &HeaderMap, etag: &HeaderValue) -> bool {
     headers
         .get_all(IF_NONE_MATCH)
         .iter()
@@ -53,13 +62,11 @@ impl<S: Sync> FromRequestParts<S> for IfMatch {
             return Err(Problem::new(Code::PreconditionRequired, detail));
         };
         let version = value.to_str().ok().map(str::trim).and_then(|tag| {
-            tag.strip_prefix('"')?
-                .strip_suffix('"')?
-                .parse::<i64>()
-                .ok()
+            let tag = tag.strip_prefix('"')?.strip_suffix('"')?;
+            tag.strip_suffix(LIVE).unwrap_or(tag).parse::<i64>().ok()
         });
         version
-            .filter(|version| etag(*version) == value)
+            .filter(|version| etag(*version) == value || live_etag(*version) == value)
             .map(Self)
             .ok_or_else(stale)
     }
@@ -77,6 +84,9 @@ mod tests {
             (None, Err(Code::PreconditionRequired)),
             (Some("\"3\""), Ok(3)),
             (Some("3"), Err(Code::PreconditionFailed)),
+            (Some("\"3-live\""), Ok(3)),
+            (Some("\"3-dead\""), Err(Code::PreconditionFailed)),
+            (Some("\"03-live\""), Err(Code::PreconditionFailed)),
             (Some("\"03\""), Err(Code::PreconditionFailed)),
             (Some("\"+3\""), Err(Code::PreconditionFailed)),
             (Some("W/\"3\""), Err(Code::PreconditionFailed)),
@@ -107,13 +117,14 @@ mod tests {
             ("\"1\", \"3\"", true),
             ("*", true),
             ("\"4\"", false),
+            ("\"3-live\"", false),
             ("3", false),
             ("\"33\"", false),
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(IF_NONE_MATCH, HeaderValue::from_static(value));
-            assert_eq!(unchanged(&headers, 3), expected, "{value}");
+            assert_eq!(unchanged(&headers, &etag(3)), expected, "{value}");
         }
-        assert!(!unchanged(&HeaderMap::new(), 3));
+        assert!(!unchanged(&HeaderMap::new(), &etag(3)));
     }
 }

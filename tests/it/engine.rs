@@ -4,7 +4,7 @@ use super::support::Redis;
 use proptest::{
     prelude::*,
     strategy::ValueTree,
-    test_runner::{Config, TestRunner},
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
 use stockade::{
     domain::{
@@ -304,26 +304,34 @@ impl Conformance {
     }
 }
 
-/// Cases and the commands in each; `STOCKADE_CASES` asks for more.
-fn cases() -> u32 {
-    std::env::var("STOCKADE_CASES")
-        .ok()
-        .and_then(|cases| cases.parse().ok())
-        .unwrap_or(96)
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Sequences of commands; `STOCKADE_TEST_CASES` asks for more.
+fn cases() -> u16 {
+    variable("STOCKADE_TEST_CASES").map_or(96, |cases| u16::try_from(cases).unwrap())
+}
+
+/// What the random commands come from; another one each time unless `STOCKADE_TEST_SEED` says.
+fn seed() -> u64 {
+    variable("STOCKADE_TEST_SEED").unwrap_or_else(|| stockade::clock::new_id().as_u64_pair().1)
 }
 
 #[tokio::test]
 async fn scripts_do_what_the_model_says() {
     let redis = Redis::start().await;
     let steps = prop::collection::vec(step(), 1..60);
-    let mut runner = TestRunner::new(Config {
-        cases: cases(),
-        ..Config::default()
-    });
+    let seed = seed();
+    println!("repeat with STOCKADE_TEST_SEED={seed}");
+    let mut rng_seed = [0; 32];
+    rng_seed[..8].copy_from_slice(&seed.to_be_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &rng_seed);
+    let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let (mut operations, mut from_memory) = (0, 0);
     for case in 0..cases() {
         let steps = steps.new_tree(&mut runner).unwrap().current();
-        let mut both = Conformance::new(&redis, Partition(u16::try_from(case).unwrap())).await;
+        let mut both = Conformance::new(&redis, Partition(case)).await;
         let provision = Step::Provision {
             round: 0,
             terms: RandomTerms {

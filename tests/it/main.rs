@@ -9,6 +9,7 @@
 mod accounts;
 mod embedded;
 mod engine;
+mod layers;
 mod refusals;
 mod support;
 mod writer;

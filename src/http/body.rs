@@ -181,15 +181,14 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T>
 fn refuse(root: &str, path: &ErrorPath, message: &str) -> Problem {
     let mut pointer = root.to_owned();
     for segment in path {
-        match segment {
-            Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
-            Segment::Map { key: name } | Segment::Enum { variant: name } => {
-                pointer.push('/');
-                pointer.push_str(&escape(name));
-            }
-            // A key that could not be read; the place before it is the last that is known.
+        let name = match segment {
+            Segment::Seq { index } => index.to_string(),
+            Segment::Map { key: name } | Segment::Enum { variant: name } => escape(name),
+            // A key that could not be read: the place before it is the last that is known.
             Segment::Unknown => break,
-        }
+        };
+        pointer.push('/');
+        pointer.push_str(&name);
     }
     let missing = message
         .strip_prefix("missing field `")

@@ -166,7 +166,7 @@ impl<'a> Unchanged<'a> {
     }
 
     /// And nothing was written, anywhere.
-    async fn to_the_end(self) {
+    async fn at_the_end(self) {
         self.holds("at the end").await;
         assert_eq!(rows(self.app, self.sale).await, self.rows);
     }

@@ -49,7 +49,7 @@ async fn every_bad_body_of_a_purchase_is_refused_at_its_place() {
         ("quantity=1", 400, "#"),
         (r#"{"quantity": 1} {}"#, 400, "#"),
         (r#"{"quantity": 1,}"#, 400, "#"),
-        (r#"{'quantity': 1}"#, 400, "#"),
+        (r"{'quantity': 1}", 400, "#"),
     ] {
         let answer = send(app.purchase(sale, buyer, "k", body.to_owned())).await;
         let start: String = body.chars().take(60).collect();
@@ -88,7 +88,7 @@ async fn every_bad_body_of_a_purchase_is_refused_at_its_place() {
         "never",
         json!({}),
     );
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 
@@ -141,7 +141,7 @@ async fn a_key_is_visible_ascii_of_a_modest_length() {
         invalid(&answer, 400, "#/headers/idempotency-key");
         unchanged.holds("bad key").await;
     }
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
 
     let longest = "k".repeat(255);
     for (first, second) in [
@@ -204,6 +204,6 @@ async fn what_is_no_id_names_nothing() {
             refused(&answer, "not_found", "never", json!({}));
         }
     }
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }

@@ -72,7 +72,7 @@ async fn the_rules_of_a_sale_refuse_with_their_facts_and_change_nothing() {
         refused(&answer, code, "never", facts);
         unchanged.holds(code).await;
     }
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
 
     // A refused key is as good as new.
     app.buy(sale, bob, "b", 2).await.expect(201);
@@ -80,7 +80,7 @@ async fn the_rules_of_a_sale_refuse_with_their_facts_and_change_nothing() {
     assert_eq!(unchanged.standing["sold_out"], true);
     let late = app.buy(sale, clock::new_id(), "late", 1).await;
     refused(&late, "sold_out", "never", json!({}));
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 
@@ -95,14 +95,14 @@ async fn outside_its_window_and_while_paused_a_sale_sells_nothing() {
     let asked_at = clock::now();
     let answer = app.buy(id(&scheduled), buyer, "k", 1).await;
     not_open(&answer, opens_at, asked_at);
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
 
     let paused = app.sale(json!({})).await;
     operate(&app, id(&paused), "pause").await.expect(200);
     let unchanged = Unchanged::since_now(&app, id(&paused)).await;
     let answer = app.buy(id(&paused), buyer, "k", 1).await;
     refused(&answer, "paused", "after", json!({}));
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     operate(&app, id(&paused), "resume").await.expect(200);
     app.buy(id(&paused), buyer, "k", 1).await.expect(201);
 
@@ -118,7 +118,7 @@ async fn outside_its_window_and_while_paused_a_sale_sells_nothing() {
         let unchanged = Unchanged::since_now(&app, id(&sale)).await;
         let answer = app.buy(id(&sale), buyer, "k", 1).await;
         refused(&answer, "closed", "never", json!({}));
-        unchanged.to_the_end().await;
+        unchanged.at_the_end().await;
     }
     app.finish().await;
 }
@@ -159,7 +159,7 @@ async fn memory_refuses_in_a_form_of_its_own_and_never_an_accepted_key() {
             }
         };
         tokio::time::timeout(PATIENCE, both_forms).await.unwrap();
-        unchanged.to_the_end().await;
+        unchanged.at_the_end().await;
     }
 
     let opens_at = DateTime::from_timestamp_millis(4_000_000_000_123).unwrap();
@@ -336,7 +336,7 @@ async fn what_is_nobodys_or_somebody_elses_is_not_found() {
     let path = format!("/v1/sales/{nobody}/audit");
     let answer = send(app.operate(Method::GET, &path)).await;
     refused(&answer, "not_found", "never", json!({}));
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 

@@ -111,7 +111,7 @@ async fn a_sale_that_makes_no_sense_is_not_made() {
         let answer = send(app.operate(Method::POST, "/v1/sales").json(&body)).await;
         invalid(&answer, 400, &format!("#/{member}"));
     }
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
 
     // One key, one sale.
     let make = |body: &Value| {
@@ -127,7 +127,7 @@ async fn a_sale_that_makes_no_sense_is_not_made() {
     other["allocation"] = 6.into();
     let answer = send(make(&other)).await;
     refused(&answer, "idempotency_key_mismatch", "never", json!({}));
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 
@@ -176,7 +176,7 @@ async fn a_restock_that_makes_no_sense_adds_nothing() {
     refused(&answer, "idempotency_key_mismatch", "never", json!({}));
     let again = restock(Some("first"), r#"{"units": 3}"#).await.expect(200);
     assert_eq!(again.header("idempotency-replayed"), Some("true"));
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 
@@ -189,12 +189,25 @@ async fn the_state_of_things_refuses_what_contradicts_it() {
     send(close).await.expect(200);
     let unchanged = Unchanged::since_now(&app, id(&sale)).await;
 
-    for action in ["pause", "resume", "restock"] {
+    for (action, body) in [
+        ("pause", ""),
+        ("resume", "{}"),
+        ("restock", r#"{"units": 1}"#),
+    ] {
         let request = app
             .operate(Method::POST, &format!("{sale_path}/{action}"))
             .header("idempotency-key", "k")
-            .json(&json!({"units": 1}));
+            .header("content-type", "application/json")
+            .body(body);
         refused(&send(request).await, "conflict", "never", json!({}));
+    }
+    // A step has nothing to say but its address.
+    for (body, pointer) in [(r#"{"units": 1}"#, "#/units"), ("[]", "#"), ("{", "#")] {
+        let request = app
+            .operate(Method::POST, &format!("{sale_path}/close"))
+            .header("content-type", "application/json")
+            .body(body);
+        invalid(&send(request).await, 400, pointer);
     }
 
     let path = format!("/v1/products/{}", sale["product_id"].as_str().unwrap());
@@ -221,7 +234,7 @@ async fn the_state_of_things_refuses_what_contradicts_it() {
     let answer = change(Method::DELETE, Some(version)).await;
     refused(&answer, "conflict", "never", json!({}));
     assert_eq!(app.get(&path).await.expect(200).text, before.text);
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 

@@ -187,7 +187,7 @@ async fn only_a_whole_token_buys() {
     // Whatever is wrong: it does not help whoever tries.
     details.dedup();
     assert_eq!(details.len(), 1, "{details:?}");
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
     app.finish().await;
 }
 
@@ -242,7 +242,7 @@ async fn every_guarded_route_asks_who_it_is() {
             refused(&answer, "forbidden", "never", json!({}));
         }
     }
-    unchanged.to_the_end().await;
+    unchanged.at_the_end().await;
 
     // An admin may do what an operator may.
     let admin = app.token(Uuid::from_u128(7), Role::Admin);

@@ -307,6 +307,32 @@ async fn nothing_is_sold_or_made_without_the_database_and_everybody_knows_it() {
 }
 
 #[tokio::test]
+async fn an_audit_without_its_stores_is_no_verdict() {
+    let id = "0192f0c1-2345-7890-abcd-ef0123456789";
+    for (uri, status, code) in [
+        (
+            format!("/v1/sales/{id}/audit"),
+            StatusCode::SERVICE_UNAVAILABLE,
+            Code::Unavailable,
+        ),
+        (
+            format!("/v1/sales/{id}/audit?round=first"),
+            StatusCode::BAD_REQUEST,
+            Code::Validation,
+        ),
+        (
+            "/v1/sales/1/audit".to_owned(),
+            StatusCode::NOT_FOUND,
+            Code::NotFound,
+        ),
+    ] {
+        let operator = Some(Role::Operator);
+        let answer = with_role(app(Listener::All), Method::GET, &uri, operator).await;
+        answer.is_problem(status, code);
+    }
+}
+
+#[tokio::test]
 async fn readiness_says_what_is_missing() {
     let app = app(Listener::All);
     assert_eq!(

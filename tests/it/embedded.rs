@@ -27,7 +27,7 @@ fn passable_dir() -> TempDir {
 }
 
 /// Sends one inline command and gives its reply: a line, a bulk string, or the last string of a pair.
-fn redis(url: &str, command: &str) -> String {
+pub(crate) fn redis(url: &str, command: &str) -> String {
     let (password, host) = url
         .strip_prefix("redis://default:")
         .unwrap()

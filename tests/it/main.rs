@@ -7,8 +7,10 @@
 )]
 
 mod accounts;
+mod audit;
 mod embedded;
 mod engine;
+mod events;
 mod layers;
 mod refusals;
 mod support;

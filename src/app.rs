@@ -105,7 +105,7 @@ pub async fn start(
     life: &Lifecycle,
 ) -> anyhow::Result<App> {
     let metrics = Arc::new(Metrics::new());
-    let readiness = Readiness::new(&["operator", "partitions", "postgresql"]);
+    let readiness = Readiness::new(&["operator", "partitions", "postgresql", "redis"]);
     let stores = connect(config, endpoints, &metrics).await?;
     for engine in stores.engines.all() {
         let settings = engine.settings();
@@ -478,6 +478,11 @@ impl Look {
             Ok(true) => self.readiness.pass("postgresql"),
             Ok(false) => self.readiness.fail("postgresql", "not migrated"),
             Err(_) => self.readiness.fail("postgresql", "does not answer"),
+        }
+        let pings = self.engines.all().iter().map(Engine::ping);
+        match futures::future::try_join_all(pings).await {
+            Ok(_) => self.readiness.pass("redis"),
+            Err(_) => self.readiness.fail("redis", "does not answer"),
         }
         let mut fenced = Vec::new();
         let mut redis_ms = None;

@@ -208,6 +208,14 @@ impl Engine {
         self.shared.view.floor()
     }
 
+    /// Returns once Redis has answered.
+    ///
+    /// # Errors
+    /// [`EngineError`] when it does not.
+    pub async fn ping(&self) -> Result<(), EngineError> {
+        self.reads.command("PING", Vec::new()).await.map(|_| ())
+    }
+
     /// Purchases that wait for a call.
     pub fn waiting(&self) -> usize {
         self.purchases.waiting()

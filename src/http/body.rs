@@ -1,6 +1,6 @@
 //! What a request says: its body, its query, its path, each read once and refused in one way.
 
-use std::error::Error;
+use std::{error::Error, fmt, marker::PhantomData};
 
 use axum::{
     body::{Body, HttpBody},
@@ -8,7 +8,10 @@ use axum::{
     http::{HeaderMap, header::CONTENT_TYPE, request},
 };
 use futures::StreamExt;
-use serde::de::DeserializeOwned;
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
+};
 use serde_path_to_error::{Path as ErrorPath, Segment};
 
 use super::problem::{Code, Problem};
@@ -96,14 +99,40 @@ fn declares_json(headers: &HeaderMap) -> bool {
 
 fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     // Only a body that is wrong pays for finding out where.
-    serde_json::from_slice(bytes).map_err(|error| {
+    let read = serde_json::from_slice::<Object<T>>(bytes);
+    read.map(|Object(value)| value).map_err(|error| {
         let deserializer = &mut serde_json::Deserializer::from_slice(bytes);
-        match serde_path_to_error::deserialize::<_, T>(deserializer) {
+        match serde_path_to_error::deserialize::<_, Object<T>>(deserializer) {
             Err(located) => refuse("#", located.path(), &located.inner().to_string()),
             // The value is right, so something is behind it.
             Ok(_) => Problem::unreadable("#", error.to_string()),
         }
     })
+}
+
+/// What is written as a JSON object, and only that: by itself a derived struct also takes an array
+/// of its members, and `[1]` would buy.
+#[derive(Clone, Debug)]
+pub(super) struct Object<T>(pub(super) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, members: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(members)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(Members(PhantomData))
+    }
 }
 
 /// The query, with its own words for what it may contain.
@@ -152,13 +181,14 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T>
 fn refuse(root: &str, path: &ErrorPath, message: &str) -> Problem {
     let mut pointer = root.to_owned();
     for segment in path {
+        let name = match segment {
+            Segment::Seq { index } => index.to_string(),
+            Segment::Map { key: name } | Segment::Enum { variant: name } => escape(name),
+            // A key that could not be read: the place before it is the last that is known.
+            Segment::Unknown => break,
+        };
         pointer.push('/');
-        match segment {
-            Segment::Seq { index } => pointer.push_str(&index.to_string()),
-            Segment::Map { key } => pointer.push_str(&escape(key)),
-            Segment::Enum { variant } => pointer.push_str(&escape(variant)),
-            Segment::Unknown => pointer.push('?'),
-        }
+        pointer.push_str(&name);
     }
     let missing = message
         .strip_prefix("missing field `")
@@ -262,6 +292,7 @@ mod tests {
             ),
             ("{}", unreadable, "#/quantity"),
             ("[]", unreadable, "#"),
+            ("[1]", unreadable, "#"),
             ("1", unreadable, "#"),
             ("null", unreadable, "#"),
             ("", unreadable, "#"),

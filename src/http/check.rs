@@ -6,7 +6,10 @@ use chrono::{DateTime, Datelike, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize, de::Error};
 use utoipa::ToSchema;
 
-use super::problem::{FieldError, Problem};
+use super::{
+    body::Object,
+    problem::{FieldError, Problem},
+};
 use crate::domain::money::{Currency, Money, MoneyError};
 
 /// Collects what is out of range.
@@ -103,7 +106,7 @@ impl Check {
 
 /// Money as a client writes and reads it.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(from = "Object<PriceMembers>")]
 pub(super) struct Price {
     /// Minor units (cents), 0 to 10^14.
     #[schema(example = 1999, minimum = 0, maximum = 100_000_000_000_000_i64)]
@@ -111,6 +114,19 @@ pub(super) struct Price {
     /// ISO 4217.
     #[schema(example = "EUR", pattern = "^[A-Z]{3}$")]
     pub(super) currency: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PriceMembers {
+    amount: i64,
+    currency: String,
+}
+
+impl From<Object<PriceMembers>> for Price {
+    fn from(Object(PriceMembers { amount, currency }): Object<PriceMembers>) -> Self {
+        Self { amount, currency }
+    }
 }
 
 impl From<Money> for Price {

@@ -12,5 +12,6 @@ mod embedded;
 mod engine;
 mod events;
 mod layers;
+mod refusals;
 mod support;
 mod writer;

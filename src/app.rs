@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// The time between two looks at what the metrics and `/readyz` show.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(200);
 
 /// How long PostgreSQL may take to be there at start.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -146,12 +146,11 @@ pub async fn start(
         .collect();
     for writer in writers {
         let (stop, hard) = (life.token(Stage::Writer), life.hard());
-        let fence = stores.engines.of(writer.partition()).map(Engine::fence);
+        let engines = stores.engines.clone();
         life.spawn(Stage::Writer, "writer", async move {
             // Before the first epoch there is no journal to read.
-            if let Some(mut fence) = fence {
-                let open = fence.wait_for(|fence| matches!(fence, Fence::Open(_)));
-                let _ = stop.run_until_cancelled(open).await;
+            if let Some(engine) = engines.of(writer.partition()) {
+                let _ = stop.run_until_cancelled(engine.verified()).await;
             }
             writer.run(stop, hard).await;
             Ok(())
@@ -162,7 +161,10 @@ pub async fn start(
     if roles.contains(&Role::Writer) {
         let patrol = Patrol::new(auditor.clone(), metrics.audit.clone());
         let stop = life.token(Stage::Background);
+        let engines = stores.engines.clone();
         life.spawn(Stage::Background, "auditor", async move {
+            // Before the first epoch there is nothing to look at.
+            let _ = stop.run_until_cancelled(engines.verified()).await;
             patrol.run(stop).await;
             Ok(())
         });
@@ -177,14 +179,16 @@ pub async fn start(
     };
     let stop = life.token(Stage::Background);
     life.spawn(Stage::Background, "look", async move {
-        while stop
-            .run_until_cancelled(tokio::time::sleep(LOOK))
-            .await
-            .is_some()
-        {
+        loop {
             look.once().await;
+            if stop
+                .run_until_cancelled(tokio::time::sleep(LOOK))
+                .await
+                .is_none()
+            {
+                return Ok(());
+            }
         }
-        Ok(())
     });
 
     let mut app = App {

@@ -138,6 +138,13 @@ pub(crate) struct Generator {
     pub(crate) bottleneck: bool,
 }
 
+/// A JSON value as a person reads it: text without its quotes.
+fn plain(value: &serde_json::Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
 impl Generator {
     pub(crate) fn new(cpu: Duration, wall: Duration, threads: usize) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "threads are few")]
@@ -342,8 +349,12 @@ impl Display for Report {
         if let Some(audit) = &self.audit {
             for check in &audit.checks {
                 let mark = if check.status == "pass" { "✓" } else { "✗" };
-                let (expected, actual) = (check.expected.to_string(), check.actual.to_string());
-                writeln!(f, "    {mark} {:<28}{expected:<22}{actual}", check.name)?;
+                let (expected, actual) = (plain(&check.expected), plain(&check.actual));
+                if expected == actual {
+                    writeln!(f, "    {mark} {:<28}{actual}", check.name)?;
+                } else {
+                    writeln!(f, "    {mark} {:<28}{expected} → {actual}", check.name)?;
+                }
             }
         }
         match self.verdict {

@@ -77,8 +77,8 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         allocation: UNITS,
     };
     let id = SaleId(clock::new_id());
-    // The partition is verified within moments of the start.
-    shop.verified(Partition(0)).await;
+    // Partitions are verified within moments of the start.
+    shop.engines.verified().await;
     shop.create(NewSale {
         id,
         fingerprint: Fingerprint::of(&[id.0.as_bytes()]),

@@ -121,7 +121,7 @@ keys! {
     access_log_file: Option<PathBuf> = unset, shown, "STOCKADE_ACCESS_LOG_FILE",
         danger: "";
     /// What is logged: a level, or directives such as `info,stockade::writer=debug`.
-    log: String = "info", shown, "STOCKADE_LOG",
+    log: String = "info,sqlx=warn", shown, "STOCKADE_LOG",
         danger: "debug logs every purchase";
     /// `text` or `json`, to standard error.
     log_format: LogFormat = "text", shown, "STOCKADE_LOG_FORMAT",

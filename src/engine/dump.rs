@@ -67,7 +67,7 @@ impl Engine {
             .get(b"price".as_slice())
             .filter(|price| price.len() == 11);
         let price = price.ok_or_else(|| missing("price"))?;
-        let amount = price[..8].try_into().map(i64::from_be_bytes).unwrap_or(-1);
+        let amount = price[..8].try_into().map_or(-1, i64::from_be_bytes);
         let currency = str::from_utf8(&price[8..]).unwrap_or_default();
         let terms = Terms {
             window: Window {

@@ -26,7 +26,11 @@ mod restock;
 mod script;
 mod snapshot;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
 
 use tokio::sync::{broadcast, watch};
 
@@ -95,6 +99,8 @@ struct Shared {
     memory: Memory,
     metrics: EngineMetrics,
     news: broadcast::Sender<Standing>,
+    /// Rounds whose keys are missing or not whole, as the last call saw them.
+    damaged: Mutex<BTreeSet<RoundId>>,
     durability: Durability,
 }
 
@@ -104,6 +110,16 @@ impl Shared {
         self.memory.learn(standing, at);
         // Nobody listens: nobody needs to know.
         let _ = self.news.send(*standing);
+    }
+
+    /// Says aloud when a round becomes damaged and when it is whole again, not at each purchase.
+    fn note_damage(&self, round: RoundId, is_damaged: bool) {
+        let mut damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_damaged && damaged.insert(round) {
+            tracing::error!(%round, "round damaged: nothing of it is sold until it is rebuilt");
+        } else if !is_damaged && damaged.remove(&round) {
+            tracing::info!(%round, "round whole again");
+        }
     }
 }
 
@@ -135,6 +151,7 @@ impl Engine {
             memory: Memory::default(),
             metrics,
             news,
+            damaged: Mutex::default(),
             durability,
         });
         let purchases = PurchaseLane {
@@ -175,6 +192,15 @@ impl Engine {
     /// The state of the fence, and its changes.
     pub fn fence(&self) -> watch::Receiver<Fence> {
         self.shared.view.fence()
+    }
+
+    /// Returns once the partition may sell.
+    pub async fn verified(&self) {
+        let mut fence = self.fence();
+        // It ends only with the engine, which we hold.
+        let _ = fence
+            .wait_for(|fence| matches!(fence, Fence::Open(_)))
+            .await;
     }
 
     /// The highest pseq that any reply has shown.
@@ -240,6 +266,13 @@ impl Engines {
     /// The engine of a partition; `None` when this node does not serve it.
     pub fn of(&self, partition: Partition) -> Option<&Engine> {
         self.0.get(usize::from(partition.0))
+    }
+
+    /// Returns once every partition may sell.
+    pub async fn verified(&self) {
+        for engine in self.all() {
+            engine.verified().await;
+        }
     }
 
     /// All engines.

@@ -109,11 +109,10 @@ impl Lane for PurchaseLane {
             return Err(reply.unexpected("number of rounds"));
         }
         for round in &rounds {
-            match reply.standing(epoch, head.now_ms)? {
-                Some(standing) => self.shared.learn(&standing, sent_at),
-                None => {
-                    tracing::error!(%round, "round damaged: nothing of it is sold until it has been rebuilt")
-                }
+            let standing = reply.standing(epoch, head.now_ms)?;
+            self.shared.note_damage(*round, standing.is_none());
+            if let Some(standing) = standing {
+                self.shared.learn(&standing, sent_at);
             }
         }
         let mut answers = Vec::with_capacity(items.len());

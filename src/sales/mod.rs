@@ -16,7 +16,7 @@ use crate::{
         order::{Order, Purchase},
         round::Intent,
     },
-    engine::{Answer, Engine, EngineError, Engines, Fence, LeaderboardPage, Standing},
+    engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
     store::{
         StoreError,
         directory::Directory,
@@ -112,17 +112,6 @@ impl Shop {
         self.engines
             .of(partition)
             .ok_or(SaleError::Engine(EngineError::Disconnected))
-    }
-
-    /// Returns once the partition may sell.
-    pub async fn verified(&self, partition: Partition) {
-        if let Some(engine) = self.engines.of(partition) {
-            let mut fence = engine.fence();
-            // It ends only with the engine, which we hold.
-            let _ = fence
-                .wait_for(|fence| matches!(fence, Fence::Open(_)))
-                .await;
-        }
     }
 
     /// The sale, if Redis has its round.

@@ -137,23 +137,12 @@ impl Shop {
             Inserted::NoProduct => return Err(SaleError::NoProduct),
         };
         let facts = sale.facts;
-        let provisioned = async {
-            if !facts.provisioned {
-                let engine = self.engine(facts.partition)?;
-                let round = facts.round_id();
-                provisioning::provision(engine, &self.rounds, round, &facts.terms).await?;
-                self.directory.invalidate(facts.id);
-            }
-            self.view(facts.id).await
-        };
-        match provisioned.await {
-            Ok(view) => Ok((view, replayed)),
-            // Redis has done nothing, but it will: PostgreSQL has the sale.
-            Err(SaleError::Engine(error)) if !error.may_have_run() => {
-                Err(EngineError::Unknown(error.to_string()).into())
-            }
-            Err(error) => Err(error),
+        if !facts.provisioned {
+            let engine = self.engine(facts.partition)?;
+            provisioning::provision(engine, &self.rounds, facts.round_id(), &facts.terms).await?;
+            self.directory.invalidate(facts.id);
         }
+        Ok((self.view(facts.id).await?, replayed))
     }
 
     /// The sale as it stands, never older than this call.

@@ -1,8 +1,8 @@
 //! Stockade: a Redis-first flash-sale engine.
 //!
 //! The folders are the architecture; a module imports only from layers below it:
-//! `cli` → `app` → `http` → `writer` `realtime` `auth` `sales` `ops` `embedded` → `engine` `store` →
-//! `config` `metrics` `clock` → `domain`.
+//! `cli` → `app` `lifecycle` → `http` → `sales` → `writer` `realtime` `auth` `ops` `embedded` →
+//! `engine` `store` → `config` `metrics` `readiness` `clock` → `domain`.
 #![warn(missing_docs)]
 
 pub mod app;

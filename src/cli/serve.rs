@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use secrecy::ExposeSecret;
 use stockade::app::{self, App, Role};
 use stockade::config::{Config, Endpoints, RateLimit, Stores};
@@ -21,11 +22,25 @@ pub(super) fn run(config: Config, roles: &[Role], demo: bool) -> anyhow::Result<
         .block_on(serve(config, roles, demo))
 }
 
+/// Lets this process hold as many connections as the system allows it: the default of 1024 is less
+/// than a crowd.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays where it is");
+    }
+}
+
 async fn serve(mut config: Config, roles: &[Role], demo: bool) -> anyhow::Result<()> {
     let stores = config.check_for_serve()?;
     if config.rate_limit == RateLimit::Off {
         tracing::warn!("STOCKADE_RATE_LIMIT=off: every limit is off, for benchmarks only");
     }
+    raise_open_files();
     let life = Lifecycle::new();
     life.listen_to_signals()?;
 

@@ -26,6 +26,9 @@ pub(super) const PROOF_ORDERS_MAX: u64 = 1_000_000;
 /// How long a reply is believed.
 const MEMORY: Duration = Duration::from_millis(MEMORY_MS.unsigned_abs());
 
+/// A round that nobody has asked about for so long is forgotten, its proof too.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
+
 /// The time between two attempts to load a proof for one round.
 const PROOF_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -86,6 +89,10 @@ impl Memory {
     /// Remembers what a reply said, if it is newer than what is remembered.
     pub(super) fn learn(&self, standing: &Standing, at: Instant) {
         let mut rounds = self.rounds();
+        if !rounds.contains_key(&standing.round) {
+            // Rounds come and go for months; what nobody asks about any more is forgotten.
+            rounds.retain(|_, known| at.saturating_duration_since(known.at) < FORGOTTEN_AFTER);
+        }
         let known = rounds.entry(standing.round).or_insert_with(|| Remembered {
             standing: *standing,
             at,
@@ -113,7 +120,8 @@ impl Memory {
     }
 
     /// The latest standing of a round that this node saw, however old.
-    pub(super) fn latest(&self, round: RoundId) -> Option<Standing> {
+    #[cfg(test)]
+    fn latest(&self, round: RoundId) -> Option<Standing> {
         self.rounds().get(&round).map(|known| known.standing)
     }
 

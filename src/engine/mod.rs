@@ -232,11 +232,6 @@ impl Engine {
         self.shared.view.redis_ms(Instant::now())
     }
 
-    /// The latest standing of a round that this node saw, however old.
-    pub fn latest(&self, round: RoundId) -> Option<Standing> {
-        self.shared.memory.latest(round)
-    }
-
     /// Reads the standing in a reply of an operation on one round, and remembers it.
     fn learn(
         &self,

@@ -552,6 +552,7 @@ impl From<SaleError> for Problem {
                 let missing = FieldError::new("#/product_id", "there is no such product");
                 Self::out_of_range(vec![missing])
             }
+            SaleError::Stale => super::version::stale(),
             SaleError::Conflict(detail) => Self::new(Code::Conflict, detail),
             SaleError::TooMany => {
                 let detail = format!("the allocation would leave 1 to {ALLOCATION_MAX}");

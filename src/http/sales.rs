@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use axum::{
     extract::State,
-    http::{HeaderValue, StatusCode, header::LOCATION},
+    http::{
+        HeaderValue, StatusCode,
+        header::{ETAG, LOCATION},
+    },
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
@@ -21,11 +24,12 @@ use super::{
     page::{Page, Pagination},
     problem::{Code, FieldError, Problem},
     routes::{Access, Routes},
+    version::{IfMatch, live_etag},
 };
 use crate::{
     clock,
     domain::{
-        id::{Fingerprint, OperationId, Partition, ProductId, SaleId, SaleNumber},
+        id::{Fingerprint, OperationId, ProductId, SaleId, SaleNumber},
         limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
         money::Money,
         round::{self, Intent, Terms, TermsError, Window},
@@ -40,9 +44,6 @@ use crate::{
 const NAME_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=200;
 const SMALL_PRINT_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=10_000;
 
-/// Where new sales live. A sale stays for life where it was made.
-const HOME: Partition = Partition(0);
-
 pub(super) fn routes() -> Routes {
     const RUNS: &[Code] = &[Code::NotFound, Code::Conflict, Code::Validation];
     Routes::new()
@@ -52,6 +53,15 @@ pub(super) fn routes() -> Routes {
             Access::Operator,
             routes!(create),
             &[Code::IdempotencyKeyMismatch],
+        )
+        .add(
+            Access::Operator,
+            routes!(change),
+            &[
+                Code::NotFound,
+                Code::PreconditionFailed,
+                Code::PreconditionRequired,
+            ],
         )
         .add(Access::Operator, routes!(pause), RUNS)
         .add(Access::Operator, routes!(resume), RUNS)
@@ -242,8 +252,52 @@ async fn list(
 async fn get(
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
-) -> Result<axum::Json<SaleView>, Problem> {
-    Ok(axum::Json(shop.view(SaleId(id)).await?.into()))
+) -> Result<Response, Problem> {
+    Ok(shown(shop.view(SaleId(id)).await?))
+}
+
+/// A sale with the `ETag` of what a change would change. Its stock moves by itself.
+fn shown(view: crate::sales::SaleView) -> Response {
+    let etag = [(ETAG, live_etag(view.facts.version))];
+    (etag, axum::Json(SaleView::from(view))).into_response()
+}
+
+/// What to change; what is absent stays.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct SaleChange {
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, min_length = 1, max_length = 200)]
+    name: Option<String>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, min_length = 1, max_length = 10_000)]
+    terms: Option<String>,
+}
+
+/// Change a sale
+///
+/// Its name and its small print. What a round obeys is fixed when it is made.
+#[utoipa::path(patch, path = "/v1/sales/{id}", tag = "sales", request_body = SaleChange,
+    params(("id" = Uuid, Path), ("If-Match" = String, Header, description = "The ETag of the version to change")),
+    responses((status = 200, description = "The sale", body = SaleView)))]
+async fn change(
+    _: Operator,
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+    IfMatch(version): IfMatch,
+    Json(change): Json<SaleChange>,
+) -> Result<Response, Problem> {
+    let mut check = Check::new();
+    let name = change
+        .name
+        .map(|name| check.text("#/name", &name, NAME_CHARACTERS));
+    let small_print = change
+        .terms
+        .map(|terms| check.text("#/terms", &terms, SMALL_PRINT_CHARACTERS));
+    check.done()?;
+    Ok(shown(
+        shop.change(SaleId(id), version, name, small_print).await?,
+    ))
 }
 
 /// Make a sale
@@ -276,7 +330,7 @@ async fn create(
     let sale = NewSale {
         id,
         fingerprint: Fingerprint::of(&[b"sale", &canonical]),
-        partition: HOME,
+        partition: shop.home(id),
         product: offer.product,
         name: offer.name.unwrap_or(product.content.name),
         small_print: offer.small_print,

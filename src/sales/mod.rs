@@ -23,7 +23,7 @@ use crate::{
         journal::Positions,
         orders::{self, Orders},
         rounds::Rounds,
-        sales::{self, Inserted, NewSale, SaleFacts, Sales},
+        sales::{self, Inserted, NewSale, SaleChanged, SaleFacts, Sales},
     },
     writer::StoredPosition,
 };
@@ -40,6 +40,9 @@ pub enum SaleError {
     /// The product does not exist.
     #[error("there is no such product")]
     NoProduct,
+    /// Somebody else has changed it meanwhile.
+    #[error("it has another version")]
+    Stale,
     /// The state of things does not allow it.
     #[error("{0}")]
     Conflict(&'static str),
@@ -122,6 +125,13 @@ impl Shop {
             .ok_or(SaleError::NotFound)
     }
 
+    /// Where a new sale shall live: it stays there for life, however many partitions there are
+    /// later.
+    pub fn home(&self, id: SaleId) -> Partition {
+        let partitions = self.engines.all().len().max(1) as u64;
+        Partition(u16::try_from(id.0.as_u64_pair().1 % partitions).unwrap_or(0))
+    }
+
     /// Makes a sale and provisions its first round. Doing it again with the same id is safe.
     ///
     /// Gives the sale and whether an earlier attempt made it.
@@ -143,6 +153,26 @@ impl Shop {
             self.directory.invalidate(facts.id);
         }
         Ok((self.view(facts.id).await?, replayed))
+    }
+
+    /// Changes what is said about a sale, if it has this version; `None` stays.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn change(
+        &self,
+        id: SaleId,
+        version: i64,
+        name: Option<String>,
+        small_print: Option<String>,
+    ) -> Result<SaleView, SaleError> {
+        match self.sales.change(id, version, name, small_print, clock::now()).await? {
+            SaleChanged::Done => {}
+            SaleChanged::Stale => return Err(SaleError::Stale),
+            SaleChanged::Missing => return Err(SaleError::NotFound),
+        }
+        self.directory.invalidate(id);
+        self.view(id).await
     }
 
     /// The sale as it stands, never older than this call.

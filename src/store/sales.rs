@@ -100,6 +100,17 @@ pub enum Inserted {
     NoProduct,
 }
 
+/// What became of changing a sale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaleChanged {
+    /// It has a new version.
+    Done,
+    /// It has another version than the one that was to be changed.
+    Stale,
+    /// There is no such sale.
+    Missing,
+}
+
 /// Which sales to list, newest first.
 #[derive(Clone, Copy, Debug)]
 pub struct Filter {
@@ -328,6 +339,48 @@ impl Sales {
                 .into_iter()
                 .map(Sale::try_from)
                 .collect()
+            })
+            .await
+    }
+
+    /// Changes what is said about a sale, if it has this version; `None` stays. What a running round
+    /// obeys does not change.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn change(
+        &self,
+        id: SaleId,
+        version: i64,
+        name: Option<String>,
+        small_print: Option<String>,
+        now: DateTime<Utc>,
+    ) -> Result<SaleChanged, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let done = sqlx::query!(
+                    "UPDATE sales
+                     SET name = coalesce($3, name), terms = coalesce($4, terms),
+                         version = version + 1, updated_at = $5
+                     WHERE id = $1 AND version = $2",
+                    id.0,
+                    version,
+                    name,
+                    small_print,
+                    now
+                )
+                .execute(&pool)
+                .await?;
+                if done.rows_affected() == 1 {
+                    return Ok(SaleChanged::Done);
+                }
+                let known = sqlx::query_scalar!(
+                    r#"SELECT EXISTS (SELECT FROM sales WHERE id = $1) AS "known!""#,
+                    id.0
+                )
+                .fetch_one(&pool)
+                .await?;
+                Ok(if known { SaleChanged::Stale } else { SaleChanged::Missing })
             })
             .await
     }

@@ -19,7 +19,9 @@ elseif length > 0 then
   last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1][1]
 end
 local time = redis.call('TIME')
+local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+now_ms = math.max(now_ms, tonumber(meta[4] or '0') or 0)
 return { meta[1] or '', meta[2] or '', meta[3] or '', meta[4] or '',
   string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)'),
-  whole(tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)),
+  whole(now_ms),
   whole(length), first, last }

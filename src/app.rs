@@ -51,6 +51,9 @@ use crate::{
 /// The time between two looks at what the metrics and `/readyz` show.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// How long the last answers may take once the process stops: the later stages need the rest.
+const LAST_ANSWERS: Duration = Duration::from_secs(4);
+
 /// How long PostgreSQL may take to be there at start.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -179,16 +182,8 @@ pub async fn start(
     };
     let stop = life.token(Stage::Background);
     life.spawn(Stage::Background, "look", async move {
-        loop {
-            look.once().await;
-            if stop
-                .run_until_cancelled(tokio::time::sleep(LOOK))
-                .await
-                .is_none()
-            {
-                return Ok(());
-            }
-        }
+        stop.run_until_cancelled(look.again_and_again()).await;
+        Ok(())
     });
 
     let mut app = App {
@@ -451,11 +446,18 @@ async fn listen(
     let stop = life.token(Stage::Requests);
     let service = router.into_make_service_with_connect_info::<SocketAddr>();
     life.spawn(Stage::Requests, name, async move {
-        let stopping = async move { stop.cancelled().await };
-        Ok(axum::serve(listener, service)
-            .with_graceful_shutdown(stopping)
-            .into_future()
-            .await?)
+        let stopping = stop.clone();
+        let serving = axum::serve(listener, service)
+            .with_graceful_shutdown(async move { stopping.cancelled().await });
+        let too_slow = async {
+            stop.cancelled().await;
+            tokio::time::sleep(LAST_ANSWERS).await;
+        };
+        tokio::select! {
+            served = serving.into_future() => Ok(served?),
+            // Somebody reads his answer so slowly that the writer would not get to drain.
+            () = too_slow => Ok(()),
+        }
     });
     Ok(addr)
 }
@@ -473,16 +475,32 @@ struct Look {
 }
 
 impl Look {
+    async fn again_and_again(&self) {
+        loop {
+            self.once().await;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     async fn once(&self) {
         match self.database.migrated().await {
             Ok(true) => self.readiness.pass("postgresql"),
             Ok(false) => self.readiness.fail("postgresql", "not migrated"),
             Err(_) => self.readiness.fail("postgresql", "does not answer"),
         }
-        let pings = self.engines.all().iter().map(Engine::ping);
-        match futures::future::try_join_all(pings).await {
-            Ok(_) => self.readiness.pass("redis"),
-            Err(_) => self.readiness.fail("redis", "does not answer"),
+        let settings = self.engines.all().iter().map(Engine::read_settings);
+        let dangers = match futures::future::try_join_all(settings).await {
+            Ok(_) => self
+                .engines
+                .all()
+                .iter()
+                .flat_map(|engine| engine.settings().dangers)
+                .next(),
+            Err(_) => Some("does not answer".to_owned()),
+        };
+        match dangers {
+            Some(danger) => self.readiness.fail("redis", danger),
+            None => self.readiness.pass("redis"),
         }
         let mut fenced = Vec::new();
         let mut redis_ms = None;

@@ -1,7 +1,14 @@
 //! A connection to Redis with the settings that the rules need. The only user of the client
 //! library.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use fred::{
@@ -20,6 +27,9 @@ use crate::domain::limits::CALL_DEADLINE_MS;
 /// How long a call may take before its outcome is given up as unknown: the deadline that Redis
 /// enforces, and a little for the way back.
 const CALL_TIMEOUT: Duration = Duration::from_millis(CALL_DEADLINE_MS.unsigned_abs() + 300);
+
+/// Commands in a row without an answer after which a connection is given up.
+const SILENT_MAX: u32 = 3;
 
 /// Commands that may wait inside the client library.
 ///
@@ -45,6 +55,8 @@ pub struct ServerSettings {
 pub(super) struct Connection {
     client: Client,
     task: ConnectHandle,
+    /// Commands in a row that got no answer in time.
+    silent: AtomicU32,
 }
 
 impl fmt::Debug for Connection {
@@ -88,7 +100,11 @@ impl Connection {
             }
         });
         let task = client.init().await.map_err(|_| EngineError::Disconnected)?;
-        Ok(Arc::new(Self { client, task }))
+        Ok(Arc::new(Self {
+            client,
+            task,
+            silent: AtomicU32::new(0),
+        }))
     }
 
     /// Connects with the timeout of script calls.
@@ -125,6 +141,7 @@ impl Connection {
             }
             reply => reply,
         };
+        self.note(&reply).await;
         match reply {
             Ok(Value::Array(values)) => Ok(values),
             Ok(other) => Err(EngineError::Protocol(format!(
@@ -132,6 +149,23 @@ impl Connection {
                 script.name
             ))),
             Err(error) => Err(failure(&error)),
+        }
+    }
+
+    /// Notes whether Redis answers. A connection whose other end is gone without a word looks alive
+    /// to the client library as long as something is written to it.
+    async fn note<T>(&self, reply: &Result<T, fred::error::Error>) {
+        let timed_out = reply
+            .as_ref()
+            .is_err_and(|error| *error.kind() == fred::error::ErrorKind::Timeout);
+        if !timed_out {
+            self.silent.store(0, Ordering::Relaxed);
+        } else if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_MAX {
+            self.silent.store(0, Ordering::Relaxed);
+            tracing::warn!("Redis does not answer on a connection: connecting anew");
+            if let Err(error) = self.client.force_reconnection().await {
+                tracing::debug!(%error, "connecting anew");
+            }
         }
     }
 
@@ -179,10 +213,9 @@ impl Connection {
             return Err(EngineError::Disconnected);
         }
         let arguments = arguments.into_iter().map(Value::Bytes).collect();
-        self.client
-            .custom::<Value, Value>(command, arguments)
-            .await
-            .map_err(|error| failure(&error))
+        let reply = self.client.custom::<Value, Value>(command, arguments).await;
+        self.note(&reply).await;
+        reply.map_err(|error| failure(&error))
     }
 
     /// Reads the settings that decide what an acceptance survives.

@@ -1,6 +1,8 @@
 //! Looking at a partition before it may sell, and beginning an epoch: `inspect.lua`,
 //! `install.lua`. Only recovery uses these.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 
 use super::{Engine, Shared, error::EngineError, packed::Unpack, reply::Reply};
@@ -18,7 +20,7 @@ pub struct Inspection {
     pub pseq: u64,
     /// Whether the epoch was installed on this very run of the server.
     pub same_incarnation: bool,
-    /// Redis' clock, milliseconds since the Unix epoch.
+    /// Redis' clock, milliseconds since the Unix epoch; never before what was stamped last.
     pub now_ms: i64,
     /// Entries in the journal; `None` when the key is of another type.
     pub journal_length: Option<u64>,
@@ -26,6 +28,8 @@ pub struct Inspection {
     pub journal_first: Option<JournalId>,
     /// The newest entry.
     pub journal_last: Option<JournalId>,
+    /// Our instant just before that.
+    at: Instant,
     incarnation: String,
     raw_epoch: String,
 }
@@ -49,6 +53,7 @@ impl Engine {
     pub async fn inspect(&self) -> Result<Inspection, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![keys.meta(), keys.journal()];
+        let at = Instant::now();
         let reply = self
             .operations
             .call(&scripts.inspect, names, vec![])
@@ -70,6 +75,7 @@ impl Engine {
             journal_length: length.try_into().ok(),
             journal_first: journal_id(&first),
             journal_last: journal_id(&last),
+            at,
             incarnation,
             raw_epoch,
         })
@@ -142,7 +148,7 @@ impl Engine {
         match reply.text()?.as_str() {
             "ok" => {
                 let pseq = reply.number()?;
-                view.open(epoch, pseq, inspection.now_ms);
+                view.open(epoch, pseq, inspection.now_ms, inspection.at);
                 Ok(JournalId { epoch, pseq })
             }
             "changed" => Err(InstallError::Changed),
@@ -154,7 +160,7 @@ impl Engine {
     pub fn adopt(&self, epoch: Epoch, inspection: &Inspection) {
         self.shared
             .view
-            .open(epoch, inspection.pseq, inspection.now_ms);
+            .open(epoch, inspection.pseq, inspection.now_ms, inspection.at);
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) const PROOF_ORDERS_MAX: u64 = 1_000_000;
 const MEMORY: Duration = Duration::from_millis(MEMORY_MS.unsigned_abs());
 
 /// A round that nobody has asked about for so long is forgotten, its proof too.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
+const FORGOTTEN_AFTER: Duration = Duration::from_mins(10);
 
 /// The time between two attempts to load a proof for one round.
 const PROOF_INTERVAL: Duration = Duration::from_millis(250);
@@ -75,6 +75,8 @@ struct Remembered {
     at: Instant,
     proof: Option<Arc<Proof>>,
     proof_asked_at: Option<Instant>,
+    /// Whether a proof is being loaded right now.
+    proof_loading: bool,
 }
 
 /// What a node remembers of the rounds that it sells.
@@ -98,6 +100,7 @@ impl Memory {
             at,
             proof: None,
             proof_asked_at: None,
+            proof_loading: false,
         });
         // Replies of several calls arrive in any order.
         let age = |s: &Standing| (s.epoch, s.counters.seq, s.now_ms);
@@ -143,17 +146,21 @@ impl Memory {
         let asked = known
             .proof_asked_at
             .is_some_and(|asked| at.saturating_duration_since(asked) < PROOF_INTERVAL);
-        if !refuses || proved || asked {
+        if !refuses || proved || asked || known.proof_loading {
             return false;
         }
         known.proof_asked_at = Some(at);
+        known.proof_loading = true;
         true
     }
 
-    /// Keeps a proof.
-    pub(super) fn prove(&self, round: RoundId, proof: Proof) {
+    /// Ends what [`Memory::wants_proof`] began; `None` keeps what was there.
+    pub(super) fn prove(&self, round: RoundId, proof: Option<Proof>) {
         if let Some(known) = self.rounds().get_mut(&round) {
-            known.proof = Some(Arc::new(proof));
+            known.proof_loading = false;
+            if let Some(proof) = proof {
+                known.proof = Some(Arc::new(proof));
+            }
         }
     }
 
@@ -268,7 +275,7 @@ mod tests {
 
         let mut known = Known::default();
         known.add(purchase("accepted").order, BuyerId(Uuid::from_u128(8)));
-        memory.prove(sold_out.round, Proof::new(&sold_out, known));
+        memory.prove(sold_out.round, Some(Proof::new(&sold_out, known)));
         assert_eq!(refuse("new", at), Some(Refusal::SoldOut));
         let limited = [
             Purchase {
@@ -301,7 +308,7 @@ mod tests {
         let (memory, at) = (Memory::default(), Instant::now());
         let left = standing(State::Open, 2, 3);
         memory.learn(&left, at);
-        memory.prove(left.round, Proof::new(&left, Known::default()));
+        memory.prove(left.round, Some(Proof::new(&left, Known::default())));
         let asks_for_more = Purchase {
             quantity: 3,
             ..purchase("new")

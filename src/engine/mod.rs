@@ -28,7 +28,7 @@ mod snapshot;
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::Instant,
 };
 
@@ -87,7 +87,6 @@ pub struct Engine {
     /// Operators' calls and cancels never wait behind the crowd.
     operations: Arc<Connection>,
     reads: Arc<Connection>,
-    settings: ServerSettings,
 }
 
 /// What all operations of an engine share.
@@ -101,7 +100,8 @@ struct Shared {
     news: broadcast::Sender<Standing>,
     /// Rounds whose keys are missing or not whole, as the last call saw them.
     damaged: Mutex<BTreeSet<RoundId>>,
-    durability: Durability,
+    /// What Redis said of its settings when it was last asked.
+    settings: RwLock<ServerSettings>,
 }
 
 impl Shared {
@@ -110,6 +110,15 @@ impl Shared {
         self.memory.learn(standing, at);
         // Nobody listens: nobody needs to know.
         let _ = self.news.send(*standing);
+    }
+
+    fn durability(&self) -> Durability {
+        let settings = self.settings.read().unwrap_or_else(PoisonError::into_inner);
+        if settings.synced {
+            Durability::Fsync
+        } else {
+            Durability::Fast
+        }
     }
 
     /// Says aloud when a round becomes damaged and when it is whole again, not at each purchase.
@@ -138,11 +147,6 @@ impl Engine {
         let operations = Connection::open_for_calls(&url).await?;
         let reads = Connection::open_for_calls(&url).await?;
         let settings = operations.settings().await?;
-        let durability = if settings.synced {
-            Durability::Fsync
-        } else {
-            Durability::Fast
-        };
         let (news, _) = broadcast::channel(NEWS_CAPACITY);
         let shared = Arc::new(Shared {
             keys: Keys(partition),
@@ -152,7 +156,7 @@ impl Engine {
             metrics,
             news,
             damaged: Mutex::default(),
-            durability,
+            settings: RwLock::new(settings),
         });
         let purchases = PurchaseLane {
             shared: Arc::clone(&shared),
@@ -170,7 +174,6 @@ impl Engine {
             snapshots: Coalescer::new(snapshots, options.queue_capacity, SNAPSHOT_CALLS_MAX),
             operations,
             reads,
-            settings,
         })
     }
 
@@ -179,19 +182,43 @@ impl Engine {
         self.partition
     }
 
-    /// What Redis said of its settings when the engine connected.
-    pub fn settings(&self) -> &ServerSettings {
-        &self.settings
+    /// What Redis said of its settings when it was last asked.
+    pub fn settings(&self) -> ServerSettings {
+        self.shared
+            .settings
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Asks Redis for its settings: another server may have taken its place, or an operator may
+    /// have changed them.
+    ///
+    /// # Errors
+    /// [`EngineError`] when it does not say.
+    pub async fn read_settings(&self) -> Result<(), EngineError> {
+        let settings = self.operations.settings().await?;
+        *self
+            .shared
+            .settings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = settings;
+        Ok(())
     }
 
     /// What an acceptance survives.
     pub fn durability(&self) -> Durability {
-        self.shared.durability
+        self.shared.durability()
     }
 
     /// The state of the fence, and its changes.
     pub fn fence(&self) -> watch::Receiver<Fence> {
         self.shared.view.fence()
+    }
+
+    /// Stops selling until recovery has looked once more.
+    pub fn fence_again(&self, reason: &str) {
+        self.shared.view.close(reason);
     }
 
     /// Returns once the partition may sell.
@@ -206,14 +233,6 @@ impl Engine {
     /// The highest pseq that any reply has shown.
     pub fn floor(&self) -> u64 {
         self.shared.view.floor()
-    }
-
-    /// Returns once Redis has answered.
-    ///
-    /// # Errors
-    /// [`EngineError`] when it does not.
-    pub async fn ping(&self) -> Result<(), EngineError> {
-        self.reads.command("PING", Vec::new()).await.map(|_| ())
     }
 
     /// Purchases that wait for a call.

@@ -19,7 +19,10 @@ use crate::domain::{
 };
 
 /// An estimate of Redis' clock older than this is replaced whatever the new one says.
-const CLOCK_ANCHOR_AGE: Duration = Duration::from_secs(10);
+const CLOCK_ANCHOR_AGE: Duration = Duration::from_secs(2);
+
+// A clock that stands still, because it was set back, must not look like a jump.
+const _: () = assert!(CLOCK_ANCHOR_AGE.as_millis() * 2 < CLOCK_JUMP_MS as u128);
 
 /// Whether purchases are let through to Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,10 +105,12 @@ impl PartitionView {
     }
 
     /// Lets purchases through, in a timeline that recovery has checked.
-    pub(super) fn open(&self, epoch: Epoch, pseq: u64, now_ms: i64) {
+    ///
+    /// Redis' clock showed `now_ms` at our instant `at`.
+    pub(super) fn open(&self, epoch: Epoch, pseq: u64, now_ms: i64, at: Instant) {
         let mut seen = self.seen();
         seen.pseq = seen.pseq.max(pseq);
-        seen.clock = Some((now_ms, Instant::now()));
+        seen.clock = Some((now_ms, at));
         drop(seen);
         self.fence.send_replace(Fence::Open(epoch));
     }
@@ -165,8 +170,14 @@ impl PartitionView {
             "damaged" => Err(EngineError::Damaged(reply.text()?)),
             "expired" => {
                 let now_ms: i64 = reply.number()?;
-                let estimate = self.redis_ms(at).unwrap_or(now_ms);
-                if now_ms - estimate > CLOCK_JUMP_MS {
+                let mut seen = self.seen();
+                let ahead_ms = now_ms - seen.redis_ms(at).unwrap_or(now_ms);
+                // A small step is believed; otherwise every further call would be late, too.
+                if ahead_ms <= CLOCK_JUMP_MS {
+                    seen.learn_clock(now_ms, at);
+                }
+                drop(seen);
+                if ahead_ms > CLOCK_JUMP_MS {
                     self.close("Redis' clock jumped ahead");
                 }
                 Err(EngineError::Expired)
@@ -203,7 +214,7 @@ mod tests {
     fn a_partition_starts_fenced_and_tells_the_first_reason() {
         let view = PartitionView::new(Partition(0));
         assert!(matches!(view.caller(), Err(EngineError::Fenced(_))));
-        view.open(Epoch(3), 7, 1_000);
+        view.open(Epoch(3), 7, 1_000, Instant::now());
         assert_eq!(view.epoch(), Ok(Epoch(3)));
         assert_eq!(view.floor(), 7);
         view.close("first");

@@ -62,7 +62,6 @@ impl Lane for PurchaseLane {
             scripts,
             view,
             metrics,
-            durability,
             ..
         } = &*self.shared;
         let (epoch, caller) = view.caller()?;
@@ -88,7 +87,7 @@ impl Lane for PurchaseLane {
                 keys.orders(round.sale),
             ]);
         }
-        let durability = packed::durability_byte(*durability).to_string();
+        let durability = packed::durability_byte(self.shared.durability()).to_string();
         let arguments = vec![caller, durability.into(), packed_items.into()];
 
         let sent_at = Instant::now();

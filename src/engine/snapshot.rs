@@ -108,16 +108,20 @@ impl Engine {
                 let after = snapshots.submit(round).await.flatten()?;
                 Ok::<_, EngineError>((before, known, after))
             };
-            match load.await {
+            let proof = match load.await {
                 // No order in between: nothing is missing. Orders are never taken out.
                 Ok((before, Some(known), after))
                     if (before.epoch, before.orders) == (after.epoch, after.orders) =>
                 {
-                    shared.memory.prove(round, Proof::new(&after, known));
+                    Some(Proof::new(&after, known))
                 }
-                Ok(_) => {}
-                Err(error) => tracing::debug!(%round, %error, "proof of absence not loaded"),
-            }
+                Ok(_) => None,
+                Err(error) => {
+                    tracing::debug!(%round, %error, "proof of absence not loaded");
+                    None
+                }
+            };
+            shared.memory.prove(round, proof);
         });
     }
 }

@@ -33,7 +33,7 @@ use tower::{Layer, Service};
 use super::{
     access_log::{AccessLog, Line},
     body::BODY_BYTES_MAX,
-    problem::{self, Code, MEDIA_TYPE, Problem},
+    problem::{self, CALL_MAY_RUN_FOR, Code, MEDIA_TYPE, Problem},
 };
 use crate::{
     clock,
@@ -272,8 +272,8 @@ fn declared_length(headers: &HeaderMap) -> usize {
 }
 
 fn timed_out(timeout: Duration) -> Problem {
-    let cause = format!("no answer after {} ms", timeout.as_millis());
-    Problem::unknown("The answer took too long.", Duration::from_secs(2)).caused_by(cause)
+    tracing::debug!(timeout_ms = timeout.as_millis(), "no answer in time");
+    Problem::unknown("The answer took too long.", CALL_MAY_RUN_FOR)
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -428,8 +428,8 @@ mod tests {
         let slow = Router::new().route("/slow", any(std::future::pending::<()>));
         let app = edged_within(slow, Duration::from_millis(20));
         for (method, outcome, wait) in [
-            (Method::GET, "not_applied", "2"),
-            (Method::POST, "unknown", "2"),
+            (Method::GET, "not_applied", "3"),
+            (Method::POST, "unknown", "3"),
         ] {
             let answer = Answer::get(app.clone(), method, "/slow").await;
             answer.is_problem(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable);

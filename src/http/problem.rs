@@ -497,7 +497,8 @@ impl IntoResponse for Problem {
 }
 
 /// A call that was sent may run until its deadline; a second is for clocks and the way.
-const CALL_MAY_RUN_FOR: Duration = Duration::from_millis(CALL_DEADLINE_MS.unsigned_abs() + 1000);
+pub(super) const CALL_MAY_RUN_FOR: Duration =
+    Duration::from_millis(CALL_DEADLINE_MS.unsigned_abs() + 1000);
 
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
@@ -508,9 +509,10 @@ impl From<StoreError> for Problem {
 impl From<&StoreError> for Problem {
     fn from(error: &StoreError) -> Self {
         match error {
+            // Like the engine's: everybody gets this at once, so it is counted, not logged.
             StoreError::Unavailable(_) => {
+                tracing::debug!(%error, "the database has no answer");
                 Self::unknown("The database does not answer.", Duration::from_secs(1))
-                    .caused_by(error)
             }
             StoreError::Unexpected(_) => Self::internal(error),
         }

@@ -249,10 +249,7 @@ async fn list(
 /// Never older than the request.
 #[utoipa::path(get, path = "/v1/sales/{id}", tag = "sales", params(("id" = Uuid, Path)),
     responses((status = 200, description = "The sale", body = SaleView)))]
-async fn get(
-    State(shop): State<Arc<Shop>>,
-    Path(id): Path<Uuid>,
-) -> Result<Response, Problem> {
+async fn get(State(shop): State<Arc<Shop>>, Path(id): Path<Uuid>) -> Result<Response, Problem> {
     Ok(shown(shop.view(SaleId(id)).await?))
 }
 
@@ -295,9 +292,8 @@ async fn change(
         .terms
         .map(|terms| check.text("#/terms", &terms, SMALL_PRINT_CHARACTERS));
     check.done()?;
-    Ok(shown(
-        shop.change(SaleId(id), version, name, small_print).await?,
-    ))
+    let changed = shop.change(SaleId(id), version, name, small_print).await;
+    Ok(shown(changed.map_err(Problem::of_making)?))
 }
 
 /// Make a sale

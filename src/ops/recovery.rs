@@ -105,9 +105,10 @@ impl Recovery {
                         }
                         told = Some(reason);
                     }
-                    tokio::time::sleep(PERIOD).await;
                 }
             }
+            // Also after a success, so that a fence that closes again at once does not spin.
+            tokio::time::sleep(PERIOD).await;
         }
     }
 
@@ -129,10 +130,19 @@ impl Recovery {
             && inspection.same_incarnation
             && ahead_ms.abs() > CLOCK_JUMP_MS
         {
+            // In words that do not change from look to look, so that they are said once.
+            let direction = if ahead_ms > 0 { "ahead" } else { "back" };
             return Err(StaysFenced::Lost(format!(
-                "the clock of Redis jumped by {ahead_ms} ms; if it is right now, restart this node"
+                "the clock of Redis jumped {direction} by more than {} s; if it is right now, \
+                 restart this node",
+                CLOCK_JUMP_MS / 1000
             )));
         }
+        // A new server may have other settings, and acceptances say what they survive.
+        engine
+            .read_settings()
+            .await
+            .map_err(|error| passing(&error))?;
         let provisioned = self
             .rounds
             .provisioned(partition)
@@ -156,16 +166,25 @@ impl Recovery {
         }
         let raised = self
             .positions
-            .raise_epoch(partition)
+            .raise_epoch(partition, position.epoch)
             .await
-            .map_err(|error| passing(&error))?;
+            .map_err(|error| passing(&error))?
+            .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?;
         let entry = engine
             .install(raised.epoch, &inspection)
             .await
             .map_err(|error| passing(&error))?;
-        // Not noted: the next look only knows less, never something wrong.
-        if let Err(error) = self.positions.set_installed(partition, raised.epoch).await {
-            tracing::warn!(%partition, %error, "the new epoch could not be noted as installed");
+        match self.positions.set_installed(partition, raised.epoch).await {
+            Ok(true) => {}
+            // Another node has raised the epoch meanwhile: nobody would store what is sold in ours.
+            Ok(false) => {
+                engine.fence_again("another epoch has begun");
+                return Err(StaysFenced::Passing("another epoch has begun".to_owned()));
+            }
+            // Not noted: the next look only knows less, never something wrong.
+            Err(error) => {
+                tracing::warn!(%partition, %error, "the new epoch could not be noted as installed");
+            }
         }
         Ok(Verified::Begun(entry))
     }

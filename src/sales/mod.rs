@@ -166,7 +166,11 @@ impl Shop {
         name: Option<String>,
         small_print: Option<String>,
     ) -> Result<SaleView, SaleError> {
-        match self.sales.change(id, version, name, small_print, clock::now()).await? {
+        match self
+            .sales
+            .change(id, version, name, small_print, clock::now())
+            .await?
+        {
             SaleChanged::Done => {}
             SaleChanged::Stale => return Err(SaleError::Stale),
             SaleChanged::Missing => return Err(SaleError::NotFound),

@@ -45,22 +45,26 @@ pub(super) async fn provision(
 
 /// Brings into Redis what an interrupted request or a crash left behind, until `stop`.
 pub async fn provision_rounds(engines: Engines, rounds: Rounds, stop: CancellationToken) {
-    while stop
-        .run_until_cancelled(tokio::time::sleep(PERIOD))
-        .await
-        .is_some()
-    {
-        let waiting = rounds.unprovisioned(ROUNDS_MAX).await.unwrap_or_default();
-        // A request that is under way right now is not interrupted: doing it twice is safe.
-        for waiting in waiting {
-            let Some(engine) = engines.of(waiting.partition) else {
-                continue;
-            };
-            match provision(engine, &rounds, waiting.round, &waiting.terms).await {
-                Ok(()) => tracing::info!(round = %waiting.round, "round provisioned"),
-                Err(error) => {
-                    tracing::debug!(round = %waiting.round, %error, "round not provisioned yet");
-                }
+    stop.run_until_cancelled(async {
+        loop {
+            tokio::time::sleep(PERIOD).await;
+            bring(&engines, &rounds).await;
+        }
+    })
+    .await;
+}
+
+async fn bring(engines: &Engines, rounds: &Rounds) {
+    let waiting = rounds.unprovisioned(ROUNDS_MAX).await.unwrap_or_default();
+    // A request that is under way right now is not interrupted: doing it twice is safe.
+    for waiting in waiting {
+        let Some(engine) = engines.of(waiting.partition) else {
+            continue;
+        };
+        match provision(engine, rounds, waiting.round, &waiting.terms).await {
+            Ok(()) => tracing::info!(round = %waiting.round, "round provisioned"),
+            Err(error) => {
+                tracing::debug!(round = %waiting.round, %error, "round not provisioned yet");
             }
         }
     }

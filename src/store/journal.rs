@@ -205,24 +205,30 @@ impl Positions {
             .await
     }
 
-    /// Begins a new epoch: from now on no writer inserts what an older one left.
+    /// Begins the epoch after `present`: from now on no writer inserts what an older one left.
+    /// `None` when another node was faster.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn raise_epoch(&self, partition: Partition) -> Result<Position, StoreError> {
+    pub async fn raise_epoch(
+        &self,
+        partition: Partition,
+        present: Epoch,
+    ) -> Result<Option<Position>, StoreError> {
         self.of(partition).await?;
         self.database
             .run(async move |pool| {
                 let row = sqlx::query_as!(
                     PositionColumns,
                     "UPDATE journal_positions SET epoch = epoch + 1, updated_at = now()
-                     WHERE partition = $1
+                     WHERE partition = $1 AND epoch = $2
                      RETURNING epoch, installed_epoch, position, position_epoch",
-                    partition.0.cast_signed()
+                    partition.0.cast_signed(),
+                    present.0.cast_signed()
                 )
-                .fetch_one(&pool)
+                .fetch_optional(&pool)
                 .await?;
-                Ok(row.into())
+                Ok(row.map(Into::into))
             })
             .await
     }

@@ -21,6 +21,9 @@ use sqlx::{
 /// Every migration there is, in the binary.
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
+/// How long anybody waits for PostgreSQL: longer than a connection and a statement may take.
+const WAIT_MAX: Duration = Duration::from_secs(15);
+
 /// How a [`Database`] is reached.
 #[derive(Clone, Copy, Debug)]
 pub struct DatabaseSettings {
@@ -86,6 +89,20 @@ impl Database {
         W: FnOnce(PgPool) -> F,
         F: Future<Output = Result<T, E>> + Send + 'static,
         T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        // PostgreSQL's own limits do not help when its host is gone without a word: whoever waits
+        // is told, and the work is left to end when the connection does.
+        let waited = tokio::time::timeout(WAIT_MAX, self.finish(work)).await;
+        waited.unwrap_or_else(|_| Err(StoreError::Unavailable(sqlx::Error::PoolTimedOut).into()))
+    }
+
+    /// Runs `work` to its end, however long it takes.
+    async fn finish<T, E, W, F>(&self, work: W) -> Result<T, E>
+    where
+        W: FnOnce(PgPool) -> F,
+        F: Future<Output = Result<T, E>> + Send + 'static,
+        T: Send + 'static,
         E: Send + 'static,
     {
         match tokio::spawn(work(self.pool.clone())).await {
@@ -101,7 +118,7 @@ impl Database {
     /// [`StoreError::Unexpected`] when the schema is not one that this binary's migrations lead
     /// to, [`StoreError::Unavailable`] when PostgreSQL is.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        self.run(async |pool| {
+        self.finish(async |pool| {
             MIGRATIONS.run(&pool).await.map_err(|error| match error {
                 MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => {
                     error.into()

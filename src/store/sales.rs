@@ -380,7 +380,11 @@ impl Sales {
                 )
                 .fetch_one(&pool)
                 .await?;
-                Ok(if known { SaleChanged::Stale } else { SaleChanged::Missing })
+                Ok(if known {
+                    SaleChanged::Stale
+                } else {
+                    SaleChanged::Missing
+                })
             })
             .await
     }

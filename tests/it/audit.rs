@@ -62,7 +62,11 @@ impl Stall {
         let database = Database::new(url, DatabaseSettings::default()).unwrap();
         let mut sql = PgConnection::connect(url).await.unwrap();
         let positions = Positions::new(database.clone());
-        positions.raise_epoch(PARTITION).await.unwrap();
+        positions
+            .raise_epoch(PARTITION, Epoch::default())
+            .await
+            .unwrap()
+            .unwrap();
         let engine = support::engine(&redis, PARTITION).await;
         assert!(positions.set_installed(PARTITION, Epoch(1)).await.unwrap());
 

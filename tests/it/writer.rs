@@ -64,7 +64,12 @@ impl Shop {
 
         let positions = Positions::new(database.clone());
         assert_eq!(
-            positions.raise_epoch(PARTITION).await.unwrap().epoch,
+            positions
+                .raise_epoch(PARTITION, Epoch::default())
+                .await
+                .unwrap()
+                .unwrap()
+                .epoch,
             Epoch(1)
         );
         let engine = super::support::engine(&redis, PARTITION).await;
@@ -330,7 +335,7 @@ async fn a_writer_of_an_old_epoch_stores_nothing() {
     writer.reach(shop.end().await).await;
     // Redis goes on in the old timeline, as an old primary would.
     Positions::new(shop.database.clone())
-        .raise_epoch(PARTITION)
+        .raise_epoch(PARTITION, Epoch(1))
         .await
         .unwrap();
     let order = shop.buy(900, 1, 1).await;

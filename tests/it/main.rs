@@ -13,5 +13,6 @@ mod engine;
 mod events;
 mod layers;
 mod refusals;
+mod selling;
 mod support;
 mod writer;

@@ -11,6 +11,7 @@ mod audit;
 mod embedded;
 mod engine;
 mod events;
+mod faults;
 mod layers;
 mod refusals;
 mod selling;

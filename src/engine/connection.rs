@@ -112,7 +112,7 @@ impl Connection {
         Self::open(url, CALL_TIMEOUT).await
     }
 
-    /// Runs a script by its hash; loads it when Redis does not know it.
+    /// Runs a script by its hash, or by its text when Redis does not know it.
     pub(super) async fn call(
         &self,
         script: &Script,
@@ -123,21 +123,12 @@ impl Connection {
         if !self.client.is_connected() {
             return Err(EngineError::Disconnected);
         }
-        let evaluate = || {
-            self.client.evalsha::<Value, _, _, _>(
-                script.sha.as_str(),
-                keys.clone(),
-                arguments
-                    .clone()
-                    .into_iter()
-                    .map(Value::Bytes)
-                    .collect::<Vec<_>>(),
-            )
-        };
-        let reply = match evaluate().await {
+        let arguments: Vec<_> = arguments.into_iter().map(Value::Bytes).collect();
+        let (sha, names) = (script.sha.as_str(), keys.clone());
+        let reply = match self.client.evalsha(sha, names, arguments.clone()).await {
+            // Redis keeps what it runs. Loading it first would leave room to forget it again.
             Err(error) if error.details().starts_with("NOSCRIPT") => {
-                self.load(script).await?;
-                evaluate().await
+                self.client.eval(script.text, keys, arguments).await
             }
             reply => reply,
         };
@@ -167,15 +158,6 @@ impl Connection {
                 tracing::debug!(%error, "connecting anew");
             }
         }
-    }
-
-    async fn load(&self, script: &Script) -> Result<(), EngineError> {
-        // The script has not run, whatever becomes of loading it.
-        self.client
-            .script_load::<Value, _>(script.text)
-            .await
-            .map(|_| ())
-            .map_err(|error| EngineError::Refused(format!("loading {}: {error}", script.name)))
     }
 
     /// Runs a plain command.

@@ -151,11 +151,11 @@ impl JournalReader {
         }
     }
 
-    /// Returns when there is an entry after `after`, or after about a second.
+    /// Returns when there is an entry after `after`, or after about a second; whether there is one.
     ///
     /// # Errors
     /// [`JournalError`].
-    pub async fn wait(&self, after: JournalId) -> Result<(), JournalError> {
+    pub async fn wait(&self, after: JournalId) -> Result<bool, JournalError> {
         let arguments = vec![
             Bytes::from_static(b"BLOCK"),
             Bytes::from(WAIT.as_millis().to_string()),
@@ -165,8 +165,8 @@ impl JournalReader {
             Bytes::from(self.shared.keys.journal()),
             Bytes::from(after.to_string()),
         ];
-        self.connection.blocking_command("XREAD", arguments).await?;
-        Ok(())
+        let found = self.connection.blocking_command("XREAD", arguments).await?;
+        Ok(!found.is_null())
     }
 }
 

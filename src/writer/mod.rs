@@ -301,11 +301,15 @@ impl Writer {
                         .unwrap_or_default();
                     let waited = select! {
                         waited = self.reader.wait(after) => waited,
-                        () = stop.cancelled() => Ok(()),
+                        () = stop.cancelled() => Ok(true),
                     };
-                    if waited.is_err() {
+                    match waited {
+                        Ok(true) => {}
+                        // PostgreSQL may have been set back, by a failover or by hand, and nobody
+                        // may ever buy again.
+                        Ok(false) => self.forget(),
                         // The next read says what is wrong.
-                        pause(backoff(0), stop).await;
+                        Err(_) => pause(backoff(0), stop).await,
                     }
                 }
                 // Another writer is at work: let it.

@@ -263,6 +263,49 @@ async fn every_subscriber_sees_a_sale_sell_out_at_a_cost_of_ten_frames_a_second(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_the_sale_and_whoever_does_not_read_misses_steps_but_not_the_end() {
+    let app = App::start().await;
+    let sale = app
+        .sale(json!({ "allocation": 30, "per_buyer_limit": 3 }))
+        .await;
+    app.buy(id(&sale), buyer(0), "k", 3).await.expect(201);
+    let path = format!("/v1/sales/{}/events", id(&sale));
+    let mut reader = Subscriber::connect(&app, &path, None).await;
+    let mut sleeper = Subscriber::connect(&app, &path, None).await;
+    let snapshot = reader.event().await;
+    let view = app.view(id(&sale)).await;
+    for (name, value) in snapshot.data.as_object().unwrap() {
+        let expected = match name.as_str() {
+            "server_time_ms" => continue,
+            "sale_id" => &view["id"],
+            name => &view[name],
+        };
+        assert_eq!(value, expected, "{name}");
+    }
+    let names: BTreeSet<_> = snapshot.data.as_object().unwrap().keys().collect();
+    let expected = "allocation held remaining round sale_id seq server_time_ms sold sold_out state";
+    assert!(names.into_iter().eq(expected.split(' ')));
+
+    let mut left = 27;
+    for number in 1..=9 {
+        app.buy(id(&sale), buyer(number), "k", 3).await.expect(201);
+        let events = reader
+            .until(|event| event.data["seq"] == json!(number + 1))
+            .await;
+        for event in events {
+            let remaining = event.data["remaining"].as_u64().unwrap();
+            assert!(remaining < left, "{event:?}");
+            left = remaining;
+        }
+    }
+    assert_eq!(left, 0);
+    let slept = sleeper.until(|event| event.data["sold_out"] == true).await;
+    assert_eq!(slept[0].id, snapshot.id);
+    assert_eq!(sleeper.ids, reader.ids);
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_follows_the_operator_and_the_clock() {
     let app = App::start().await;
     let opening = app.sale(json!({ "opens_at": in_ms(3_000) })).await;

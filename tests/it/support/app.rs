@@ -15,7 +15,10 @@ use stockade::{
     config::{Config, Endpoints},
     lifecycle::Lifecycle,
 };
-use tokio::task::JoinHandle;
+use tokio::{
+    sync::watch,
+    task::{JoinHandle, JoinSet},
+};
 use uuid::Uuid;
 
 use super::Redis;
@@ -33,10 +36,44 @@ pub(crate) struct App {
     pub(crate) url: String,
     pub(crate) operator: Uuid,
     settings: Vec<(String, String)>,
-    life: Lifecycle,
-    running: Option<JoinHandle<()>>,
+    node: Option<Node>,
+    /// Where it answers: another port after each start.
+    door: watch::Sender<String>,
     keys: TokenKeys,
     audited: bool,
+}
+
+/// One process' worth of the application. Several may share the same stores.
+pub(crate) struct Node {
+    url: String,
+    life: Lifecycle,
+    running: JoinHandle<()>,
+}
+
+impl Node {
+    /// The same request, to this node.
+    pub(crate) fn ask(&self, request: RequestBuilder) -> RequestBuilder {
+        redirected(request, &self.url)
+    }
+
+    /// Where it answers.
+    pub(crate) fn door(&self) -> watch::Receiver<String> {
+        watch::Sender::new(self.url.clone()).subscribe()
+    }
+
+    /// Stops it as SIGTERM does, and waits until its last task has ended.
+    pub(crate) async fn stop(self) {
+        self.life.stop();
+        self.running.await.unwrap();
+    }
+}
+
+fn redirected(request: RequestBuilder, url: &str) -> RequestBuilder {
+    let (client, request) = request.build_split();
+    let mut request = request.unwrap();
+    let port = reqwest::Url::parse(url).unwrap().port();
+    request.url_mut().set_port(port).unwrap();
+    RequestBuilder::from_parts(client, request)
 }
 
 /// An answer, read to its end.
@@ -90,8 +127,8 @@ impl App {
                 .iter()
                 .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
                 .collect(),
-            life: Lifecycle::new(),
-            running: None,
+            node: None,
+            door: watch::Sender::default(),
             keys: TokenKeys::new(&keys, 600).unwrap(),
             audited: false,
         };
@@ -101,6 +138,15 @@ impl App {
 
     /// Starts the application on its stores, and waits until it is ready.
     pub(crate) async fn run(&mut self) {
+        let node = self.node().await;
+        self.url.clone_from(&node.url);
+        self.door.send_replace(node.url.clone());
+        self.node = Some(node);
+        self.ready().await;
+    }
+
+    /// Starts one more application on the same stores.
+    pub(crate) async fn node(&self) -> Node {
         let mut vars = vec![
             ("STOCKADE_HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
             ("STOCKADE_JWT_SECRET".to_owned(), SECRET.to_owned()),
@@ -112,14 +158,20 @@ impl App {
             cache_redis_url: None,
             database_url: self.database_url.clone(),
         };
-        self.life = Lifecycle::new();
-        let started = app::start(&config, &endpoints, Role::ALL, &self.life)
+        let life = Lifecycle::new();
+        let started = app::start(&config, &endpoints, Role::ALL, &life)
             .await
             .unwrap();
-        self.url = format!("http://{}", started.http_addr.unwrap());
-        let life = self.life.clone();
-        self.running = Some(tokio::spawn(async move { life.run().await.unwrap() }));
-        self.ready().await;
+        Node {
+            url: format!("http://{}", started.http_addr.unwrap()),
+            life: life.clone(),
+            running: tokio::spawn(async move { life.run().await.unwrap() }),
+        }
+    }
+
+    /// Where the application answers, also after the next start.
+    pub(crate) fn door(&self) -> watch::Receiver<String> {
+        self.door.subscribe()
     }
 
     /// Waits until the application wants traffic.
@@ -129,9 +181,8 @@ impl App {
 
     /// Stops the application as SIGTERM does, and waits until its last task has ended.
     pub(crate) async fn stop(&mut self) {
-        self.life.stop();
-        if let Some(running) = self.running.take() {
-            running.await.unwrap();
+        if let Some(node) = self.node.take() {
+            node.stop().await;
         }
     }
 
@@ -239,24 +290,37 @@ impl App {
         self.until(&path, done).await.json()
     }
 
-    /// The end of every test: each sale is audited, then the application stops in order.
-    pub(crate) async fn finish(mut self) {
+    /// All pages of a list, as the operator sees them.
+    pub(crate) async fn pages(&self, path: &str) -> Vec<Value> {
+        let mut rows = Vec::new();
         let mut cursor = String::new();
         loop {
-            let page = self
-                .get(&format!("/v1/sales?limit=100{cursor}"))
-                .await
-                .expect(200)
-                .json();
-            for sale in page["data"].as_array().unwrap() {
-                let audit = self.audit(sale["id"].as_str().unwrap()).await;
-                assert_eq!(audit["verdict"], "pass", "{audit:#}");
-            }
-            match page["next_cursor"].as_str() {
+            let and = if path.contains('?') { '&' } else { '?' };
+            let request = self.operate(Method::GET, &format!("{path}{and}limit=100{cursor}"));
+            let page = send(request).await.expect(200).json();
+            rows.extend(page["data"].as_array().unwrap().iter().cloned());
+            let next = page["next_cursor"].as_str();
+            assert_eq!(page["has_more"], next.is_some());
+            match next {
                 Some(next) => cursor = format!("&cursor={next}"),
-                None => break,
+                None => return rows,
             }
         }
+    }
+
+    /// The end of every test: each sale is audited, then the application stops in order.
+    pub(crate) async fn finish(mut self) {
+        for sale in self.pages("/v1/sales").await {
+            let audit = self.audit(id(&sale)).await;
+            assert_eq!(audit["verdict"], "pass", "{audit:#}");
+        }
+        self.stop().await;
+        self.audited = true;
+    }
+
+    /// The end of a test that took something from Redis which only a rebuild could bring back: no
+    /// audit can pass any more.
+    pub(crate) async fn abandon(mut self) {
         self.stop().await;
         self.audited = true;
     }
@@ -266,21 +330,52 @@ impl Drop for App {
     fn drop(&mut self) {
         assert!(
             self.audited || std::thread::panicking(),
-            "a test must end with App::finish"
+            "a test must end with App::finish or App::abandon"
         );
     }
 }
 
 /// Sends a request and reads its answer.
 pub(crate) async fn send(request: RequestBuilder) -> Answer {
-    let response = request.send().await.unwrap();
+    try_send(request).await.unwrap()
+}
+
+/// Sends a request and reads its answer. An error says that there was none: what has begun must
+/// come to its end.
+pub(crate) async fn try_send(request: RequestBuilder) -> reqwest::Result<Answer> {
+    let response = request.send().await?;
     let (status, headers) = (response.status(), response.headers().clone());
     let text = response.text().await.unwrap();
-    Answer {
+    Ok(Answer {
         status,
         headers,
         text,
-    }
+    })
+}
+
+/// Sends the same request until there is a definite answer, as a good client does: at another door
+/// after each 503, and after each connection that is refused or broken.
+pub(crate) async fn insist(request: RequestBuilder, doors: &[watch::Receiver<String>]) -> Answer {
+    let asking = async {
+        let mut doors = doors.iter().cycle();
+        loop {
+            let url = doors.next().unwrap().borrow().clone();
+            let attempt = redirected(request.try_clone().unwrap(), &url);
+            if let Ok(answer) = try_send(attempt).await
+                && answer.status != 503
+            {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking).await.unwrap()
+}
+
+/// Sends all requests at once.
+pub(crate) async fn crowd(requests: impl IntoIterator<Item = RequestBuilder>) -> Vec<Answer> {
+    let sending: JoinSet<_> = requests.into_iter().map(send).collect();
+    sending.join_all().await
 }
 
 /// The `id` of a JSON object.

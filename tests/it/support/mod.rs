@@ -2,7 +2,7 @@
 
 pub(crate) mod app;
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, OnceCell};
 /// A Redis of one's own, as durable as in production.
 pub(crate) struct Redis {
     pub(crate) server: RedisServer,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Redis {
@@ -32,7 +32,12 @@ impl Redis {
             .settings
             .push(("appendfsync".to_owned(), "always".to_owned()));
         let server = RedisServer::start(options).await.unwrap();
-        Self { server, _dir: dir }
+        Self { server, dir }
+    }
+
+    /// Where it keeps its data.
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.dir.path().join("redis")
     }
 
     pub(crate) fn url(&self) -> RedisUrl {

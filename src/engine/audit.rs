@@ -5,7 +5,6 @@ use super::{
     epoch::journal_id,
     error::EngineError,
     packed::{COUNTERS_BYTES, Standing, Unpack},
-    reply::Reply,
 };
 use crate::domain::{
     id::{JournalId, RoundId},
@@ -60,13 +59,7 @@ impl Engine {
     /// # Errors
     /// [`EngineError`]; nothing is ever changed.
     pub async fn audit(&self, round: RoundId) -> Result<RoundAudit, EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
             keys.journal(),
@@ -76,11 +69,11 @@ impl Engine {
             keys.sale(round.sale),
             keys.orders(round.sale),
         ];
-        let reply = self.reads.call(&scripts.audit, names, vec![caller]).await?;
-        let mut reply = Reply::new("audit", reply);
-        let head = view.admit(epoch, &mut reply)?;
-        let Some(standing) = reply.standing(epoch, head.now_ms)? else {
-            let mut field = || reply.text().map(|text| text.parse().ok());
+        let mut called = self
+            .call(&self.reads, &scripts.audit, names, vec![])
+            .await?;
+        let Some(standing) = called.reply.standing(called.epoch, called.head.now_ms)? else {
+            let mut field = || called.reply.text().map(|text| text.parse().ok());
             let remains = Remains {
                 allocation: field()?,
                 remaining: field()?,
@@ -90,16 +83,17 @@ impl Engine {
             };
             return Ok(RoundAudit {
                 keys: Err(remains),
-                pseq: head.pseq,
+                pseq: called.head.pseq,
             });
         };
         let keys = RoundKeys {
             standing,
-            buyers: (reply.number()?, reply.number()?),
-            board: (reply.number()?, reply.number()?),
-            orders: (reply.number()?, reply.number()?),
-            entry: journal_id(&reply.text()?).unwrap_or_default(),
-            journal: reply
+            buyers: (called.reply.number()?, called.reply.number()?),
+            board: (called.reply.number()?, called.reply.number()?),
+            orders: (called.reply.number()?, called.reply.number()?),
+            entry: journal_id(&called.reply.text()?).unwrap_or_default(),
+            journal: called
+                .reply
                 .bytes()?
                 .chunks(COUNTERS_BYTES)
                 .filter_map(|bytes| Unpack(bytes).counters())
@@ -107,7 +101,7 @@ impl Engine {
         };
         Ok(RoundAudit {
             keys: Ok(keys),
-            pseq: head.pseq,
+            pseq: called.head.pseq,
         })
     }
 }

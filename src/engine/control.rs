@@ -1,11 +1,9 @@
 //! Pausing, resuming and closing a round: `control.lua`.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Engine, Shared, error::EngineError, packed::Standing, reply::Reply};
+use super::{Engine, Shared, error::EngineError, packed::Standing};
 use crate::domain::{id::RoundId, model::Controlled, round::Intent};
 
 impl Engine {
@@ -19,13 +17,7 @@ impl Engine {
         intent: Intent,
         actor: Uuid,
     ) -> Result<(Controlled, Standing), EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
             keys.journal(),
@@ -38,24 +30,19 @@ impl Engine {
             Intent::Closed => b"closed",
         };
         let arguments = vec![
-            caller,
             Bytes::from_static(word),
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
-        let sent_at = Instant::now();
-        let reply = self
-            .operations
-            .call(&scripts.control, names, arguments)
+        let mut called = self
+            .call(&self.operations, &scripts.control, names, arguments)
             .await?;
-        let mut reply = Reply::new("control", reply);
-        let head = view.admit(epoch, &mut reply)?;
-        let standing = self.learn(&mut reply, epoch, head.now_ms, sent_at)?;
-        let word = reply.text()?;
+        let standing = self.learn(&mut called)?;
+        let word = called.reply.text()?;
         let controlled = match word.as_str() {
             "done" => Controlled::Done,
             "already" => Controlled::Already,
             "closed" => Controlled::Closed,
-            _ => return Err(reply.unexpected(&word)),
+            _ => return Err(called.reply.unexpected(&word)),
         };
         Ok((controlled, standing))
     }

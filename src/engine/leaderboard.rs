@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Engine, Shared, error::EngineError, reply::Reply};
+use super::{Engine, Shared, error::EngineError};
 use crate::domain::{id::RoundId, order::Order};
 
 /// Some confirmed orders of a round, in order of purchase.
@@ -25,13 +25,7 @@ impl Engine {
         after_seq: u64,
         limit: usize,
     ) -> Result<LeaderboardPage, EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
             keys.round(round),
@@ -40,24 +34,21 @@ impl Engine {
             keys.orders(round.sale),
         ];
         let arguments = vec![
-            caller,
             Bytes::from(after_seq.to_string()),
             Bytes::from(limit.to_string()),
         ];
-        let reply = self
-            .reads
-            .call(&scripts.leaderboard, names, arguments)
+        let mut called = self
+            .call(&self.reads, &scripts.leaderboard, names, arguments)
             .await?;
-        let mut reply = Reply::new("leaderboard", reply);
-        view.admit(epoch, &mut reply)?;
-        let before = reply.number()?;
+        let before = called.reply.number()?;
         let mut orders = Vec::new();
-        while !reply.is_empty() {
-            let id = reply.order_id()?;
+        while !called.reply.is_empty() {
+            let id = called.reply.order_id()?;
             orders.push(
-                reply
+                called
+                    .reply
                     .record(id)?
-                    .ok_or_else(|| reply.unexpected("record"))?,
+                    .ok_or_else(|| called.reply.unexpected("record"))?,
             );
         }
         Ok(LeaderboardPage { before, orders })

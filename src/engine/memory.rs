@@ -192,6 +192,15 @@ impl Memory {
                 return certain.then_some(Refusal::NotOpen { opens_at_ms });
             }
             State::Closed => Refusal::Closed,
+            // Past the end it would be closed, which only Redis' clock can say.
+            State::Open
+                if standing
+                    .window
+                    .closes_at_ms
+                    .is_some_and(|end| redis_ms >= end) =>
+            {
+                return None;
+            }
             State::Open if standing.sold_out() => Refusal::SoldOut,
             State::Scheduled | State::Paused | State::Open => return None,
         };

@@ -4,6 +4,7 @@
 //! Redis client or a key.
 
 mod audit;
+mod call;
 mod coalescer;
 mod connection;
 mod control;
@@ -47,12 +48,11 @@ pub use self::{
 };
 use self::{
     coalescer::Coalescer, connection::Connection, keys::Keys, memory::Memory,
-    partition::PartitionView, purchase::PurchaseLane, reply::Reply, script::Scripts,
-    snapshot::SnapshotLane,
+    partition::PartitionView, purchase::PurchaseLane, script::Scripts, snapshot::SnapshotLane,
 };
 use crate::{
     domain::{
-        id::{Epoch, Partition, RoundId},
+        id::{Partition, RoundId},
         order::Durability,
     },
     metrics::EngineMetrics,
@@ -249,21 +249,6 @@ impl Engine {
     /// Redis' clock now as far as this node can tell, milliseconds since the Unix epoch.
     pub fn redis_ms(&self) -> Option<i64> {
         self.shared.view.redis_ms(Instant::now())
-    }
-
-    /// Reads the standing in a reply of an operation on one round, and remembers it.
-    fn learn(
-        &self,
-        reply: &mut Reply,
-        epoch: Epoch,
-        now_ms: i64,
-        sent_at: Instant,
-    ) -> Result<Standing, EngineError> {
-        let standing = reply
-            .standing(epoch, now_ms)?
-            .ok_or_else(|| reply.unexpected("no standing"))?;
-        self.shared.learn(&standing, sent_at);
-        Ok(standing)
     }
 }
 

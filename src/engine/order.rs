@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Engine, Shared, error::EngineError, reply::Reply};
+use super::{Engine, Shared, error::EngineError};
 use crate::domain::{id::OrderId, order::Order};
 
 impl Engine {
@@ -11,18 +11,12 @@ impl Engine {
     /// # Errors
     /// [`EngineError`]; nothing is ever changed.
     pub async fn order(&self, id: OrderId) -> Result<Option<Order>, EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![keys.meta(), keys.sale(id.sale()), keys.orders(id.sale())];
-        let arguments = vec![caller, Bytes::copy_from_slice(id.0.as_bytes())];
-        let reply = self.reads.call(&scripts.order, names, arguments).await?;
-        let mut reply = Reply::new("order", reply);
-        view.admit(epoch, &mut reply)?;
-        reply.record(id)
+        let arguments = vec![Bytes::copy_from_slice(id.0.as_bytes())];
+        let mut called = self
+            .call(&self.reads, &scripts.order, names, arguments)
+            .await?;
+        called.reply.record(id)
     }
 }

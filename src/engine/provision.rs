@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Engine, Shared, error::EngineError, packed, reply::Reply};
+use super::{Engine, Shared, error::EngineError, packed};
 use crate::domain::{id::RoundId, model::Provisioned, round::Terms};
 
 impl Engine {
@@ -15,13 +15,7 @@ impl Engine {
         round: RoundId,
         terms: &Terms,
     ) -> Result<Provisioned, EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
             keys.journal(),
@@ -35,7 +29,6 @@ impl Engine {
         let number = |number: u64| Bytes::from(number.to_string());
         let instant = |ms: i64| number(ms.max(0).unsigned_abs());
         let arguments = vec![
-            caller,
             number(round.sale.0.into()),
             number(round.round.into()),
             instant(terms.window.opens_at_ms),
@@ -45,17 +38,14 @@ impl Engine {
             Bytes::copy_from_slice(&packed::price(terms.unit_price)),
             number(terms.allocation),
         ];
-        let reply = self
-            .operations
-            .call(&scripts.provision, names, arguments)
+        let mut called = self
+            .call(&self.operations, &scripts.provision, names, arguments)
             .await?;
-        let mut reply = Reply::new("provision", reply);
-        view.admit(epoch, &mut reply)?;
-        match reply.text()?.as_str() {
+        match called.reply.text()?.as_str() {
             "created" => Ok(Provisioned::Created),
             "exists" => Ok(Provisioned::Exists),
             "conflict" => Ok(Provisioned::Conflict),
-            word => Err(reply.unexpected(word)),
+            word => Err(called.reply.unexpected(word)),
         }
     }
 }

@@ -1,11 +1,9 @@
 //! Giving an order back: `release.lua`.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Engine, Shared, error::EngineError, reply::Reply};
+use super::{Engine, Shared, error::EngineError};
 use crate::domain::{
     id::{OrderId, RoundId},
     model::Cancelled,
@@ -22,13 +20,7 @@ impl Engine {
         order: OrderId,
         actor: Uuid,
     ) -> Result<Cancelled, EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
             keys.journal(),
@@ -39,24 +31,19 @@ impl Engine {
             keys.orders(round.sale),
         ];
         let arguments = vec![
-            caller,
             Bytes::copy_from_slice(order.0.as_bytes()),
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
-        let sent_at = Instant::now();
-        let reply = self
-            .operations
-            .call(&scripts.release, names, arguments)
+        let mut called = self
+            .call(&self.operations, &scripts.release, names, arguments)
             .await?;
-        let mut reply = Reply::new("release", reply);
-        let head = view.admit(epoch, &mut reply)?;
-        self.learn(&mut reply, epoch, head.now_ms, sent_at)?;
-        let word = reply.text()?;
-        match (word.as_str(), reply.record(order)?) {
+        self.learn(&mut called)?;
+        let word = called.reply.text()?;
+        match (word.as_str(), called.reply.record(order)?) {
             ("done", Some(order)) => Ok(Cancelled::Done(order)),
             ("already", Some(order)) => Ok(Cancelled::Already(order)),
             ("unknown", None) => Ok(Cancelled::Unknown),
-            _ => Err(reply.unexpected(&word)),
+            _ => Err(called.reply.unexpected(&word)),
         }
     }
 }

@@ -1,11 +1,9 @@
 //! Adding units to a round: `restock.lua`.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Engine, Shared, error::EngineError, packed::Standing, reply::Reply};
+use super::{Engine, Shared, error::EngineError, packed::Standing};
 use crate::domain::{
     id::{Fingerprint, OperationId, RoundId},
     model::Restocked,
@@ -24,13 +22,7 @@ impl Engine {
         fingerprint: Fingerprint,
         actor: Uuid,
     ) -> Result<(Restocked, Standing), EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
             keys.journal(),
@@ -39,28 +31,23 @@ impl Engine {
             keys.ops(round.sale),
         ];
         let arguments = vec![
-            caller,
             Bytes::from(units.to_string()),
             Bytes::copy_from_slice(operation.0.as_bytes()),
             Bytes::copy_from_slice(&fingerprint.0),
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
-        let sent_at = Instant::now();
-        let reply = self
-            .operations
-            .call(&scripts.restock, names, arguments)
+        let mut called = self
+            .call(&self.operations, &scripts.restock, names, arguments)
             .await?;
-        let mut reply = Reply::new("restock", reply);
-        let head = view.admit(epoch, &mut reply)?;
-        let standing = self.learn(&mut reply, epoch, head.now_ms, sent_at)?;
-        let word = reply.text()?;
+        let standing = self.learn(&mut called)?;
+        let word = called.reply.text()?;
         let restocked = match word.as_str() {
             "done" => Restocked::Done,
             "replayed" => Restocked::Replayed,
             "mismatch" => Restocked::Mismatch,
             "closed" => Restocked::Closed,
             "too_many" => Restocked::TooMany,
-            _ => return Err(reply.unexpected(&word)),
+            _ => return Err(called.reply.unexpected(&word)),
         };
         Ok((restocked, standing))
     }

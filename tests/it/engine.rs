@@ -249,9 +249,10 @@ impl Conformance {
             .collect();
         let answers =
             futures::future::join_all(items.iter().map(|item| self.engine.purchase(*item))).await;
-        // Refused from memory is refused before the call that carries the others; items of a round
-        // that is not there are refused alone.
-        let (mut early, mut called, mut now_ms) = (Vec::new(), Vec::new(), None);
+        // Refused from memory is refused before the call that carries the others; items of a
+        // round that is not there are refused alone.
+        let mut batches = Vec::new();
+        let (mut called, mut now_ms) = (Vec::new(), None);
         for (item, answer) in items.into_iter().zip(answers) {
             if !self.model.rounds.contains_key(&item.round) {
                 assert!(matches!(answer, Err(EngineError::Damaged(_))), "{answer:?}");
@@ -262,21 +263,21 @@ impl Conformance {
                 now_ms = Some(answer.now_ms);
                 called.push((item, answer.decision));
             } else {
+                // Each was refused at the instant that it was asked for.
                 self.from_memory += 1;
-                early.push((item, answer.decision));
+                batches.push((answer.now_ms, vec![(item, answer.decision)]));
             }
         }
-        for (pairs, now_ms) in [(early, self.engine.redis_ms()), (called, now_ms)] {
-            if let Some(now_ms) = now_ms {
-                let (items, decisions): (Vec<_>, _) = pairs.into_iter().unzip();
-                self.operations += items.len();
-                let command = Command::Purchase {
-                    durability: Durability::Fsync,
-                    items,
-                };
-                self.apply(Some(now_ms), command, Reply::Decided(decisions))
-                    .await;
-            }
+        batches.extend(now_ms.map(|now_ms| (now_ms, called)));
+        for (now_ms, pairs) in batches {
+            let (items, decisions): (Vec<_>, _) = pairs.into_iter().unzip();
+            self.operations += items.len();
+            let command = Command::Purchase {
+                durability: Durability::Fsync,
+                items,
+            };
+            self.apply(Some(now_ms), command, Reply::Decided(decisions))
+                .await;
         }
     }
 

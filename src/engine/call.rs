@@ -1,0 +1,63 @@
+//! One script call of this node: let in, timed, and read up to its words.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::{
+    Engine,
+    connection::Connection,
+    error::EngineError,
+    packed::Standing,
+    reply::{Head, Reply},
+    script::Script,
+};
+use crate::domain::id::Epoch;
+
+/// The reply of a script that let this node in.
+#[derive(Debug)]
+pub(super) struct Called {
+    /// What follows the head.
+    pub(super) reply: Reply,
+    /// The timeline that it belongs to.
+    pub(super) epoch: Epoch,
+    /// Redis' clock and its last entry.
+    pub(super) head: Head,
+    /// When it was sent.
+    sent_at: Instant,
+}
+
+impl Engine {
+    /// Calls a script whose first argument is this node's view of the partition.
+    pub(super) async fn call(
+        &self,
+        connection: &Connection,
+        script: &Script,
+        keys: Vec<String>,
+        mut arguments: Vec<Bytes>,
+    ) -> Result<Called, EngineError> {
+        let view = &self.shared.view;
+        let (epoch, caller) = view.caller()?;
+        arguments.insert(0, caller);
+        let sent_at = Instant::now();
+        let parts = connection.call(script, keys, arguments).await?;
+        let mut reply = Reply::new(script.name, parts);
+        let head = view.admit(epoch, &mut reply)?;
+        Ok(Called {
+            reply,
+            epoch,
+            head,
+            sent_at,
+        })
+    }
+
+    /// Reads the standing that comes next in a reply, and remembers it.
+    pub(super) fn learn(&self, called: &mut Called) -> Result<Standing, EngineError> {
+        let standing = called
+            .reply
+            .standing(called.epoch, called.head.now_ms)?
+            .ok_or_else(|| called.reply.unexpected("no standing"))?;
+        self.shared.learn(&standing, called.sent_at);
+        Ok(standing)
+    }
+}

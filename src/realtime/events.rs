@@ -3,10 +3,11 @@
 use std::{convert::Infallible, ops::RangeInclusive};
 
 use bytes::Bytes;
-use futures::{Stream, stream};
+use futures::stream;
 use prometheus_client::metrics::gauge::Gauge;
 use rand::Rng;
 use tokio::sync::watch;
+use tokio_stream::Stream;
 
 use super::{
     board::Seat,
@@ -115,7 +116,8 @@ fn retry() -> Bytes {
 mod tests {
     use std::time::Instant;
 
-    use futures::{FutureExt, StreamExt};
+    use futures::FutureExt;
+    use tokio_stream::StreamExt;
 
     use super::*;
     use crate::realtime::{

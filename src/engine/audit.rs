@@ -70,6 +70,7 @@ impl Engine {
             keys.orders(round.sale),
         ];
         let mut called = self
+            .shared
             .call(&self.reads, &scripts.audit, names, vec![])
             .await?;
         let Some(standing) = called.reply.standing(called.epoch, called.head.now_ms)? else {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::{
-    Engine,
+    Shared,
     connection::Connection,
     error::EngineError,
     packed::Standing,
@@ -24,10 +24,10 @@ pub(super) struct Called {
     /// Redis' clock and its last entry.
     pub(super) head: Head,
     /// When it was sent.
-    sent_at: Instant,
+    pub(super) sent_at: Instant,
 }
 
-impl Engine {
+impl Shared {
     /// Calls a script whose first argument is this node's view of the partition.
     pub(super) async fn call(
         &self,
@@ -36,13 +36,12 @@ impl Engine {
         keys: Vec<String>,
         mut arguments: Vec<Bytes>,
     ) -> Result<Called, EngineError> {
-        let view = &self.shared.view;
-        let (epoch, caller) = view.caller()?;
+        let (epoch, caller) = self.view.caller()?;
         arguments.insert(0, caller);
         let sent_at = Instant::now();
         let parts = connection.call(script, keys, arguments).await?;
         let mut reply = Reply::new(script.name, parts);
-        let head = view.admit(epoch, &mut reply)?;
+        let head = self.view.admit(epoch, &mut reply)?;
         Ok(Called {
             reply,
             epoch,
@@ -52,12 +51,12 @@ impl Engine {
     }
 
     /// Reads the standing that comes next in a reply, and remembers it.
-    pub(super) fn learn(&self, called: &mut Called) -> Result<Standing, EngineError> {
+    pub(super) fn learn_next(&self, called: &mut Called) -> Result<Standing, EngineError> {
         let standing = called
             .reply
             .standing(called.epoch, called.head.now_ms)?
             .ok_or_else(|| called.reply.unexpected("no standing"))?;
-        self.shared.learn(&standing, called.sent_at);
+        self.learn(&standing, called.sent_at);
         Ok(standing)
     }
 }

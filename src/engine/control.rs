@@ -34,9 +34,10 @@ impl Engine {
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
         let mut called = self
+            .shared
             .call(&self.operations, &scripts.control, names, arguments)
             .await?;
-        let standing = self.learn(&mut called)?;
+        let standing = self.shared.learn_next(&mut called)?;
         let word = called.reply.text()?;
         let controlled = match word.as_str() {
             "done" => Controlled::Done,

@@ -38,6 +38,7 @@ impl Engine {
             Bytes::from(limit.to_string()),
         ];
         let mut called = self
+            .shared
             .call(&self.reads, &scripts.leaderboard, names, arguments)
             .await?;
         let before = called.reply.number()?;

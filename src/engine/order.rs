@@ -15,6 +15,7 @@ impl Engine {
         let names = vec![keys.meta(), keys.sale(id.sale()), keys.orders(id.sale())];
         let arguments = vec![Bytes::copy_from_slice(id.0.as_bytes())];
         let mut called = self
+            .shared
             .call(&self.reads, &scripts.order, names, arguments)
             .await?;
         called.reply.record(id)

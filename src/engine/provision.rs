@@ -39,6 +39,7 @@ impl Engine {
             number(terms.allocation),
         ];
         let mut called = self
+            .shared
             .call(&self.operations, &scripts.provision, names, arguments)
             .await?;
         match called.reply.text()?.as_str() {

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::{
     Engine, Shared,
+    call::Called,
     coalescer::Lane,
     connection::Connection,
     error::EngineError,
@@ -64,7 +65,8 @@ impl Lane for PurchaseLane {
             metrics,
             ..
         } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        // A fenced partition is asked nothing, and counts no call.
+        view.epoch()?;
         let mut rounds: Vec<RoundId> = Vec::new();
         let mut packed_items = Vec::with_capacity(items.len() * ITEM_BYTES);
         for purchase in &items {
@@ -88,22 +90,25 @@ impl Lane for PurchaseLane {
             ]);
         }
         let durability = packed::durability_byte(self.shared.durability()).to_string();
-        let arguments = vec![caller, durability.into(), packed_items.into()];
+        let arguments = vec![durability.into(), packed_items.into()];
 
-        let sent_at = Instant::now();
         metrics.calls.inc();
         #[expect(clippy::cast_precision_loss, reason = "at most 128")]
         metrics.call_items.observe(items.len() as f64);
-        let reply = self
-            .connection
-            .call(&scripts.purchase, names, arguments)
+        let sent_at = Instant::now();
+        let called = self
+            .shared
+            .call(&self.connection, &scripts.purchase, names, arguments)
             .await;
         metrics
             .call_seconds
             .observe(sent_at.elapsed().as_secs_f64());
-        let mut reply = Reply::new("purchase", reply?);
-
-        let head = view.admit(epoch, &mut reply)?;
+        let Called {
+            mut reply,
+            epoch,
+            head,
+            sent_at,
+        } = called?;
         if reply.number::<usize>()? != rounds.len() {
             return Err(reply.unexpected("number of rounds"));
         }

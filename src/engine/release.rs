@@ -35,9 +35,10 @@ impl Engine {
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
         let mut called = self
+            .shared
             .call(&self.operations, &scripts.release, names, arguments)
             .await?;
-        self.learn(&mut called)?;
+        self.shared.learn_next(&mut called)?;
         let word = called.reply.text()?;
         match (word.as_str(), called.reply.record(order)?) {
             ("done", Some(order)) => Ok(Cancelled::Done(order)),

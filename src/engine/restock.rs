@@ -37,9 +37,10 @@ impl Engine {
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
         let mut called = self
+            .shared
             .call(&self.operations, &scripts.restock, names, arguments)
             .await?;
-        let standing = self.learn(&mut called)?;
+        let standing = self.shared.learn_next(&mut called)?;
         let word = called.reply.text()?;
         let restocked = match word.as_str() {
             "done" => Restocked::Done,

@@ -1,6 +1,6 @@
 //! Where the units of a round are now: many rounds in one call of `snapshot.lua`.
 
-use std::{collections::HashSet, sync::Arc, time::Instant};
+use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
 use fred::types::Value;
@@ -13,7 +13,6 @@ use super::{
     error::EngineError,
     memory::{Known, PROOF_ORDERS_MAX, Proof},
     packed::{Standing, Unpack},
-    reply::Reply,
 };
 use crate::domain::{
     id::{OrderId, RoundId},
@@ -44,13 +43,7 @@ impl Lane for SnapshotLane {
     }
 
     async fn call(&self, items: Vec<RoundId>) -> Result<Vec<Self::Answer>, EngineError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
-        let (epoch, caller) = view.caller()?;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let mut rounds = items.clone();
         rounds.sort_unstable();
         rounds.dedup();
@@ -58,18 +51,15 @@ impl Lane for SnapshotLane {
             .iter()
             .flat_map(|round| [keys.round(*round), keys.sale(round.sale)]);
         let names = [keys.meta()].into_iter().chain(names);
-        let sent_at = Instant::now();
-        let reply = self
-            .connection
-            .call(&scripts.snapshot, names.collect(), vec![caller])
+        let mut called = self
+            .shared
+            .call(&self.connection, &scripts.snapshot, names.collect(), vec![])
             .await?;
-        let mut reply = Reply::new("snapshot", reply);
-        let head = view.admit(epoch, &mut reply)?;
         let mut standings = Vec::with_capacity(rounds.len());
         for _ in &rounds {
-            let standing = reply.standing(epoch, head.now_ms)?;
+            let standing = called.reply.standing(called.epoch, called.head.now_ms)?;
             if let Some(standing) = &standing {
-                self.shared.learn(standing, sent_at);
+                self.shared.learn(standing, called.sent_at);
             }
             standings.push(standing);
         }

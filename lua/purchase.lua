@@ -2,9 +2,9 @@
 --
 -- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, sale, orders
 -- ARGV   1 caller (shared/partition.lua)
---        2 durability of an acceptance, the byte that goes into its record
---        3 items, 45 bytes each: index of the round (from 0), raw order id, raw buyer id,
---          quantity, fingerprint
+--        2 number of the key that signs receipts (0: none)
+--        3 items, 46 bytes each: index of the round (from 0), raw order id, raw buyer id,
+--          quantity, fingerprint, durability (what an acceptance will survive)
 -- Reply  { 'ok', now_ms, pseq, n, standing × n rounds, then a word and its facts for each item }
 --          'accepted' | 'replayed'   the order's record
 --          'mismatch'                the key made an order from another request
@@ -17,8 +17,8 @@
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
 
-local ITEM = '>Bc16c16I4c8'
-local ITEM_BYTES = 45
+local ITEM = '>Bc16c16I4c8B'
+local ITEM_BYTES = 46
 local SPARE_ACCEPTANCES = 8
 
 -- Read ---------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ end
 
 local items = {}
 for at = 1, #ARGV[3], ITEM_BYTES do
-  local index, id, buyer, quantity, fingerprint = struct.unpack(ITEM, ARGV[3], at)
+  local index, id, buyer, quantity, fingerprint, durability = struct.unpack(ITEM, ARGV[3], at)
   local round = rounds[index + 1]
   items[#items + 1] = {
     index = index, round = round, id = id, buyer = buyer, quantity = quantity,
-    fingerprint = fingerprint,
+    fingerprint = fingerprint, durability = durability,
   }
   if not round.damage then
     local asked = round.sale.asked
@@ -97,7 +97,7 @@ end
 -- Decide -------------------------------------------------------------------------------------
 
 local LIMIT = '>I6I6'
-local pseq = partition.pseq + 1
+local pseq, receipt_key = partition.pseq + 1, tonumber(ARGV[2])
 local accepted = {}
 
 local function decide(item)
@@ -144,9 +144,9 @@ local function decide(item)
   buyer.units = buyer.units + item.quantity
   buyer.acceptances = buyer.acceptances + 1
   round.dirty[item.buyer] = true
-  record = struct.pack(RECORD, VERSION, STATUS.confirmed, STATUS.confirmed, tonumber(ARGV[2]),
-    round.number, partition.epoch, round.seq, pseq, item.quantity, round.price, partition.now_ms,
-    item.fingerprint, item.buyer)
+  record = struct.pack(RECORD, VERSION, STATUS.confirmed, STATUS.confirmed, item.durability,
+    receipt_key, round.number, partition.epoch, round.seq, pseq, item.quantity, round.price,
+    partition.now_ms, item.fingerprint, item.buyer)
   sale.orders[item.id] = record
   sale.n_orders = sale.n_orders + 1
   sale.new[#sale.new + 1] = item.id

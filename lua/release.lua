@@ -31,7 +31,7 @@ end
 if not record then
   return reply('unknown')
 end
-local _, status, _, _, _, _, seq, _, quantity, _, _, _, buyer_id = struct.unpack(RECORD, record)
+local status, seq, quantity, buyer_id = unpack_record(record)
 if status ~= STATUS.confirmed then
   return reply('already')
 end

@@ -2,17 +2,32 @@
 --
 -- KEYS[2]  {p}:journal  stream  ids <epoch>-<pseq>
 
-local VERSION = 1
+local VERSION = 2
 local STATUS = { held = 0, confirmed = 1, expired = 2, cancelled = 3, refunded = 4 }
 local EVENT = { epoch = 0, provision = 1, cancel = 2, restock = 3, pause = 4, resume = 5, close = 6 }
 
--- An order: version, status, status at acceptance, durability, round, epoch, seq, pseq, quantity,
--- unit price (11 raw bytes: amount and currency), accepted_ms, fingerprint, buyer.
-local RECORD = '>BBBBI4I4I6I6I4c11I6c8c16'
+-- An order: version, status, status at acceptance, durability, key of its receipt (0: none), round,
+-- epoch, seq, pseq, quantity, unit price (11 raw bytes: amount and currency), accepted_ms,
+-- fingerprint, buyer.
+local RECORD = '>BBBBBI4I4I6I6I4c11I6c8c16'
+-- Version 1 had no key. Its records stay as they are.
+local RECORD_1 = '>BBBBI4I4I6I6I4c11I6c8c16'
 -- Another event: index of its round in the entry, seq, kind, order, units, actor, operation.
 -- An id that there is not is sixteen zeros.
 local EVENT_FORMAT = '>BI6Bc16I6c16c16'
 local NO_ID = string.rep('\0', 16)
+
+-- What giving an order back needs of its record: status, seq, quantity, buyer.
+local function unpack_record(record)
+  local f
+  if string.byte(record) == 1 then
+    f = { struct.unpack(RECORD_1, record) }
+    table.insert(f, 5, 0)
+  else
+    f = { struct.unpack(RECORD, record) }
+  end
+  return f[2], f[8], f[10], f[14]
+end
 
 local function with_status(record, status)
   return string.sub(record, 1, 1) .. string.char(STATUS[status]) .. string.sub(record, 3)

@@ -11,7 +11,7 @@ use super::{
     id::{BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, RoundId, SaleNumber},
     journal::{Entry, Event, EventKind},
     limits::{ALLOCATION_MAX, SPARE_ACCEPTANCES},
-    order::{Decision, Durability, Order, Purchase, Refusal, Status},
+    order::{Decision, Order, Purchase, Refusal, Status},
     round::{self, Counters, Intent, State, Terms},
 };
 
@@ -70,8 +70,8 @@ pub enum Command {
     },
     /// Decide on purchases, one after the other.
     Purchase {
-        /// What an acceptance survives.
-        durability: Durability,
+        /// The key that signs receipts; 0 for none.
+        receipt_key: u8,
         /// The purchases.
         items: Vec<Purchase>,
     },
@@ -182,8 +182,8 @@ impl Model {
             Command::Provision { round, terms } => {
                 Some(Reply::Provisioned(self.provision(now_ms, *round, *terms)))
             }
-            Command::Purchase { durability, items } => self
-                .purchase(now_ms, *durability, items)
+            Command::Purchase { receipt_key, items } => self
+                .purchase(now_ms, *receipt_key, items)
                 .map(Reply::Decided),
             Command::Cancel {
                 round,
@@ -247,7 +247,7 @@ impl Model {
     fn purchase(
         &mut self,
         now_ms: i64,
-        durability: Durability,
+        receipt_key: u8,
         items: &[Purchase],
     ) -> Option<Vec<Decision>> {
         if !items
@@ -260,7 +260,7 @@ impl Model {
         let decisions = items
             .iter()
             .map(|item| {
-                let decision = self.decide(now_ms, durability, item)?;
+                let decision = self.decide(now_ms, receipt_key, item)?;
                 if let Decision::Accepted(order) = decision {
                     self.accept(&order)?;
                     accepted.push(order);
@@ -282,7 +282,7 @@ impl Model {
     }
 
     /// The precedence of refusals, from first to last.
-    fn decide(&self, now_ms: i64, durability: Durability, item: &Purchase) -> Option<Decision> {
+    fn decide(&self, now_ms: i64, receipt_key: u8, item: &Purchase) -> Option<Decision> {
         let round = self.rounds.get(&item.round)?;
         let sale = self.sales.get(&item.round.sale)?;
         let Terms {
@@ -336,7 +336,8 @@ impl Model {
                     unit_price,
                     status: Status::Confirmed,
                     accepted_as: Status::Confirmed,
-                    durability,
+                    durability: item.durability,
+                    receipt_key,
                     epoch: self.epoch,
                     seq: round.counters.seq + 1,
                     pseq: self.pseq + 1,

@@ -60,6 +60,10 @@ pub enum Durability {
     Fast,
     /// Redis synced its file before it answered.
     Fsync,
+    /// As many replicas as asked for had it, too.
+    Replicated,
+    /// PostgreSQL had it, too.
+    Committed,
 }
 
 impl Durability {
@@ -68,12 +72,14 @@ impl Durability {
         match self {
             Self::Fast => "fast",
             Self::Fsync => "fsync",
+            Self::Replicated => "replicated",
+            Self::Committed => "committed",
         }
     }
 
     /// Reads the word.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Fast, Self::Fsync]
+        [Self::Fast, Self::Fsync, Self::Replicated, Self::Committed]
             .into_iter()
             .find(|durability| durability.as_str() == word)
     }
@@ -98,6 +104,8 @@ pub struct Order {
     pub accepted_as: Status,
     /// What its acceptance survives.
     pub durability: Durability,
+    /// The key that signs its receipt; 0 for an order from before there were receipts.
+    pub receipt_key: u8,
     /// The timeline that accepted it.
     pub epoch: Epoch,
     /// Its place among the events of its round.
@@ -132,6 +140,8 @@ pub struct Purchase {
     pub quantity: u64,
     /// What the request asked for.
     pub fingerprint: Fingerprint,
+    /// What an acceptance will survive.
+    pub durability: Durability,
 }
 
 /// What became of a purchase.
@@ -198,7 +208,12 @@ mod tests {
             assert_eq!(Status::parse(status.as_str()), Some(status));
             assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());
         }
-        for durability in [Durability::Fast, Durability::Fsync] {
+        for durability in [
+            Durability::Fast,
+            Durability::Fsync,
+            Durability::Replicated,
+            Durability::Committed,
+        ] {
             assert_eq!(Durability::parse(durability.as_str()), Some(durability));
             assert_eq!(
                 serde_json::to_value(durability).unwrap(),

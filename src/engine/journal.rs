@@ -10,7 +10,7 @@ use super::{
     connection::Connection,
     epoch::journal_id,
     error::EngineError,
-    packed::{ACCEPTANCE_BYTES, COUNTERS_BYTES, EVENT_BYTES, Unpack, VERSION},
+    packed::{COUNTERS_BYTES, EVENT_BYTES, Unpack, VERSION, VERSION_MIN, acceptance_bytes},
     reply::Reply,
 };
 use crate::domain::{
@@ -202,9 +202,9 @@ fn raw_entry(value: Value) -> Option<RawEntry> {
         .flatten();
     let payload = payload.copied().collect();
     let entry = match version {
-        Some(VERSION) => match (at_ms, &rounds, &orders, &events) {
+        Some(version @ VERSION_MIN..=VERSION) => match (at_ms, &rounds, &orders, &events) {
             (Some(at_ms), Some(rounds), Some(orders), Some(events)) => {
-                entry(id, at_ms, rounds, orders, events)
+                entry(id, version, at_ms, rounds, orders, events)
             }
             _ => Err(EntryError::Malformed(
                 "a field is missing or damaged".to_owned(),
@@ -224,6 +224,7 @@ fn raw_entry(value: Value) -> Option<RawEntry> {
 
 fn entry(
     id: JournalId,
+    version: u8,
     at_ms: i64,
     rounds: &[(RoundId, Counters)],
     orders: &[u8],
@@ -231,7 +232,7 @@ fn entry(
 ) -> Result<Entry, EntryError> {
     let damaged = |what: &str| EntryError::Malformed(format!("{what} damaged"));
     let round = |index: u8| rounds.get(usize::from(index)).map(|(round, _)| *round);
-    let orders = all(orders, ACCEPTANCE_BYTES, Unpack::acceptance)
+    let orders = all(orders, acceptance_bytes(version), Unpack::acceptance)
         .ok_or_else(|| damaged("orders"))?
         .into_iter()
         .map(|(index, order)| (round(index) == Some(order.round)).then_some(order))

@@ -222,6 +222,7 @@ mod tests {
     use super::*;
     use crate::domain::{
         id::{Fingerprint, SaleNumber},
+        order::Durability,
         round::{Counters, Intent, Window},
     };
 
@@ -269,6 +270,7 @@ mod tests {
             buyer,
             quantity: 1,
             fingerprint: Fingerprint([0; 8]),
+            durability: Durability::Fsync,
         }
     }
 

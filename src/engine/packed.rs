@@ -12,19 +12,24 @@ use crate::domain::{
     round::{Counters, Intent, State, Window},
 };
 
-/// The version of records and journal entries that this build writes and reads.
-pub(super) const VERSION: u8 = 1;
+/// The version of records and journal entries that this build writes.
+pub(super) const VERSION: u8 = 2;
+/// The oldest version that it reads: its records have no key of a receipt.
+pub(super) const VERSION_MIN: u8 = 1;
 
 /// Bytes of an order's record.
-const RECORD_BYTES: usize = 69;
-/// Bytes of an acceptance in a journal entry: index of its round, id, record.
-pub(super) const ACCEPTANCE_BYTES: usize = 1 + 16 + RECORD_BYTES;
+const RECORD_BYTES: usize = 70;
 /// Bytes of another event in a journal entry.
 pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
 /// Bytes of the counters of a round.
 pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
 /// Bytes of one purchase in the arguments of its script.
-pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8;
+pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1;
+
+/// Bytes of an acceptance in a journal entry of this version: index of its round, id, record.
+pub(super) fn acceptance_bytes(version: u8) -> usize {
+    1 + 16 + RECORD_BYTES - usize::from(version == VERSION_MIN)
+}
 
 /// Where a round is at an instant: what every reply says about every round it read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,17 +100,24 @@ impl<'a> Unpack<'a> {
 
     /// `RECORD`.
     pub(super) fn order(&mut self, id: OrderId) -> Option<Order> {
-        if self.byte()? != VERSION {
+        let version = self.byte()?;
+        if !(VERSION_MIN..=VERSION).contains(&version) {
             return None;
         }
         let status = status(self.byte()?)?;
         let accepted_as = self::status(self.byte()?)?;
         let durability = durability(self.byte()?)?;
+        let receipt_key = if version == VERSION_MIN {
+            0
+        } else {
+            self.byte()?
+        };
         Some(Order {
             id,
             status,
             accepted_as,
             durability,
+            receipt_key,
             round: RoundId {
                 sale: id.sale(),
                 round: self.u32()?,
@@ -232,15 +244,19 @@ fn durability(byte: u8) -> Option<Durability> {
     match byte {
         0 => Some(Durability::Fast),
         1 => Some(Durability::Fsync),
+        2 => Some(Durability::Replicated),
+        3 => Some(Durability::Committed),
         _ => None,
     }
 }
 
 /// The byte of a durability.
-pub(super) fn durability_byte(durability: Durability) -> u8 {
+fn durability_byte(durability: Durability) -> u8 {
     match durability {
         Durability::Fast => 0,
         Durability::Fsync => 1,
+        Durability::Replicated => 2,
+        Durability::Committed => 3,
     }
 }
 
@@ -260,6 +276,7 @@ pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchas
     let quantity = u32::try_from(purchase.quantity).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&quantity.to_be_bytes());
     bytes.extend_from_slice(&purchase.fingerprint.0);
+    bytes.push(durability_byte(purchase.durability));
 }
 
 /// `CALLER`: the caller's view of the partition.
@@ -279,6 +296,34 @@ pub(super) fn caller(epoch: Epoch, floor: u64, expected_ms: i64, not_after_ms: i
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_of_the_version_before_reads_back_without_a_key() {
+        let id = OrderId(Uuid::nil());
+        let record = |head: &[u8]| {
+            let mut bytes = head.to_vec();
+            bytes.extend([0, 0, 0, 1]); // round
+            bytes.extend([0, 0, 0, 2]); // epoch
+            bytes.extend([0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 4]); // seq, pseq
+            bytes.extend([0, 0, 0, 5]); // quantity
+            bytes.extend([0, 0, 0, 0, 0, 0, 0, 6]);
+            bytes.extend(b"EUR");
+            bytes.extend([0, 0, 0, 0, 0, 7]); // accepted
+            bytes.extend([8; 24]);
+            bytes
+        };
+        let (old, new) = (record(&[1, 1, 1, 1]), record(&[2, 1, 1, 1, 9]));
+        assert_eq!(1 + 16 + old.len(), acceptance_bytes(VERSION_MIN));
+        assert_eq!(1 + 16 + new.len(), acceptance_bytes(VERSION));
+        let (old, new) = (Unpack(&old).order(id), Unpack(&new).order(id));
+        assert_eq!(old.unwrap().receipt_key, 0);
+        let expected = Order {
+            receipt_key: 9,
+            ..old.unwrap()
+        };
+        assert_eq!(new, Some(expected));
+        assert_eq!(expected.quantity, 5);
+    }
 
     #[test]
     fn too_few_bytes_and_unknown_values_are_no_value() {

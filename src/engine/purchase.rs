@@ -89,8 +89,7 @@ impl Lane for PurchaseLane {
                 keys.orders(round.sale),
             ]);
         }
-        let durability = packed::durability_byte(self.shared.durability()).to_string();
-        let arguments = vec![durability.into(), packed_items.into()];
+        let arguments = vec![Bytes::from_static(b"0"), packed_items.into()];
 
         metrics.calls.inc();
         #[expect(clippy::cast_precision_loss, reason = "at most 128")]

@@ -237,14 +237,16 @@ impl Shop {
         quantity: u64,
     ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
         let facts = self.facts(id).await?;
+        let engine = self.engine(facts.partition)?;
         let purchase = Purchase {
             round: facts.round_id(),
             order: OrderId::derive(facts.number, buyer, key),
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
+            durability: engine.durability(),
         };
-        let answer = self.engine(facts.partition)?.purchase(purchase).await?;
+        let answer = engine.purchase(purchase).await?;
         Ok((answer, facts))
     }
 

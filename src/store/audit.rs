@@ -246,7 +246,8 @@ impl Snapshot {
         sqlx::query_as!(
             OrderColumns,
             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
-                    epoch, currency, status, accepted_as, durability, fingerprint
+                    epoch, currency, status, accepted_as, durability, fingerprint,
+                    receipt_key
              FROM orders
              WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4) AND status = 'confirmed'
              ORDER BY epoch, seq

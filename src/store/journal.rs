@@ -557,7 +557,7 @@ impl BatchTransaction<'_> {
         let same_place = sqlx::query_as!(
             super::orders::OrderColumns,
             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round, epoch,
-                    currency, status, accepted_as, durability, fingerprint
+                    currency, status, accepted_as, durability, fingerprint, receipt_key
              FROM orders
              WHERE id IN (SELECT unnest($1::uuid[])
                           UNION
@@ -683,18 +683,19 @@ impl BatchTransaction<'_> {
         let fingerprints: Vec<&[u8]> = orders()
             .map(|order| order.fingerprint.0.as_slice())
             .collect();
+        let keys: Vec<i16> = orders().map(|order| order.receipt_key.into()).collect();
         sqlx::query!(
             "INSERT INTO orders (id, buyer_id, seq, pseq, last_seq, quantity, unit_price,
                                  accepted_at, updated_at, sale, round, epoch, currency, status,
-                                 accepted_as, durability, fingerprint, sale_id)
+                                 accepted_as, durability, fingerprint, receipt_key, sale_id)
              SELECT new.*, sales.id
              FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[],
                          $6::bigint[], $7::bigint[], $8::timestamptz[], $9::timestamptz[],
                          $10::int[], $11::int[], $12::int[], $13::text[], $14::text[],
-                         $15::text[], $16::text[], $17::bytea[])
+                         $15::text[], $16::text[], $17::bytea[], $18::smallint[])
                   AS new (id, buyer_id, seq, pseq, last_seq, quantity, unit_price, accepted_at,
                           updated_at, sale, round, epoch, currency, status, accepted_as,
-                          durability, fingerprint)
+                          durability, fingerprint, receipt_key)
              JOIN sales ON sales.number = new.sale",
             &ids,
             &buyers,
@@ -713,6 +714,7 @@ impl BatchTransaction<'_> {
             &first_statuses as &[&str],
             &durabilities as &[&str],
             &fingerprints as &[&[u8]],
+            &keys,
         )
         .execute(&mut *self.transaction)
         .await?;

@@ -49,6 +49,7 @@ pub(super) struct OrderColumns {
     pub(super) status: String,
     pub(super) accepted_as: String,
     pub(super) durability: String,
+    pub(super) receipt_key: i16,
     pub(super) fingerprint: Vec<u8>,
 }
 
@@ -74,6 +75,8 @@ impl TryFrom<OrderColumns> for Order {
             accepted_as: status(&row.accepted_as)?,
             durability: Durability::parse(&row.durability)
                 .ok_or_else(|| unreadable(format!("durability of {}", row.id)))?,
+            receipt_key: u8::try_from(row.receipt_key)
+                .map_err(|_| unreadable(format!("key of the receipt of {}", row.id)))?,
             epoch: Epoch(row.epoch.cast_unsigned()),
             seq: row.seq.cast_unsigned(),
             pseq: row.pseq.cast_unsigned(),
@@ -114,7 +117,8 @@ impl Orders {
                 sqlx::query_as!(
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
-                            epoch, currency, status, accepted_as, durability, fingerprint
+                            epoch, currency, status, accepted_as, durability, fingerprint,
+                            receipt_key
                      FROM orders WHERE id = ANY ($1)",
                     &ids
                 )
@@ -144,7 +148,7 @@ impl Orders {
                             OrderColumns,
                             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at,
                                     sale, round, epoch, currency, status, accepted_as, durability,
-                                    fingerprint
+                                    fingerprint, receipt_key
                              FROM orders
                              WHERE buyer_id = $1
                                AND ($2::int IS NULL OR sale = $2)
@@ -167,7 +171,7 @@ impl Orders {
                             OrderColumns,
                             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at,
                                     sale, round, epoch, currency, status, accepted_as, durability,
-                                    fingerprint
+                                    fingerprint, receipt_key
                              FROM orders
                              WHERE ($1::int IS NULL OR sale = $1)
                                AND ($2::text IS NULL OR status = $2)
@@ -204,7 +208,8 @@ impl Orders {
                 sqlx::query_as!(
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
-                            epoch, currency, status, accepted_as, durability, fingerprint
+                            epoch, currency, status, accepted_as, durability, fingerprint,
+                            receipt_key
                      FROM orders
                      WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4)
                        AND status = 'confirmed'

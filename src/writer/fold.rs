@@ -621,6 +621,7 @@ mod tests {
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
+            durability: Durability::Fsync,
         }
     }
 
@@ -632,7 +633,7 @@ mod tests {
         let actor = Uuid::from_u128(7);
         prop_oneof![
             6 => prop::collection::vec(any_purchase(), 1..6).prop_map(|items| Command::Purchase {
-                durability: Durability::Fsync,
+                receipt_key: 1,
                 items: items.into_iter().map(item).collect(),
             }),
             4 => any_purchase().prop_map(move |purchase| Command::Cancel {
@@ -908,7 +909,7 @@ mod tests {
 
     fn sold_out() -> Vec<RawEntry> {
         let items = |keys: std::ops::Range<u8>| Command::Purchase {
-            durability: Durability::Fsync,
+            receipt_key: 1,
             items: keys.map(|key| item((1, key, 0, 2))).collect(),
         };
         let cancel = Command::Cancel {

@@ -14,7 +14,7 @@ use stockade::{
         },
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Purchase},
+        order::{Decision, Durability, Purchase},
         round::{Intent, Terms, Window},
     },
     engine::{EngineError, Engines},
@@ -147,6 +147,7 @@ impl Stall {
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
+            durability: Durability::Fsync,
         };
         let engine = self.engines.of(PARTITION).unwrap();
         let answer = engine.purchase(item).await.unwrap();

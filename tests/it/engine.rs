@@ -244,6 +244,7 @@ impl Conformance {
                     buyer,
                     quantity: item.quantity,
                     fingerprint: Fingerprint::of(&[&item.quantity.to_be_bytes()]),
+                    durability: Durability::Fsync,
                 }
             })
             .collect();
@@ -273,7 +274,7 @@ impl Conformance {
             let (items, decisions): (Vec<_>, _) = pairs.into_iter().unzip();
             self.operations += items.len();
             let command = Command::Purchase {
-                durability: Durability::Fsync,
+                receipt_key: 0,
                 items,
             };
             self.apply(Some(now_ms), command, Reply::Decided(decisions))

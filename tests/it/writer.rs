@@ -14,7 +14,7 @@ use stockade::{
         },
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Purchase},
+        order::{Decision, Durability, Purchase},
         round::{Intent, Terms, Window},
     },
     embedded::{PostgresOptions, PostgresServer},
@@ -130,6 +130,7 @@ impl Shop {
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
+            durability: Durability::Fsync,
         }
     }
 

@@ -21,6 +21,7 @@ use crate::{
         session::Successors,
         token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
     },
+    clock,
     config::{self, Config, Endpoints},
     domain::id::Partition,
     engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
@@ -37,6 +38,7 @@ use crate::{
     store::{
         Database, DatabaseSettings,
         directory::Directory,
+        floors::Floors,
         journal::{Ledger, Positions},
         orders::Orders,
         products::Products,
@@ -127,6 +129,9 @@ pub async fn start(
         engines: stores.engines.clone(),
         positions: stores.positions.clone(),
         rounds: stores.rounds.clone(),
+        floors: Floors::new(stores.database.clone()),
+        database: stores.database.clone(),
+        node: clock::new_id(),
     };
     let stop = life.token(Stage::Background);
     life.spawn(Stage::Background, "recovery", async move {

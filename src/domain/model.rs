@@ -171,6 +171,17 @@ pub enum Restocked {
     TooMany,
 }
 
+impl Round {
+    /// The units of an order are for sale again.
+    fn give_back(&mut self, order: &Order) -> Option<()> {
+        self.counters.remaining += order.quantity;
+        self.counters.sold = self.counters.sold.checked_sub(order.quantity)?;
+        let units = &mut self.buyers.get_mut(&order.buyer)?.0;
+        *units = units.checked_sub(order.quantity)?;
+        self.board.remove(&order.seq).map(|_| ())
+    }
+}
+
 impl Model {
     /// Carries out one command at `wall_ms` by Redis' clock.
     ///
@@ -219,17 +230,8 @@ impl Model {
                 Provisioned::Conflict
             };
         }
-        let counters = Counters::fresh(terms.allocation);
-        self.rounds.insert(
-            id,
-            Round {
-                terms,
-                intent: Intent::Live,
-                counters,
-                buyers: BTreeMap::new(),
-                board: BTreeMap::new(),
-            },
-        );
+        self.insert(id, terms);
+        // The last one that was provisioned, whatever its number.
         self.sales.entry(id.sale).or_default().round = id.round;
         let event = Event {
             round: Some(id),
@@ -382,10 +384,7 @@ impl Model {
         order.status = Status::Cancelled;
         let order = *order;
         round.counters.seq += 1;
-        round.counters.remaining += order.quantity;
-        round.counters.sold -= order.quantity;
-        round.buyers.get_mut(&order.buyer)?.0 -= order.quantity;
-        round.board.remove(&order.seq);
+        round.give_back(&order)?;
         let event = Event {
             round: Some(id),
             seq: round.counters.seq,
@@ -475,6 +474,101 @@ impl Model {
         };
         self.append(now_ms, &[id], vec![], vec![event]);
         Some(Restocked::Done)
+    }
+
+    /// Takes over what a journal entry says, whoever decided it. `terms` are those of the rounds
+    /// that it may provision.
+    ///
+    /// `None` when the entry does not follow from what is here; the model is then of no use.
+    pub fn replay(&mut self, entry: &Entry, terms: &BTreeMap<RoundId, Terms>) -> Option<()> {
+        for order in &entry.orders {
+            let round = self.rounds.get(&order.round)?;
+            if order.seq != round.counters.seq + 1 || order.quantity > round.counters.remaining {
+                return None;
+            }
+            self.accept(order)?;
+        }
+        for event in &entry.events {
+            let Some(id) = event.round else { continue };
+            if event.kind == EventKind::Provision {
+                self.insert(id, *terms.get(&id)?);
+                continue;
+            }
+            let round = self.rounds.get_mut(&id)?;
+            let sale = self.sales.get_mut(&id.sale)?;
+            round.counters.seq += 1;
+            match event.kind {
+                EventKind::Epoch | EventKind::Provision => return None,
+                EventKind::Cancel => {
+                    let order = sale.orders.get_mut(&event.order?)?;
+                    order.status = Status::Cancelled;
+                    round.give_back(order)?;
+                }
+                EventKind::Restock => {
+                    round.counters.allocation += event.units;
+                    round.counters.remaining += event.units;
+                    if let Some(operation) = event.operation {
+                        let asked = Fingerprint::restock(event.units);
+                        sale.operations.insert(operation, (asked, event.seq));
+                    }
+                }
+                EventKind::Pause => round.intent = Intent::Paused,
+                EventKind::Resume => round.intent = Intent::Live,
+                EventKind::Close => round.intent = Intent::Closed,
+            }
+        }
+        for (id, counters) in &entry.rounds {
+            if self.rounds.get(id)?.counters != *counters {
+                return None;
+            }
+        }
+        self.epoch = entry.id.epoch;
+        self.pseq = entry.id.pseq;
+        self.last_ms = self.last_ms.max(entry.at_ms);
+        Some(())
+    }
+
+    /// Puts a round back as it is remembered, with all its orders.
+    pub fn restore(
+        &mut self,
+        id: RoundId,
+        terms: Terms,
+        intent: Intent,
+        counters: Counters,
+        orders: Vec<Order>,
+    ) {
+        self.insert(id, terms);
+        let sale = self.sales.entry(id.sale).or_default();
+        let Some(round) = self.rounds.get_mut(&id) else {
+            return;
+        };
+        (round.intent, round.counters) = (intent, counters);
+        for order in orders {
+            let (units, acceptances) = round.buyers.entry(order.buyer).or_default();
+            *acceptances += 1;
+            if matches!(order.status, Status::Held | Status::Confirmed) {
+                *units += order.quantity;
+            }
+            if order.status == Status::Confirmed {
+                round.board.insert(order.seq, order.id);
+            }
+            sale.orders.insert(order.id, order);
+        }
+    }
+
+    fn insert(&mut self, id: RoundId, terms: Terms) {
+        self.rounds.insert(
+            id,
+            Round {
+                terms,
+                intent: Intent::Live,
+                counters: Counters::fresh(terms.allocation),
+                buyers: BTreeMap::new(),
+                board: BTreeMap::new(),
+            },
+        );
+        let sale = self.sales.entry(id.sale).or_default();
+        sale.round = sale.round.max(id.round);
     }
 
     fn append(&mut self, at_ms: i64, rounds: &[RoundId], orders: Vec<Order>, events: Vec<Event>) {

@@ -171,7 +171,7 @@ impl JournalReader {
 }
 
 /// Takes one entry of `XRANGE` apart; `None` when it is not even shaped like one.
-fn raw_entry(value: Value) -> Option<RawEntry> {
+pub(super) fn raw_entry(value: Value) -> Option<RawEntry> {
     let mut parts = value.into_array().into_iter();
     let id = journal_id(&parts.next()?.as_string()?)?;
     let mut fields = parts.next()?.into_array().into_iter();

@@ -21,6 +21,7 @@ mod partition;
 mod provision;
 mod purchase;
 mod queue;
+mod rebuild;
 mod release;
 mod reply;
 mod restock;
@@ -29,7 +30,7 @@ mod snapshot;
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Instant,
 };
 
@@ -45,6 +46,7 @@ pub use self::{
     packed::Standing,
     partition::Fence,
     purchase::Answer,
+    rebuild::SaleImage,
 };
 use self::{
     coalescer::Coalescer, connection::Connection, keys::Keys, memory::Memory,
@@ -52,7 +54,7 @@ use self::{
 };
 use crate::{
     domain::{
-        id::{Partition, RoundId},
+        id::{JournalId, Partition, RoundId},
         order::Durability,
     },
     metrics::EngineMetrics,
@@ -121,9 +123,13 @@ impl Shared {
         }
     }
 
+    fn damaged(&self) -> MutexGuard<'_, BTreeSet<RoundId>> {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Says aloud when a round becomes damaged and when it is whole again, not at each purchase.
     fn note_damage(&self, round: RoundId, is_damaged: bool) {
-        let mut damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut damaged = self.damaged();
         if is_damaged && damaged.insert(round) {
             tracing::error!(%round, "round damaged: nothing of it is sold until it is rebuilt");
         } else if !is_damaged && damaged.remove(&round) {
@@ -230,9 +236,20 @@ impl Engine {
             .await;
     }
 
-    /// The highest pseq that any reply has shown.
-    pub fn floor(&self) -> u64 {
+    /// The last timeline that this node sold in, and the highest pseq that any reply has shown it
+    /// there.
+    pub fn floor(&self) -> JournalId {
         self.shared.view.floor()
+    }
+
+    /// Whether keys of a round were missing or not whole when a call last saw them.
+    pub fn is_damaged(&self) -> bool {
+        !self.shared.damaged().is_empty()
+    }
+
+    /// Every round has been made whole.
+    pub fn forget_damage(&self) {
+        self.shared.damaged().clear();
     }
 
     /// Purchases that wait for a call.

@@ -250,6 +250,69 @@ fn durability(byte: u8) -> Option<Durability> {
     }
 }
 
+/// `RECORD`: an order, as its script would have written it. One without the key of a receipt is
+/// written in the version that had none.
+pub(super) fn record(order: &Order) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(RECORD_BYTES);
+    let version = if order.receipt_key == 0 {
+        VERSION_MIN
+    } else {
+        VERSION
+    };
+    bytes.extend([
+        version,
+        status_byte(order.status),
+        status_byte(order.accepted_as),
+        durability_byte(order.durability),
+    ]);
+    if version == VERSION {
+        bytes.push(order.receipt_key);
+    }
+    bytes.extend(order.round.round.to_be_bytes());
+    bytes.extend(order.epoch.0.to_be_bytes());
+    push_u48(&mut bytes, order.seq);
+    push_u48(&mut bytes, order.pseq);
+    bytes.extend(
+        u32::try_from(order.quantity)
+            .unwrap_or(u32::MAX)
+            .to_be_bytes(),
+    );
+    bytes.extend(price(order.unit_price));
+    push_u48(&mut bytes, order.accepted_at_ms.unsigned_abs());
+    bytes.extend(order.fingerprint.0);
+    bytes.extend(order.buyer.0.as_bytes());
+    bytes
+}
+
+/// `OPERATION`: what an operation asked for, and the seq it took.
+pub(super) fn operation(fingerprint: Fingerprint, seq: u64) -> Vec<u8> {
+    let mut bytes = fingerprint.0.to_vec();
+    push_u48(&mut bytes, seq);
+    bytes
+}
+
+/// `BUYER`: the units that a buyer has, and the acceptances that the buyer ever got.
+pub(super) fn buyer(units: u64, acceptances: u64) -> Vec<u8> {
+    [units, acceptances]
+        .into_iter()
+        .flat_map(|count| u32::try_from(count).unwrap_or(u32::MAX).to_be_bytes())
+        .collect()
+}
+
+fn push_u48(bytes: &mut Vec<u8>, number: u64) {
+    bytes.extend_from_slice(&number.to_be_bytes()[2..]);
+}
+
+fn status_byte(status: Status) -> u8 {
+    match status {
+        Status::Held => 0,
+        Status::Confirmed => 1,
+        Status::Expired => 2,
+        Status::Cancelled => 3,
+        Status::Refunded => 4,
+    }
+}
+
 /// The byte of a durability.
 fn durability_byte(durability: Durability) -> u8 {
     match durability {

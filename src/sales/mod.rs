@@ -365,7 +365,7 @@ impl Shop {
     ) -> Result<(SaleView, bool), SaleError> {
         let facts = self.facts(id).await?;
         let operation = OperationId::derive(&format!("restock {id}"), actor, key);
-        let fingerprint = Fingerprint::of(&[b"restock", &units.to_be_bytes()]);
+        let fingerprint = Fingerprint::restock(units);
         let engine = self.engine(facts.partition)?;
         let round = facts.round_id();
         let (restocked, standing) = engine

@@ -2,9 +2,11 @@
 
 pub mod audit;
 pub mod directory;
+pub mod floors;
 pub mod journal;
 pub mod orders;
 pub mod products;
+pub mod rebuild;
 pub mod rounds;
 pub mod sales;
 pub mod sessions;

@@ -104,9 +104,9 @@ impl<'a> Unpack<'a> {
         if !(VERSION_MIN..=VERSION).contains(&version) {
             return None;
         }
-        let status = status(self.byte()?)?;
-        let accepted_as = self::status(self.byte()?)?;
-        let durability = durability(self.byte()?)?;
+        let status = Status::from_byte(self.byte()?)?;
+        let accepted_as = Status::from_byte(self.byte()?)?;
+        let durability = Durability::from_byte(self.byte()?)?;
         let receipt_key = if version == VERSION_MIN {
             0
         } else {
@@ -229,37 +229,6 @@ impl<'a> Unpack<'a> {
     }
 }
 
-fn status(byte: u8) -> Option<Status> {
-    match byte {
-        0 => Some(Status::Held),
-        1 => Some(Status::Confirmed),
-        2 => Some(Status::Expired),
-        3 => Some(Status::Cancelled),
-        4 => Some(Status::Refunded),
-        _ => None,
-    }
-}
-
-fn durability(byte: u8) -> Option<Durability> {
-    match byte {
-        0 => Some(Durability::Fast),
-        1 => Some(Durability::Fsync),
-        2 => Some(Durability::Replicated),
-        3 => Some(Durability::Committed),
-        _ => None,
-    }
-}
-
-/// The byte of a durability.
-fn durability_byte(durability: Durability) -> u8 {
-    match durability {
-        Durability::Fast => 0,
-        Durability::Fsync => 1,
-        Durability::Replicated => 2,
-        Durability::Committed => 3,
-    }
-}
-
 /// The eleven bytes of a price.
 pub(super) fn price(money: Money) -> [u8; 11] {
     let mut bytes = [0; 11];
@@ -276,7 +245,7 @@ pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchas
     let quantity = u32::try_from(purchase.quantity).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&quantity.to_be_bytes());
     bytes.extend_from_slice(&purchase.fingerprint.0);
-    bytes.push(durability_byte(purchase.durability));
+    bytes.push(purchase.durability.byte());
 }
 
 /// `CALLER`: the caller's view of the partition.

@@ -22,7 +22,7 @@ use crate::{
         token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
     },
     config::{self, Config, Endpoints},
-    domain::id::Partition,
+    domain::{id::Partition, receipt::ReceiptKeys},
     engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
@@ -94,6 +94,7 @@ struct Stores {
     engines: Engines,
     positions: Positions,
     rounds: Rounds,
+    receipts: Option<ReceiptKeys>,
 }
 
 /// Starts everything that `roles` names.
@@ -214,9 +215,11 @@ async fn connect(
     let database = Database::new(endpoints.database_url.expose_secret(), settings)
         .context("DATABASE_URL cannot be read")?;
     migrate(&database).await?;
+    let receipts = config.receipt_keys()?;
     let options = EngineOptions {
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: config.queue_capacity,
+        receipt_key: receipts.as_ref().map_or(0, ReceiptKeys::signing),
     };
     let positions = Positions::new(database.clone());
     let rounds = Rounds::new(database.clone());
@@ -233,6 +236,7 @@ async fn connect(
         engines: Engines::new(engines),
         positions,
         rounds,
+        receipts,
     })
 }
 
@@ -316,6 +320,10 @@ async fn serve(
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
+        receipts: stores
+            .receipts
+            .clone()
+            .context("there is no key of receipts")?,
     });
     let (engines, rounds) = (stores.engines.clone(), stores.rounds.clone());
     let stop = life.token(Stage::Background);

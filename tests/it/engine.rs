@@ -1,6 +1,6 @@
 //! The scripts against their specification: random commands, on a real Redis.
 
-use super::support::Redis;
+use super::support::{RECEIPT_KEY, Redis};
 use proptest::{
     prelude::*,
     strategy::ValueTree,
@@ -274,7 +274,7 @@ impl Conformance {
             let (items, decisions): (Vec<_>, _) = pairs.into_iter().unzip();
             self.operations += items.len();
             let command = Command::Purchase {
-                receipt_key: 0,
+                receipt_key: RECEIPT_KEY,
                 items,
             };
             self.apply(Some(now_ms), command, Reply::Decided(decisions))

@@ -164,6 +164,9 @@ pub struct Purchase {
     pub fingerprint: Fingerprint,
     /// What an acceptance will survive.
     pub durability: Durability,
+    /// Whether a receipt proves that a lost epoch accepted it: then neither pause nor end of the
+    /// round is in its way.
+    pub redeem: bool,
 }
 
 /// What became of a purchase.

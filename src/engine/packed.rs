@@ -24,7 +24,7 @@ pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
 /// Bytes of the counters of a round.
 pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
 /// Bytes of one purchase in the arguments of its script.
-pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1;
+pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 1;
 
 /// Bytes of an acceptance in a journal entry of this version: index of its round, id, record.
 pub(super) fn acceptance_bytes(version: u8) -> usize {
@@ -246,6 +246,7 @@ pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchas
     bytes.extend_from_slice(&quantity.to_be_bytes());
     bytes.extend_from_slice(&purchase.fingerprint.0);
     bytes.push(purchase.durability.byte());
+    bytes.push(purchase.redeem.into());
 }
 
 /// `CALLER`: the caller's view of the partition.

@@ -248,6 +248,7 @@ impl Shop {
             quantity,
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
             durability: engine.durability(),
+            redeem: false,
         };
         let answer = engine.purchase(purchase).await?;
         Ok((answer, facts))

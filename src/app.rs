@@ -23,7 +23,7 @@ use crate::{
     },
     clock,
     config::{self, Config, Endpoints},
-    domain::id::Partition,
+    domain::{id::Partition, receipt::ReceiptKeys},
     engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
@@ -96,6 +96,7 @@ struct Stores {
     engines: Engines,
     positions: Positions,
     rounds: Rounds,
+    receipts: Option<ReceiptKeys>,
 }
 
 /// Starts everything that `roles` names.
@@ -219,9 +220,11 @@ async fn connect(
     let database = Database::new(endpoints.database_url.expose_secret(), settings)
         .context("DATABASE_URL cannot be read")?;
     migrate(&database).await?;
+    let receipts = config.receipt_keys()?;
     let options = EngineOptions {
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: config.queue_capacity,
+        receipt_key: receipts.as_ref().map_or(0, ReceiptKeys::signing),
     };
     let positions = Positions::new(database.clone());
     let rounds = Rounds::new(database.clone());
@@ -238,6 +241,7 @@ async fn connect(
         engines: Engines::new(engines),
         positions,
         rounds,
+        receipts,
     })
 }
 
@@ -321,6 +325,10 @@ async fn serve(
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
+        receipts: stores
+            .receipts
+            .clone()
+            .context("there is no key of receipts")?,
     });
     let (engines, rounds) = (stores.engines.clone(), stores.rounds.clone());
     let stop = life.token(Stage::Background);

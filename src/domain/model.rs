@@ -305,7 +305,11 @@ impl Model {
                 Decision::Refused(Refusal::Mismatch)
             });
         }
-        let refusal = match round::state(round.intent, window, now_ms) {
+        let state = match round::state(round.intent, window, now_ms) {
+            State::Paused | State::Closed if item.redeem => State::Open,
+            state => state,
+        };
+        let refusal = match state {
             State::Scheduled => Some(Refusal::NotOpen {
                 opens_at_ms: window.opens_at_ms,
             }),

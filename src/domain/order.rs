@@ -25,6 +25,24 @@ pub enum Status {
 }
 
 impl Status {
+    const ALL: [Self; 5] = [
+        Self::Held,
+        Self::Confirmed,
+        Self::Expired,
+        Self::Cancelled,
+        Self::Refunded,
+    ];
+
+    /// The byte of packed records and receipts.
+    pub fn byte(self) -> u8 {
+        self as u8
+    }
+
+    /// Reads the byte.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(byte)).copied()
+    }
+
     /// The word that the API and PostgreSQL use.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -38,15 +56,7 @@ impl Status {
 
     /// Reads the word.
     pub fn parse(word: &str) -> Option<Self> {
-        [
-            Self::Held,
-            Self::Confirmed,
-            Self::Expired,
-            Self::Cancelled,
-            Self::Refunded,
-        ]
-        .into_iter()
-        .find(|status| status.as_str() == word)
+        Self::ALL.into_iter().find(|status| status.as_str() == word)
     }
 }
 
@@ -67,6 +77,18 @@ pub enum Durability {
 }
 
 impl Durability {
+    const ALL: [Self; 4] = [Self::Fast, Self::Fsync, Self::Replicated, Self::Committed];
+
+    /// The byte of packed records and receipts.
+    pub fn byte(self) -> u8 {
+        self as u8
+    }
+
+    /// Reads the byte.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(byte)).copied()
+    }
+
     /// The word that the API and PostgreSQL use.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -79,7 +101,7 @@ impl Durability {
 
     /// Reads the word.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Fast, Self::Fsync, Self::Replicated, Self::Committed]
+        Self::ALL
             .into_iter()
             .find(|durability| durability.as_str() == word)
     }
@@ -142,6 +164,9 @@ pub struct Purchase {
     pub fingerprint: Fingerprint,
     /// What an acceptance will survive.
     pub durability: Durability,
+    /// Whether a receipt proves that a lost epoch accepted it: then neither pause nor end of the
+    /// round is in its way.
+    pub redeem: bool,
 }
 
 /// What became of a purchase.
@@ -207,6 +232,7 @@ mod tests {
         ] {
             assert_eq!(Status::parse(status.as_str()), Some(status));
             assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());
+            assert_eq!(Status::from_byte(status.byte()), Some(status));
         }
         for durability in [
             Durability::Fast,
@@ -215,6 +241,7 @@ mod tests {
             Durability::Committed,
         ] {
             assert_eq!(Durability::parse(durability.as_str()), Some(durability));
+            assert_eq!(Durability::from_byte(durability.byte()), Some(durability));
             assert_eq!(
                 serde_json::to_value(durability).unwrap(),
                 durability.as_str()

@@ -175,6 +175,10 @@ impl Memory {
         at: Instant,
         redis_ms: i64,
     ) -> Option<Refusal> {
+        // Of lost acceptances there are few, and each deserves to be looked at.
+        if purchase.redeem {
+            return None;
+        }
         let (standing, proof) = {
             let rounds = self.rounds();
             let known = rounds.get(&purchase.round)?;
@@ -271,6 +275,7 @@ mod tests {
             quantity: 1,
             fingerprint: Fingerprint([0; 8]),
             durability: Durability::Fsync,
+            redeem: false,
         }
     }
 
@@ -288,6 +293,11 @@ mod tests {
         known.add(purchase("accepted").order, BuyerId(Uuid::from_u128(8)));
         memory.prove(sold_out.round, Some(Proof::new(&sold_out, known)));
         assert_eq!(refuse("new", at), Some(Refusal::SoldOut));
+        let redeemed = Purchase {
+            redeem: true,
+            ..purchase("new")
+        };
+        assert_eq!(memory.refuse(&redeemed, EPOCH, at, 20_000), None);
         let limited = [
             Purchase {
                 buyer: BuyerId(Uuid::from_u128(8)),

@@ -76,6 +76,8 @@ pub struct EngineOptions {
     pub url: RedisUrl,
     /// Purchases that may wait for a call.
     pub queue_capacity: usize,
+    /// The key that signs the receipts of what it accepts; 0 for none.
+    pub receipt_key: u8,
 }
 
 /// What sells the rounds of one partition.
@@ -167,6 +169,7 @@ impl Engine {
         let purchases = PurchaseLane {
             shared: Arc::clone(&shared),
             connection: crowd,
+            receipt_key: options.receipt_key,
         };
         let snapshots = SnapshotLane {
             shared: Arc::clone(&shared),

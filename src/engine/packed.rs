@@ -24,7 +24,7 @@ pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
 /// Bytes of the counters of a round.
 pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
 /// Bytes of one purchase in the arguments of its script.
-pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1;
+pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 1;
 
 /// Bytes of an acceptance in a journal entry of this version: index of its round, id, record.
 pub(super) fn acceptance_bytes(version: u8) -> usize {
@@ -104,9 +104,9 @@ impl<'a> Unpack<'a> {
         if !(VERSION_MIN..=VERSION).contains(&version) {
             return None;
         }
-        let status = status(self.byte()?)?;
-        let accepted_as = self::status(self.byte()?)?;
-        let durability = durability(self.byte()?)?;
+        let status = Status::from_byte(self.byte()?)?;
+        let accepted_as = Status::from_byte(self.byte()?)?;
+        let durability = Durability::from_byte(self.byte()?)?;
         let receipt_key = if version == VERSION_MIN {
             0
         } else {
@@ -229,27 +229,6 @@ impl<'a> Unpack<'a> {
     }
 }
 
-fn status(byte: u8) -> Option<Status> {
-    match byte {
-        0 => Some(Status::Held),
-        1 => Some(Status::Confirmed),
-        2 => Some(Status::Expired),
-        3 => Some(Status::Cancelled),
-        4 => Some(Status::Refunded),
-        _ => None,
-    }
-}
-
-fn durability(byte: u8) -> Option<Durability> {
-    match byte {
-        0 => Some(Durability::Fast),
-        1 => Some(Durability::Fsync),
-        2 => Some(Durability::Replicated),
-        3 => Some(Durability::Committed),
-        _ => None,
-    }
-}
-
 /// `RECORD`: an order, as its script would have written it. One without the key of a receipt is
 /// written in the version that had none.
 pub(super) fn record(order: &Order) -> Vec<u8> {
@@ -261,9 +240,9 @@ pub(super) fn record(order: &Order) -> Vec<u8> {
     };
     bytes.extend([
         version,
-        status_byte(order.status),
-        status_byte(order.accepted_as),
-        durability_byte(order.durability),
+        order.status.byte(),
+        order.accepted_as.byte(),
+        order.durability.byte(),
     ]);
     if version == VERSION {
         bytes.push(order.receipt_key);
@@ -303,26 +282,6 @@ fn push_u48(bytes: &mut Vec<u8>, number: u64) {
     bytes.extend_from_slice(&number.to_be_bytes()[2..]);
 }
 
-fn status_byte(status: Status) -> u8 {
-    match status {
-        Status::Held => 0,
-        Status::Confirmed => 1,
-        Status::Expired => 2,
-        Status::Cancelled => 3,
-        Status::Refunded => 4,
-    }
-}
-
-/// The byte of a durability.
-fn durability_byte(durability: Durability) -> u8 {
-    match durability {
-        Durability::Fast => 0,
-        Durability::Fsync => 1,
-        Durability::Replicated => 2,
-        Durability::Committed => 3,
-    }
-}
-
 /// The eleven bytes of a price.
 pub(super) fn price(money: Money) -> [u8; 11] {
     let mut bytes = [0; 11];
@@ -339,7 +298,8 @@ pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchas
     let quantity = u32::try_from(purchase.quantity).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&quantity.to_be_bytes());
     bytes.extend_from_slice(&purchase.fingerprint.0);
-    bytes.push(durability_byte(purchase.durability));
+    bytes.push(purchase.durability.byte());
+    bytes.push(purchase.redeem.into());
 }
 
 /// `CALLER`: the caller's view of the partition.

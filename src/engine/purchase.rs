@@ -38,6 +38,8 @@ pub struct Answer {
 pub(super) struct PurchaseLane {
     pub(super) shared: Arc<Shared>,
     pub(super) connection: Arc<Connection>,
+    /// The key that signs the receipts of what it accepts; 0 for none.
+    pub(super) receipt_key: u8,
 }
 
 impl Lane for PurchaseLane {
@@ -89,7 +91,7 @@ impl Lane for PurchaseLane {
                 keys.orders(round.sale),
             ]);
         }
-        let arguments = vec![Bytes::from_static(b"0"), packed_items.into()];
+        let arguments = vec![self.receipt_key.to_string().into(), packed_items.into()];
 
         metrics.calls.inc();
         #[expect(clippy::cast_precision_loss, reason = "at most 128")]

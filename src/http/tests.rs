@@ -37,6 +37,7 @@ use crate::{
         },
     },
     clock,
+    domain::receipt::ReceiptKeys,
     engine::Engines,
     metrics::Metrics,
     ops::auditor::Auditor,
@@ -119,6 +120,7 @@ fn closed_shop(database: Database) -> Shop {
         positions: Positions::new(database),
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+        receipts: ReceiptKeys::new(&[(1, SECRET)]).unwrap(),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
         model::{Cancelled, Controlled, Restocked},
         order::{Order, Purchase},
+        receipt::ReceiptKeys,
         round::Intent,
     },
     engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
@@ -108,6 +109,8 @@ pub struct Shop {
     pub stored: HashMap<Partition, StoredPosition>,
     /// What buyers are called on a leaderboard.
     pub pseudonyms: Pseudonyms,
+    /// Signs receipts, and knows its own.
+    pub receipts: ReceiptKeys,
 }
 
 impl Shop {
@@ -245,6 +248,7 @@ impl Shop {
             quantity,
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
             durability: engine.durability(),
+            redeem: false,
         };
         let answer = engine.purchase(purchase).await?;
         Ok((answer, facts))

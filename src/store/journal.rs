@@ -687,8 +687,9 @@ impl BatchTransaction<'_> {
         sqlx::query!(
             "INSERT INTO orders (id, buyer_id, seq, pseq, last_seq, quantity, unit_price,
                                  accepted_at, updated_at, sale, round, epoch, currency, status,
-                                 accepted_as, durability, fingerprint, receipt_key, sale_id)
-             SELECT new.*, sales.id
+                                 accepted_as, durability, fingerprint, receipt_key, sale_id,
+                                 body_version)
+             SELECT new.*, sales.id, CASE WHEN new.receipt_key = 0 THEN 1 ELSE 2 END
              FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[],
                          $6::bigint[], $7::bigint[], $8::timestamptz[], $9::timestamptz[],
                          $10::int[], $11::int[], $12::int[], $13::text[], $14::text[],

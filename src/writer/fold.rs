@@ -622,6 +622,7 @@ mod tests {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            redeem: false,
         }
     }
 

@@ -148,6 +148,7 @@ impl Stall {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            redeem: false,
         };
         let engine = self.engines.of(PARTITION).unwrap();
         let answer = engine.purchase(item).await.unwrap();

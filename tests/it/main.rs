@@ -8,6 +8,7 @@
 
 mod accounts;
 mod audit;
+mod documents;
 mod embedded;
 mod engine;
 mod events;

@@ -45,11 +45,15 @@ impl Redis {
     }
 }
 
+/// The key of receipts that an engine of the tests notes in its orders.
+pub(crate) const RECEIPT_KEY: u8 = 7;
+
 /// An engine on a fresh partition, in its first epoch.
 pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
     let options = EngineOptions {
         url: redis.url(),
         queue_capacity: 16_384,
+        receipt_key: RECEIPT_KEY,
     };
     let engine = Engine::connect(&options, partition, EngineMetrics::default())
         .await

@@ -13,6 +13,7 @@ mod engine;
 mod events;
 mod faults;
 mod layers;
+mod processes;
 mod refusals;
 mod selling;
 mod support;

@@ -1,6 +1,7 @@
 //! What the tests share: real services and a whole application, each test its own.
 
 pub(crate) mod app;
+pub(crate) mod process;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 

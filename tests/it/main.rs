@@ -12,6 +12,7 @@ mod embedded;
 mod engine;
 mod events;
 mod faults;
+mod fence;
 mod layers;
 mod processes;
 mod refusals;

@@ -2,6 +2,7 @@
 
 pub(crate) mod app;
 pub(crate) mod process;
+pub(crate) mod wire;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 

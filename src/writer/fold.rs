@@ -10,6 +10,7 @@ use crate::{
         round::{Counters, Intent},
     },
     engine::{EntryError, RawEntry},
+    faults,
     store::journal::{
         DataError, EventRow, Fate, Letter, OrderRow, RoundRow, RoundState, StatusRow,
     },
@@ -160,6 +161,7 @@ impl Folding<'_> {
                 }
                 self.readable(raw.id, entry)?;
             }
+            Err(EntryError::UnknownVersion(_)) if faults::bug("unknown_version_skipped") => {}
             Err(EntryError::UnknownVersion(version)) => {
                 return Err(Halt::UnknownVersion {
                     entry: raw.id,
@@ -308,7 +310,7 @@ impl Folding<'_> {
             }
             let mut counters = expected.get(round).copied().unwrap_or_default();
             counters.seq = before + seqs.len() as u64;
-            if counters != *after || !after.balanced() {
+            if (counters != *after || !after.balanced()) && !faults::bug("counters_believed") {
                 let detail = format!("the counters should be {counters:?} and are {after:?}");
                 return Err(halt(*round, &detail));
             }
@@ -348,7 +350,11 @@ impl Folding<'_> {
                 round: order.round,
                 seq_from: order.seq,
                 seq_to: order.seq,
-                units: order.quantity.cast_signed(),
+                units: if faults::bug("dead_units_not_counted") {
+                    0
+                } else {
+                    order.quantity.cast_signed()
+                },
                 allocated: 0,
                 order: Some(order.id),
                 error: error.clone(),

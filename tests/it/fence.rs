@@ -11,8 +11,7 @@ use stockade::{
         order::{Decision, Purchase, Refusal},
         round::{Intent, Terms, Window},
     },
-    engine::{Engine, EngineError, EngineOptions},
-    metrics::EngineMetrics,
+    engine::{Engine, EngineError},
 };
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -173,13 +172,7 @@ fn fenced(reason: &str) -> impl Fn(&EngineError) -> bool {
 #[tokio::test]
 async fn a_call_of_an_older_epoch_is_not_let_in() {
     let mut counter = Counter::open().await;
-    let options = EngineOptions {
-        url: counter.redis.url(),
-        queue_capacity: 16,
-    };
-    let newer = Engine::connect(&options, PARTITION, EngineMetrics::default())
-        .await
-        .unwrap();
+    let newer = support::connect(&counter.redis, PARTITION).await;
     let inspection = newer.inspect().await.unwrap();
     newer.install(Epoch(2), &inspection).await.unwrap();
     counter.assert_all_refused(0, fenced("epoch")).await;

@@ -14,6 +14,7 @@ mod events;
 mod faults;
 mod fence;
 mod layers;
+mod outage;
 mod processes;
 mod refusals;
 mod selling;

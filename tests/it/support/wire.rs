@@ -31,4 +31,29 @@ impl Wire {
         assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
         line.trim_end()[1..].to_owned()
     }
+
+    /// Writes a journal entry anew, with its fields `f` changed by some Lua.
+    pub(crate) async fn forge(&mut self, journal: &str, id: &str, change: &str) {
+        let script = format!(
+            "local entries = redis.call('XRANGE', KEYS[1], '-', '+')
+             redis.call('DEL', KEYS[1])
+             local forged = 0
+             for _, entry in ipairs(entries) do
+               local id, fields, f = entry[1], entry[2], {{}}
+               for i = 1, #fields, 2 do f[fields[i]] = fields[i + 1] end
+               if id == ARGV[1] then
+                 forged = forged + 1
+                 {change}
+               end
+               fields = {{}}
+               for name, value in pairs(f) do
+                 fields[#fields + 1] = name
+                 fields[#fields + 1] = value
+               end
+               redis.call('XADD', KEYS[1], id, unpack(fields))
+             end
+             return forged"
+        );
+        assert_eq!(self.run(&["EVAL", &script, "1", journal, id]).await, "1");
+    }
 }

@@ -322,7 +322,7 @@ mod imp {
                 .filter(|line| line.trim_start() == *right)
                 .collect();
             match found.as_mut_slice() {
-                [line] => **line = (*wrong).to_owned(),
+                [line] => (*wrong).clone_into(line),
                 found => panic!("bug {bug}: {} lines {right:?}, want one", found.len()),
             }
         }

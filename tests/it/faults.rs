@@ -52,7 +52,7 @@ impl Crowd {
 }
 
 /// Exactly so many were accepted, and PostgreSQL has exactly them.
-async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
+pub(crate) async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
     for answer in answers.iter().filter(|answer| answer.status != 201) {
         refused(answer, 409, "sold_out");
     }

@@ -8,6 +8,8 @@
 
 mod accounts;
 mod audit;
+#[cfg(feature = "faults")]
+mod crash;
 mod embedded;
 mod engine;
 mod events;

@@ -89,10 +89,67 @@ impl Served {
 
     /// Starts it again after its end, at another port, and waits until it wants traffic.
     pub(crate) async fn start_again(&mut self) {
+        self.spawn_again();
+        self.ready().await;
+    }
+
+    /// Sets a variable of its environment from the next start on, or takes it away.
+    #[cfg(feature = "faults")]
+    pub(crate) fn set(&mut self, name: &str, value: Option<&str>) {
+        self.environment.retain(|(known, _)| known != name);
+        let variable = value.map(|value| (name.to_owned(), value.to_owned()));
+        self.environment.extend(variable);
+    }
+
+    /// Starts it again, to die by itself sooner or later.
+    #[cfg(feature = "faults")]
+    pub(crate) async fn start_to_die(&mut self) {
+        use std::os::unix::process::ExitStatusExt;
+        self.spawn_again();
+        let dying = async {
+            // Until it is gone it may say where it answers.
+            while let Some(line) = self.said.next_line().await.unwrap() {
+                if let Some(url) = url_said(&line) {
+                    self.door.send_replace(url);
+                }
+            }
+        };
+        timeout(PATIENCE, dying)
+            .await
+            .unwrap_or_else(|_| panic!("it does not die"));
+        assert_eq!(self.ended().await.signal(), Some(9));
+    }
+
+    /// Starts it again, to stand still sooner or later.
+    #[cfg(feature = "faults")]
+    pub(crate) async fn start_to_stall(&mut self) {
+        self.spawn_again();
+        let stat = format!("/proc/{}/stat", self.child.id().unwrap());
+        let standing_still = async {
+            loop {
+                // The state follows the name, which is in parentheses.
+                let text = fs::read_to_string(&stat).unwrap();
+                if text
+                    .rsplit(')')
+                    .next()
+                    .unwrap()
+                    .trim_start()
+                    .starts_with('T')
+                {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, standing_still)
+            .await
+            .unwrap_or_else(|_| panic!("it does not stand still"));
+    }
+
+    fn spawn_again(&mut self) {
         assert!(self.child.try_wait().unwrap().is_some(), "it still runs");
         let log = File::options().append(true).open(self.log.path()).unwrap();
         (self.child, self.said) = spawn(&self.environment, log);
-        self.ready().await;
     }
 
     /// Where it answers, also after the next start.
@@ -116,9 +173,8 @@ impl Served {
             let url = loop {
                 let line = self.said.next_line().await.unwrap();
                 let line = line.unwrap_or_else(|| panic!("it ended instead of getting ready"));
-                let said = line.strip_prefix("stockade serves ");
-                if let Some(url) = said.and_then(|said| said.split(' ').next()) {
-                    break url.to_owned();
+                if let Some(url) = url_said(&line) {
+                    break url;
                 }
             };
             let asking = Client::new();
@@ -137,6 +193,12 @@ impl Served {
     }
 }
 
+/// Where it answers, if this line of its output says so.
+fn url_said(line: &str) -> Option<String> {
+    let said = line.strip_prefix("stockade serves ")?;
+    said.split(' ').next().map(str::to_owned)
+}
+
 fn spawn(environment: &[(String, String)], log: File) -> (Child, Lines<BufReader<ChildStdout>>) {
     // It dies when the thread dies that started it: a test's own, or one of its runtime.
     let mut child = Command::new("setpriv")
@@ -147,6 +209,11 @@ fn spawn(environment: &[(String, String)], log: File) -> (Child, Lines<BufReader
         .env_clear()
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .env("PATH", std::env::var_os("PATH").unwrap())
+        // Of a test build: the bug that is switched on is in its processes, too.
+        .envs(
+            std::env::vars()
+                .filter(|(name, _)| stockade::faults::VARIABLES.contains(&name.as_str())),
+        )
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)

@@ -17,6 +17,8 @@ use figment::{Figment, Metadata, Profile, Provider};
 use secrecy::ExposeSecret;
 use tracing_subscriber::EnvFilter;
 
+use crate::faults;
+
 pub use endpoints::Endpoints;
 pub use keys::{Config, KEYS, Key};
 pub use values::{AccessLog, LogFormat, Origins, RateLimit};
@@ -363,6 +365,9 @@ fn key_of_variable(name: &str) -> Result<Option<(&'static Key, bool)>, ConfigErr
         if key.secret && name.strip_suffix("_FILE") == Some(key.env) {
             return Ok(Some((key, true)));
         }
+    }
+    if faults::VARIABLES.contains(&name) {
+        return Ok(None);
     }
     if name.starts_with("STOCKADE_") {
         let known = KEYS.iter().map(|key| key.env).chain([FILE_ENV]);

@@ -10,11 +10,14 @@ use sqlx::{
 use uuid::Uuid;
 
 use super::{Database, StoreError, rounds::intent_word};
-use crate::domain::{
-    id::{Epoch, JournalId, OrderId, Partition, RoundId, SaleNumber},
-    journal::{Event, EventKind},
-    order::{Order, Status},
-    round::{Counters, Intent},
+use crate::{
+    domain::{
+        id::{Epoch, JournalId, OrderId, Partition, RoundId, SaleNumber},
+        journal::{Event, EventKind},
+        order::{Order, Status},
+        round::{Counters, Intent},
+    },
+    faults,
 };
 
 /// Up to where PostgreSQL has the journal of a partition, and in which epoch Redis must be.
@@ -882,11 +885,12 @@ impl BatchTransaction<'_> {
              SET position = $2, position_epoch = $3, updated_at = now()
              WHERE partition = $1",
             self.partition.0.cast_signed(),
-            stored.pseq.cast_signed(),
+            stored.pseq.cast_signed() + i64::from(faults::bug("position_too_far")),
             stored.epoch.0.cast_signed()
         )
         .execute(&mut *self.transaction)
         .await?;
+        faults::point("writer.before_commit");
         Ok(self.transaction.commit().await?)
     }
 

@@ -5,22 +5,18 @@
 use std::{fs, path::Path, time::Duration};
 
 use futures::StreamExt;
-use reqwest::{Method, RequestBuilder, Url};
-use secrecy::ExposeSecret;
+use reqwest::{Method, RequestBuilder};
 use serde_json::json;
 use stockade::clock;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    net::TcpStream,
-    sync::watch,
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use uuid::Uuid;
 
 use super::{
     selling::{OrderRow, acceptances, assert_replays, refused, rows, stored, strangers},
-    support::app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
+    support::{
+        app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
+        wire::Wire,
+    },
 };
 
 /// A crowd of whom thirty-two at a time insist on an answer.
@@ -56,7 +52,7 @@ impl Crowd {
 }
 
 /// Exactly so many were accepted, and PostgreSQL has exactly them.
-async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
+pub(crate) async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
     for answer in answers.iter().filter(|answer| answer.status != 201) {
         refused(answer, 409, "sold_out");
     }
@@ -80,31 +76,6 @@ fn assert_not_applied(answer: &Answer) {
     let problem = refused(answer, 503, "unavailable");
     assert_eq!(problem["outcome"], "not_applied", "{answer:?}");
     assert!(answer.header("retry-after").is_some());
-}
-
-/// A plain connection to Redis, for what no operator should do.
-struct Wire(BufReader<TcpStream>);
-
-impl Wire {
-    async fn connect(app: &App) -> Self {
-        let url = Url::parse(app.redis.server.url().expose_secret()).unwrap();
-        let stream = TcpStream::connect(("127.0.0.1", url.port().unwrap())).await;
-        let mut wire = Self(BufReader::new(stream.unwrap()));
-        wire.run(&["AUTH", url.password().unwrap()]).await;
-        wire
-    }
-
-    /// Runs a command that answers with one line, and gives it.
-    async fn run(&mut self, words: &[&str]) -> String {
-        let bulk = |word: &&str| format!("${}\r\n{word}\r\n", word.len());
-        let bulks: String = words.iter().map(bulk).collect();
-        let command = format!("*{}\r\n{bulks}", words.len());
-        self.0.write_all(command.as_bytes()).await.unwrap();
-        let mut line = String::new();
-        self.0.read_line(&mut line).await.unwrap();
-        assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
-        line.trim_end()[1..].to_owned()
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -189,7 +160,7 @@ async fn a_stopping_application_answers_whole_or_not_at_all() {
 async fn redis_forgets_its_scripts_again_and_again() {
     let app = App::start().await;
     let sale = drop_of(&app, 100).await;
-    let mut wire = Wire::connect(&app).await;
+    let mut wire = Wire::connect(&app.redis).await;
     let (stop, stopping) = watch::channel(false);
     let flushing = tokio::spawn(async move {
         let mut flushes = 0;
@@ -217,7 +188,7 @@ async fn a_round_that_lost_a_key_sells_nothing_until_it_is_whole_again() {
     let app = App::start().await;
     let other = drop_of(&app, 1_000).await;
     let mut others = 0;
-    let mut wire = Wire::connect(&app).await;
+    let mut wire = Wire::connect(&app.redis).await;
     let mut sql = sql(&app).await;
     let one = r#"{"quantity":1}"#;
     for key in [
@@ -370,7 +341,10 @@ async fn an_emptied_redis_is_made_anew_from_what_is_stored() {
     app.audit(&sale).await;
     let before = epochs(&app, &sale).await;
 
-    assert_eq!(Wire::connect(&app).await.run(&["FLUSHALL"]).await, "OK");
+    assert_eq!(
+        Wire::connect(&app.redis).await.run(&["FLUSHALL"]).await,
+        "OK"
+    );
     let doors = [app.door()];
     let mut answers = Vec::new();
     for request in strangers(&app, &sale, 20) {
@@ -417,7 +391,10 @@ async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
     };
     timeout(PATIENCE, blocked).await.unwrap();
     bought(strangers(&app, &sale, 5)).await;
-    assert_eq!(Wire::connect(&app).await.run(&["FLUSHALL"]).await, "OK");
+    assert_eq!(
+        Wire::connect(&app.redis).await.run(&["FLUSHALL"]).await,
+        "OK"
+    );
     for answer in crowd(strangers(&app, &sale, 50)).await {
         assert_not_applied(&answer);
     }
@@ -453,7 +430,10 @@ async fn two_nodes_agree_on_what_was_sold_before_redis_is_made_anew() {
     let mut answers = crowd(split).await;
     assert_eq!(acceptances(&answers).len(), 40);
     stored(&app, &sale).await;
-    assert_eq!(Wire::connect(&app).await.run(&["FLUSHALL"]).await, "OK");
+    assert_eq!(
+        Wire::connect(&app.redis).await.run(&["FLUSHALL"]).await,
+        "OK"
+    );
     let doors = [app.door(), node.door()];
     let crowd = Crowd::send(strangers(&app, &sale, 100), doors.to_vec());
     answers.extend(crowd.done().await);

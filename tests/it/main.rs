@@ -8,12 +8,17 @@
 
 mod accounts;
 mod audit;
+#[cfg(feature = "faults")]
+mod crash;
 mod documents;
 mod embedded;
 mod engine;
 mod events;
 mod faults;
+mod fence;
 mod layers;
+mod outage;
+mod processes;
 mod refusals;
 mod selling;
 mod support;

@@ -68,7 +68,8 @@ impl Node {
     }
 }
 
-fn redirected(request: RequestBuilder, url: &str) -> RequestBuilder {
+/// The same request, to the port of this URL.
+pub(crate) fn redirected(request: RequestBuilder, url: &str) -> RequestBuilder {
     let (client, request) = request.build_split();
     let mut request = request.unwrap();
     let port = reqwest::Url::parse(url).unwrap().port();
@@ -109,12 +110,19 @@ impl App {
 
     /// Starts an application with settings of its own.
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
+        let mut app = Self::without_node(settings).await;
+        app.run().await;
+        app
+    }
+
+    /// The stores of an application that does not run yet, and what is needed to speak to it.
+    pub(crate) async fn without_node(settings: &[(&str, &str)]) -> Self {
         let (redis, database_url) = tokio::join!(Redis::start(), super::database());
         let keys = [Secret {
             id: "1",
             bytes: SECRET.as_bytes(),
         }];
-        let mut app = Self {
+        Self {
             redis,
             database_url,
             client: Client::builder()
@@ -131,9 +139,32 @@ impl App {
             door: watch::Sender::default(),
             keys: TokenKeys::new(&keys, 600).unwrap(),
             audited: false,
-        };
-        app.run().await;
-        app
+        }
+    }
+
+    /// What every node is configured with, besides its stores.
+    pub(crate) fn environment(&self) -> Vec<(String, String)> {
+        let mut vars = vec![
+            ("STOCKADE_HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
+            ("STOCKADE_JWT_SECRET".to_owned(), SECRET.to_owned()),
+        ];
+        vars.extend(self.settings.iter().cloned());
+        vars
+    }
+
+    /// Where every node finds its stores.
+    pub(crate) fn endpoints(&self) -> Endpoints {
+        Endpoints {
+            redis_url: self.redis.server.url().clone(),
+            cache_redis_url: None,
+            database_url: self.database_url.clone(),
+        }
+    }
+
+    /// From now on speaks to this node, which is not the application's own.
+    pub(crate) fn speak_to(&mut self, url: String) {
+        self.url.clone_from(&url);
+        self.door.send_replace(url);
     }
 
     /// Starts the application on its stores, and waits until it is ready.
@@ -147,17 +178,8 @@ impl App {
 
     /// Starts one more application on the same stores.
     pub(crate) async fn node(&self) -> Node {
-        let mut vars = vec![
-            ("STOCKADE_HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
-            ("STOCKADE_JWT_SECRET".to_owned(), SECRET.to_owned()),
-        ];
-        vars.extend(self.settings.iter().cloned());
-        let config = Config::load(vars).unwrap();
-        let endpoints = Endpoints {
-            redis_url: self.redis.server.url().clone(),
-            cache_redis_url: None,
-            database_url: self.database_url.clone(),
-        };
+        let config = Config::load(self.environment()).unwrap();
+        let endpoints = self.endpoints();
         let life = Lifecycle::new();
         let started = app::start(&config, &endpoints, Role::ALL, &life)
             .await

@@ -1,6 +1,8 @@
 //! What the tests share: real services and a whole application, each test its own.
 
 pub(crate) mod app;
+pub(crate) mod process;
+pub(crate) mod wire;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
@@ -25,7 +27,24 @@ pub(crate) struct Redis {
 
 impl Redis {
     pub(crate) async fn start() -> Self {
+        Self::start_on(TempDir::new().unwrap()).await
+    }
+
+    /// Another server with what this one has by now, as a replica that is promoted.
+    pub(crate) async fn copy(&self) -> Self {
         let dir = TempDir::new().unwrap();
+        let (from, to) = (self.dir(), dir.path().join("redis"));
+        fs::create_dir_all(to.join("appendonlydir")).unwrap();
+        // Every write is in the file before it is answered.
+        for file in fs::read_dir(from.join("appendonlydir")).unwrap() {
+            let file = file.unwrap();
+            let copy = to.join("appendonlydir").join(file.file_name());
+            fs::copy(file.path(), copy).unwrap();
+        }
+        Self::start_on(dir).await
+    }
+
+    async fn start_on(dir: TempDir) -> Self {
         let mut options = RedisOptions::new(dir.path().join("redis"), RedisRole::Journal);
         options.throwaway = true;
         options
@@ -50,17 +69,22 @@ pub(crate) const RECEIPT_KEY: u8 = 7;
 
 /// An engine on a fresh partition, in its first epoch.
 pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
+    let engine = connect(redis, partition).await;
+    let inspection = engine.inspect().await.unwrap();
+    engine.install(Epoch(1), &inspection).await.unwrap();
+    engine
+}
+
+/// An engine that nobody has let in yet.
+pub(crate) async fn connect(redis: &Redis, partition: Partition) -> Engine {
     let options = EngineOptions {
         url: redis.url(),
         queue_capacity: 16_384,
         receipt_key: RECEIPT_KEY,
     };
-    let engine = Engine::connect(&options, partition, EngineMetrics::default())
+    Engine::connect(&options, partition, EngineMetrics::default())
         .await
-        .unwrap();
-    let inspection = engine.inspect().await.unwrap();
-    engine.install(Epoch(1), &inspection).await.unwrap();
-    engine
+        .unwrap()
 }
 
 /// A directory that PostgreSQL may enter: it runs as another user when we are root.

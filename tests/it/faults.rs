@@ -10,7 +10,7 @@ use secrecy::ExposeSecret;
 use serde_json::json;
 use stockade::clock;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
     sync::watch,
     task::JoinHandle,
@@ -24,13 +24,13 @@ use super::{
 };
 
 /// A crowd of whom thirty-two at a time insist on an answer.
-struct Crowd {
+pub(crate) struct Crowd {
     answers: JoinHandle<Vec<Answer>>,
-    served: watch::Receiver<usize>,
+    pub(crate) served: watch::Receiver<usize>,
 }
 
 impl Crowd {
-    fn send(requests: Vec<RequestBuilder>, doors: Vec<watch::Receiver<String>>) -> Self {
+    pub(crate) fn send(requests: Vec<RequestBuilder>, doors: Vec<watch::Receiver<String>>) -> Self {
         let (sender, served) = watch::channel(0);
         let answers = tokio::spawn(async move {
             futures::stream::iter(requests)
@@ -44,19 +44,19 @@ impl Crowd {
     }
 
     /// Returns once so many have their answer.
-    async fn served(&mut self, count: usize) {
+    pub(crate) async fn served(&mut self, count: usize) {
         let served = self.served.wait_for(|served| *served >= count);
         timeout(PATIENCE, served).await.unwrap().unwrap();
     }
 
     /// Everybody's answers.
-    async fn done(self) -> Vec<Answer> {
+    pub(crate) async fn done(self) -> Vec<Answer> {
         self.answers.await.unwrap()
     }
 }
 
 /// Exactly so many were accepted, and PostgreSQL has exactly them.
-async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
+pub(crate) async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
     for answer in answers.iter().filter(|answer| answer.status != 201) {
         refused(answer, 409, "sold_out");
     }
@@ -67,7 +67,7 @@ async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
 }
 
 /// A sale of units of which every buyer gets one.
-async fn drop_of(app: &App, units: u64) -> String {
+pub(crate) async fn drop_of(app: &App, units: u64) -> String {
     let sale = app
         .sale(json!({ "allocation": units, "per_buyer_limit": 1 }))
         .await;
@@ -76,18 +76,23 @@ async fn drop_of(app: &App, units: u64) -> String {
 
 /// Nothing was done, and the answer says so.
 #[track_caller]
-fn assert_not_applied(answer: &Answer) {
+pub(crate) fn assert_not_applied(answer: &Answer) {
     let problem = refused(answer, 503, "unavailable");
     assert_eq!(problem["outcome"], "not_applied", "{answer:?}");
     assert!(answer.header("retry-after").is_some());
 }
 
 /// A plain connection to Redis, for what no operator should do.
-struct Wire(BufReader<TcpStream>);
+pub(crate) struct Wire(BufReader<TcpStream>);
 
 impl Wire {
-    async fn connect(app: &App) -> Self {
-        let url = Url::parse(app.redis.server.url().expose_secret()).unwrap();
+    pub(crate) async fn connect(app: &App) -> Self {
+        Self::to(app.redis.server.url().expose_secret()).await
+    }
+
+    /// Connects to any server.
+    pub(crate) async fn to(url: &str) -> Self {
+        let url = Url::parse(url).unwrap();
         let stream = TcpStream::connect(("127.0.0.1", url.port().unwrap())).await;
         let mut wire = Self(BufReader::new(stream.unwrap()));
         wire.run(&["AUTH", url.password().unwrap()]).await;
@@ -95,15 +100,51 @@ impl Wire {
     }
 
     /// Runs a command that answers with one line, and gives it.
-    async fn run(&mut self, words: &[&str]) -> String {
+    pub(crate) async fn run(&mut self, words: &[&str]) -> String {
+        self.send(words).await;
+        let line = self.line().await;
+        assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
+        line[1..].to_owned()
+    }
+
+    /// Runs a command, and gives all strings and numbers of its answer, however nested.
+    pub(crate) async fn ask(&mut self, words: &[&str]) -> Vec<String> {
+        self.send(words).await;
+        let mut answer = Vec::new();
+        let mut open = 1;
+        while open > 0 {
+            open -= 1;
+            let line = self.line().await;
+            let (kind, rest) = line.split_at(1);
+            match kind {
+                "*" => open += rest.parse::<usize>().unwrap_or(0),
+                "$" if rest == "-1" => {}
+                "$" => {
+                    let mut bulk = vec![0; rest.parse::<usize>().unwrap() + 2];
+                    self.0.read_exact(&mut bulk).await.unwrap();
+                    bulk.truncate(bulk.len() - 2);
+                    answer.push(String::from_utf8_lossy(&bulk).into_owned());
+                }
+                "+" | ":" => answer.push(rest.to_owned()),
+                _ => panic!("{words:?}: {line}"),
+            }
+        }
+        answer
+    }
+
+    /// Sends a command.
+    pub(crate) async fn send(&mut self, words: &[&str]) {
         let bulk = |word: &&str| format!("${}\r\n{word}\r\n", word.len());
         let bulks: String = words.iter().map(bulk).collect();
         let command = format!("*{}\r\n{bulks}", words.len());
         self.0.write_all(command.as_bytes()).await.unwrap();
+    }
+
+    /// The next line of an answer.
+    pub(crate) async fn line(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).await.unwrap();
-        assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
-        line.trim_end()[1..].to_owned()
+        line.trim_end().to_owned()
     }
 }
 
@@ -274,7 +315,7 @@ async fn a_round_that_lost_a_key_sells_nothing_and_others_go_on() {
     app.abandon().await;
 }
 
-fn copy_files(from: &Path, to: &Path) {
+pub(crate) fn copy_files(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -283,7 +324,7 @@ fn copy_files(from: &Path, to: &Path) {
 }
 
 /// `/readyz` says that the partition cannot sell.
-async fn until_fenced(app: &App) {
+pub(crate) async fn until_fenced(app: &App) {
     let fenced = |answer: &Answer| {
         answer.status == 503
             && answer.json()["checks"]

@@ -109,12 +109,24 @@ impl App {
 
     /// Starts an application with settings of its own.
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
-        let (redis, database_url) = tokio::join!(Redis::start(), super::database());
+        Self::start_on(Redis::start().await, settings).await
+    }
+
+    /// Starts an application on a Redis, and waits until it is ready.
+    pub(crate) async fn start_on(redis: Redis, settings: &[(&str, &str)]) -> Self {
+        let mut app = Self::on(redis, settings).await;
+        app.run().await;
+        app
+    }
+
+    /// An application that does not run yet.
+    pub(crate) async fn on(redis: Redis, settings: &[(&str, &str)]) -> Self {
+        let database_url = super::database().await;
         let keys = [Secret {
             id: "1",
             bytes: SECRET.as_bytes(),
         }];
-        let mut app = Self {
+        Self {
             redis,
             database_url,
             client: Client::builder()
@@ -131,9 +143,7 @@ impl App {
             door: watch::Sender::default(),
             keys: TokenKeys::new(&keys, 600).unwrap(),
             audited: false,
-        };
-        app.run().await;
-        app
+        }
     }
 
     /// Starts the application on its stores, and waits until it is ready.
@@ -154,7 +164,7 @@ impl App {
         vars.extend(self.settings.iter().cloned());
         let config = Config::load(vars).unwrap();
         let endpoints = Endpoints {
-            redis_url: self.redis.server.url().clone(),
+            redis_url: self.redis.address.clone(),
             cache_redis_url: None,
             database_url: self.database_url.clone(),
         };

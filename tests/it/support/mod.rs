@@ -1,6 +1,8 @@
 //! What the tests share: real services and a whole application, each test its own.
 
 pub(crate) mod app;
+pub(crate) mod link;
+pub(crate) mod shim;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
@@ -20,19 +22,31 @@ use tokio::sync::{Mutex, OnceCell};
 /// A Redis of one's own, as durable as in production.
 pub(crate) struct Redis {
     pub(crate) server: RedisServer,
+    /// Where an application finds it.
+    pub(crate) address: SecretString,
     dir: TempDir,
 }
 
 impl Redis {
     pub(crate) async fn start() -> Self {
+        Self::start_with(|_| ()).await
+    }
+
+    /// Starts one with options of its own.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut RedisOptions)) -> Self {
         let dir = TempDir::new().unwrap();
         let mut options = RedisOptions::new(dir.path().join("redis"), RedisRole::Journal);
         options.throwaway = true;
         options
             .settings
             .push(("appendfsync".to_owned(), "always".to_owned()));
+        change(&mut options);
         let server = RedisServer::start(options).await.unwrap();
-        Self { server, dir }
+        Self {
+            address: server.url().clone(),
+            server,
+            dir,
+        }
     }
 
     /// Where it keeps its data.
@@ -41,7 +55,7 @@ impl Redis {
     }
 
     pub(crate) fn url(&self) -> RedisUrl {
-        RedisUrl(self.server.url().clone())
+        RedisUrl(self.address.clone())
     }
 }
 

@@ -20,13 +20,13 @@ use super::{
 };
 
 /// A crowd of whom thirty-two at a time insist on an answer.
-struct Crowd {
+pub(crate) struct Crowd {
     answers: JoinHandle<Vec<Answer>>,
-    served: watch::Receiver<usize>,
+    pub(crate) served: watch::Receiver<usize>,
 }
 
 impl Crowd {
-    fn send(requests: Vec<RequestBuilder>, doors: Vec<watch::Receiver<String>>) -> Self {
+    pub(crate) fn send(requests: Vec<RequestBuilder>, doors: Vec<watch::Receiver<String>>) -> Self {
         let (sender, served) = watch::channel(0);
         let answers = tokio::spawn(async move {
             futures::stream::iter(requests)
@@ -40,13 +40,13 @@ impl Crowd {
     }
 
     /// Returns once so many have their answer.
-    async fn served(&mut self, count: usize) {
+    pub(crate) async fn served(&mut self, count: usize) {
         let served = self.served.wait_for(|served| *served >= count);
         timeout(PATIENCE, served).await.unwrap().unwrap();
     }
 
     /// Everybody's answers.
-    async fn done(self) -> Vec<Answer> {
+    pub(crate) async fn done(self) -> Vec<Answer> {
         self.answers.await.unwrap()
     }
 }
@@ -63,7 +63,7 @@ pub(crate) async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units
 }
 
 /// A sale of units of which every buyer gets one.
-async fn drop_of(app: &App, units: u64) -> String {
+pub(crate) async fn drop_of(app: &App, units: u64) -> String {
     let sale = app
         .sale(json!({ "allocation": units, "per_buyer_limit": 1 }))
         .await;
@@ -72,7 +72,7 @@ async fn drop_of(app: &App, units: u64) -> String {
 
 /// Nothing was done, and the answer says so.
 #[track_caller]
-fn assert_not_applied(answer: &Answer) {
+pub(crate) fn assert_not_applied(answer: &Answer) {
     let problem = refused(answer, 503, "unavailable");
     assert_eq!(problem["outcome"], "not_applied", "{answer:?}");
     assert!(answer.header("retry-after").is_some());
@@ -249,7 +249,7 @@ async fn a_round_that_lost_a_key_sells_nothing_until_it_is_whole_again() {
     app.finish().await;
 }
 
-fn copy_files(from: &Path, to: &Path) {
+pub(crate) fn copy_files(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -258,7 +258,7 @@ fn copy_files(from: &Path, to: &Path) {
 }
 
 /// `/readyz` says that the partition cannot sell.
-async fn until_fenced(app: &App) {
+pub(crate) async fn until_fenced(app: &App) {
     let fenced = |answer: &Answer| {
         answer.status == 503
             && answer.json()["checks"]

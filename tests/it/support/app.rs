@@ -110,14 +110,24 @@ impl App {
 
     /// Starts an application with settings of its own.
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
-        let mut app = Self::without_node(settings).await;
+        Self::start_on(Redis::start().await, settings).await
+    }
+
+    /// Starts an application on a Redis, and waits until it is ready.
+    pub(crate) async fn start_on(redis: Redis, settings: &[(&str, &str)]) -> Self {
+        let mut app = Self::on(redis, settings).await;
         app.run().await;
         app
     }
 
     /// The stores of an application that does not run yet, and what is needed to speak to it.
     pub(crate) async fn without_node(settings: &[(&str, &str)]) -> Self {
-        let (redis, database_url) = tokio::join!(Redis::start(), super::database());
+        Self::on(Redis::start().await, settings).await
+    }
+
+    /// An application that does not run yet.
+    pub(crate) async fn on(redis: Redis, settings: &[(&str, &str)]) -> Self {
+        let database_url = super::database().await;
         let keys = [Secret {
             id: "1",
             bytes: SECRET.as_bytes(),
@@ -155,7 +165,7 @@ impl App {
     /// Where every node finds its stores.
     pub(crate) fn endpoints(&self) -> Endpoints {
         Endpoints {
-            redis_url: self.redis.server.url().clone(),
+            redis_url: self.redis.address.clone(),
             cache_redis_url: None,
             database_url: self.database_url.clone(),
         }

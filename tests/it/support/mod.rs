@@ -1,7 +1,9 @@
 //! What the tests share: real services and a whole application, each test its own.
 
 pub(crate) mod app;
+pub(crate) mod link;
 pub(crate) mod process;
+pub(crate) mod shim;
 pub(crate) mod wire;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
@@ -22,12 +24,19 @@ use tokio::sync::{Mutex, OnceCell};
 /// A Redis of one's own, as durable as in production.
 pub(crate) struct Redis {
     pub(crate) server: RedisServer,
+    /// Where an application finds it.
+    pub(crate) address: SecretString,
     dir: TempDir,
 }
 
 impl Redis {
     pub(crate) async fn start() -> Self {
-        Self::start_on(TempDir::new().unwrap()).await
+        Self::start_with(|_| ()).await
+    }
+
+    /// Starts one with options of its own.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut RedisOptions)) -> Self {
+        Self::start_in(TempDir::new().unwrap(), change).await
     }
 
     /// Another server with what this one has by now, as a replica that is promoted.
@@ -41,17 +50,22 @@ impl Redis {
             let copy = to.join("appendonlydir").join(file.file_name());
             fs::copy(file.path(), copy).unwrap();
         }
-        Self::start_on(dir).await
+        Self::start_in(dir, |_| ()).await
     }
 
-    async fn start_on(dir: TempDir) -> Self {
+    async fn start_in(dir: TempDir, change: impl FnOnce(&mut RedisOptions)) -> Self {
         let mut options = RedisOptions::new(dir.path().join("redis"), RedisRole::Journal);
         options.throwaway = true;
         options
             .settings
             .push(("appendfsync".to_owned(), "always".to_owned()));
+        change(&mut options);
         let server = RedisServer::start(options).await.unwrap();
-        Self { server, dir }
+        Self {
+            address: server.url().clone(),
+            server,
+            dir,
+        }
     }
 
     /// Where it keeps its data.
@@ -60,7 +74,7 @@ impl Redis {
     }
 
     pub(crate) fn url(&self) -> RedisUrl {
-        RedisUrl(self.server.url().clone())
+        RedisUrl(self.address.clone())
     }
 }
 

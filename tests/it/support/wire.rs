@@ -3,7 +3,7 @@
 use reqwest::Url;
 use secrecy::ExposeSecret;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
 };
 
@@ -13,7 +13,12 @@ pub(crate) struct Wire(BufReader<TcpStream>);
 
 impl Wire {
     pub(crate) async fn connect(redis: &Redis) -> Self {
-        let url = Url::parse(redis.server.url().expose_secret()).unwrap();
+        Self::to(redis.server.url().expose_secret()).await
+    }
+
+    /// Connects to any server.
+    pub(crate) async fn to(url: &str) -> Self {
+        let url = Url::parse(url).unwrap();
         let stream = TcpStream::connect(("127.0.0.1", url.port().unwrap())).await;
         let mut wire = Self(BufReader::new(stream.unwrap()));
         wire.run(&["AUTH", url.password().unwrap()]).await;
@@ -22,14 +27,50 @@ impl Wire {
 
     /// Runs a command that answers with one line, and gives it.
     pub(crate) async fn run(&mut self, words: &[&str]) -> String {
+        self.send(words).await;
+        let line = self.line().await;
+        assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
+        line[1..].to_owned()
+    }
+
+    /// Runs a command, and gives all strings and numbers of its answer, however nested.
+    pub(crate) async fn ask(&mut self, words: &[&str]) -> Vec<String> {
+        self.send(words).await;
+        let mut answer = Vec::new();
+        let mut open = 1;
+        while open > 0 {
+            open -= 1;
+            let line = self.line().await;
+            let (kind, rest) = line.split_at(1);
+            match kind {
+                "*" => open += rest.parse::<usize>().unwrap_or(0),
+                "$" if rest == "-1" => {}
+                "$" => {
+                    let mut bulk = vec![0; rest.parse::<usize>().unwrap() + 2];
+                    self.0.read_exact(&mut bulk).await.unwrap();
+                    bulk.truncate(bulk.len() - 2);
+                    answer.push(String::from_utf8_lossy(&bulk).into_owned());
+                }
+                "+" | ":" => answer.push(rest.to_owned()),
+                _ => panic!("{words:?}: {line}"),
+            }
+        }
+        answer
+    }
+
+    /// Sends a command.
+    pub(crate) async fn send(&mut self, words: &[&str]) {
         let bulk = |word: &&str| format!("${}\r\n{word}\r\n", word.len());
         let bulks: String = words.iter().map(bulk).collect();
         let command = format!("*{}\r\n{bulks}", words.len());
         self.0.write_all(command.as_bytes()).await.unwrap();
+    }
+
+    /// The next line of an answer.
+    pub(crate) async fn line(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).await.unwrap();
-        assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
-        line.trim_end()[1..].to_owned()
+        line.trim_end().to_owned()
     }
 
     /// Writes a journal entry anew, with its fields `f` changed by some Lua.

@@ -107,6 +107,52 @@ impl Durability {
     }
 }
 
+/// What a sale asks of its acceptances.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = DurabilityMode)]
+pub enum Mode {
+    /// What Redis' own settings give: `fsync` or `fast`.
+    #[default]
+    Default,
+    /// A 201 only when enough replicas have it, too.
+    Replicated,
+    /// A 201 only when PostgreSQL has it, too.
+    Committed,
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Default, Self::Replicated, Self::Committed];
+
+    /// The word that the API and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Replicated => "replicated",
+            Self::Committed => "committed",
+        }
+    }
+
+    /// Reads the word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == word)
+    }
+}
+
 /// An accepted purchase of some units of one round by one buyer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Order {
@@ -246,6 +292,10 @@ mod tests {
                 serde_json::to_value(durability).unwrap(),
                 durability.as_str()
             );
+        }
+        for mode in Mode::ALL {
+            assert_eq!(Mode::parse(mode.as_str()), Some(mode));
+            assert_eq!(serde_json::to_value(mode).unwrap(), mode.as_str());
         }
         assert_eq!(Status::parse("lost"), None);
     }

@@ -14,7 +14,7 @@ use stockade::{
         },
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Durability, Purchase},
+        order::{Decision, Durability, Mode, Purchase},
         round::{Intent, Terms, Window},
     },
     embedded::{PostgresOptions, PostgresServer},
@@ -92,6 +92,7 @@ impl Shop {
             product: ProductId(product),
             name: "Kettle".to_owned(),
             small_print: None,
+            durability: Mode::Default,
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,

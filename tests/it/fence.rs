@@ -8,7 +8,7 @@ use stockade::{
         id::{BuyerId, Epoch, Fingerprint, OperationId, OrderId, Partition, RoundId, SaleNumber},
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Purchase, Refusal},
+        order::{Decision, Durability, Purchase, Refusal},
         round::{Intent, Terms, Window},
     },
     engine::{Engine, EngineError},
@@ -51,6 +51,8 @@ fn item(sale: u32, buyer: u128) -> Purchase {
         buyer,
         quantity: 1,
         fingerprint: Fingerprint([1; 8]),
+        durability: Durability::Fsync,
+        redeem: false,
     }
 }
 
@@ -211,7 +213,7 @@ async fn a_server_that_was_started_anew_sells_nothing() {
 async fn a_server_that_is_behind_what_was_seen_sells_nothing() {
     let mut counter = Counter::open().await;
     let seen = counter.engine.floor();
-    let text = (seen - 1).to_string();
+    let text = (seen.pseq - 1).to_string();
     counter
         .wire
         .run(&["HSET", "{p0}:meta", "pseq", &text])

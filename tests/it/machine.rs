@@ -11,10 +11,11 @@ use tokio::time::timeout;
 use super::{
     faults::{Crowd, assert_not_applied, assert_sold, drop_of, until_fenced},
     selling::{acceptances, refused, strangers},
-    support::{wire::Wire, 
+    support::{
         Redis,
         app::{Answer, App, PATIENCE, crowd, id, insist, send},
         shim::Shim,
+        wire::Wire,
     },
 };
 

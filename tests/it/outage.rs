@@ -45,7 +45,7 @@ async fn an_entry_of_a_newer_version_waits_for_one_who_can_read_it() {
     let orders = Orders::new(shop.database.clone());
     assert_eq!(orders.by_id(newer).await.unwrap(), None);
     // A build that can read it.
-    wire.forge(JOURNAL, &forged, "f.v = '1'").await;
+    wire.forge(JOURNAL, &forged, "f.v = '2'").await;
     writer.reach(shop.end().await).await;
     writer.stop().await;
     assert!(orders.by_id(newer).await.unwrap().is_some());

@@ -15,10 +15,11 @@ use uuid::Uuid;
 use super::{
     faults::{assert_not_applied, drop_of, until_fenced},
     selling::{OrderRow, rows, stored, strangers, uuid},
-    support::{wire::Wire, 
+    support::{
         Redis,
         app::{App, PATIENCE, crowd, send, try_send},
         shim::Shim,
+        wire::Wire,
     },
 };
 
@@ -340,7 +341,7 @@ async fn is_made_anew(app: &App, sale: &str, bought: &Bought) -> bool {
             if halted {
                 return false;
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
     timeout(PATIENCE, deciding).await.unwrap()

@@ -7,10 +7,11 @@ use stockade::embedded::RedisOptions;
 use super::{
     faults::{Crowd, assert_not_applied, assert_sold, drop_of, until_fenced},
     selling::{rows, strangers},
-    support::{wire::Wire, 
+    support::{
         Redis,
         app::{App, PATIENCE, crowd},
         link::Link,
+        wire::Wire,
     },
 };
 

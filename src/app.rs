@@ -37,6 +37,7 @@ use crate::{
     store::{
         Database, DatabaseSettings,
         directory::Directory,
+        epochs::Epochs,
         journal::{Ledger, Positions},
         orders::Orders,
         products::Products,
@@ -320,6 +321,7 @@ async fn serve(
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
+        epochs: Epochs::new(database.clone()),
         receipts: stores
             .receipts
             .clone()

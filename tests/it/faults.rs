@@ -274,7 +274,7 @@ async fn a_round_that_lost_a_key_sells_nothing_and_others_go_on() {
     app.abandon().await;
 }
 
-fn copy_files(from: &Path, to: &Path) {
+pub(crate) fn copy_files(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();

@@ -38,6 +38,7 @@ use crate::{
     store::{
         Database, DatabaseSettings,
         directory::Directory,
+        epochs::Epochs,
         floors::Floors,
         journal::{Ledger, Positions},
         orders::Orders,
@@ -325,6 +326,7 @@ async fn serve(
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
+        epochs: Epochs::new(database.clone()),
         receipts: stores
             .receipts
             .clone()

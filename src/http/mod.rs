@@ -19,6 +19,7 @@ mod page;
 mod probes;
 pub mod problem;
 mod products;
+mod receipts;
 mod routes;
 mod sales;
 mod version;
@@ -131,6 +132,7 @@ fn resources() -> Vec<routes::Routes> {
         products::routes(),
         sales::routes(),
         orders::routes(),
+        receipts::routes(),
         leaderboard::routes(),
         events::routes(),
         audit::routes(),

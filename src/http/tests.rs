@@ -45,8 +45,9 @@ use crate::{
     realtime::Hub,
     sales::{Pseudonyms, Shop},
     store::{
-        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
-        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+        Database, DatabaseSettings, directory::Directory, epochs::Epochs, journal::Positions,
+        orders::Orders, products::Products, rounds::Rounds, sales::Sales, sessions::Sessions,
+        users::Users,
     },
 };
 
@@ -117,6 +118,7 @@ fn closed_shop(database: Database) -> Shop {
         sales: Sales::new(database.clone()),
         rounds: Rounds::new(database.clone()),
         orders: Orders::new(database.clone()),
+        epochs: Epochs::new(database.clone()),
         positions: Positions::new(database),
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),

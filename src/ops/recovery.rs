@@ -255,7 +255,7 @@ impl Recovery {
         }
         let raised = self
             .positions
-            .raise_epoch(partition, position.epoch)
+            .raise_epoch(partition, position.epoch, inspection.pseq)
             .await
             .map_err(|error| passing(&error))?
             .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?;
@@ -353,7 +353,7 @@ impl Recovery {
 
         let raised = self
             .positions
-            .raise_epoch(partition, position.epoch)
+            .raise_epoch(partition, position.epoch, survives.end)
             .await
             .map_err(|error| passing(&error))?
             .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?;

@@ -2,12 +2,17 @@
 
 mod provisioning;
 mod pseudonym;
+mod receipts;
 
 use std::{collections::HashMap, sync::Arc};
 
 use uuid::Uuid;
 
-pub use self::{provisioning::provision_rounds, pseudonym::Pseudonyms};
+pub use self::{
+    provisioning::provision_rounds,
+    pseudonym::Pseudonyms,
+    receipts::{Redemption, StoredReplay},
+};
 use crate::{
     clock,
     domain::{
@@ -22,6 +27,7 @@ use crate::{
     store::{
         StoreError,
         directory::Directory,
+        epochs::Epochs,
         journal::Positions,
         orders::{self, Orders},
         rounds::Rounds,
@@ -110,6 +116,8 @@ pub struct Shop {
     pub stored: HashMap<Partition, StoredPosition>,
     /// What buyers are called on a leaderboard.
     pub pseudonyms: Pseudonyms,
+    /// What was lost when an epoch began.
+    pub epochs: Epochs,
     /// Signs receipts, and knows its own.
     pub receipts: ReceiptKeys,
 }

@@ -209,7 +209,8 @@ impl Positions {
     }
 
     /// Begins the epoch after `present`: from now on no writer inserts what an older one left.
-    /// `None` when another node was faster.
+    /// `recovered_to` is the last entry of all earlier epochs that it has. `None` when another node
+    /// was faster.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -217,17 +218,28 @@ impl Positions {
         &self,
         partition: Partition,
         present: Epoch,
+        recovered_to: u64,
     ) -> Result<Option<Position>, StoreError> {
         self.of(partition).await?;
         self.database
             .run(async move |pool| {
                 let row = sqlx::query_as!(
                     PositionColumns,
-                    "UPDATE journal_positions SET epoch = epoch + 1, updated_at = now()
-                     WHERE partition = $1 AND epoch = $2
-                     RETURNING epoch, installed_epoch, position, position_epoch",
+                    r#"WITH raised AS (
+                           UPDATE journal_positions SET epoch = epoch + 1, updated_at = now()
+                           WHERE partition = $1 AND epoch = $2
+                           RETURNING epoch, installed_epoch, position, position_epoch
+                       ), noted AS (
+                           INSERT INTO epochs (partition, epoch, recovered_to)
+                           SELECT $1, epoch, $3 FROM raised
+                           ON CONFLICT (partition, epoch) DO NOTHING
+                       )
+                       SELECT epoch AS "epoch!", installed_epoch AS "installed_epoch!",
+                              position AS "position!", position_epoch AS "position_epoch!"
+                       FROM raised"#,
                     partition.0.cast_signed(),
-                    present.0.cast_signed()
+                    present.0.cast_signed(),
+                    recovered_to.cast_signed()
                 )
                 .fetch_optional(&pool)
                 .await?;

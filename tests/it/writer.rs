@@ -65,7 +65,7 @@ impl Shop {
         let positions = Positions::new(database.clone());
         assert_eq!(
             positions
-                .raise_epoch(PARTITION, Epoch::default())
+                .raise_epoch(PARTITION, Epoch::default(), 0)
                 .await
                 .unwrap()
                 .unwrap()
@@ -293,7 +293,7 @@ async fn a_position_set_back_or_deleted_doubles_nothing() {
     let positions = Positions::new(shop.database.clone());
     for epoch in [2, 3] {
         let present = Epoch(epoch - 1);
-        let raised = positions.raise_epoch(PARTITION, present).await.unwrap();
+        let raised = positions.raise_epoch(PARTITION, present, 0).await.unwrap();
         assert_eq!(raised.unwrap().epoch, Epoch(epoch));
         let inspection = shop.engine.inspect().await.unwrap();
         let begun = shop.engine.install(Epoch(epoch), &inspection).await;
@@ -371,7 +371,7 @@ async fn a_writer_of_an_old_epoch_stores_nothing() {
     writer.reach(shop.end().await).await;
     // Redis goes on in the old timeline, as an old primary would.
     Positions::new(shop.database.clone())
-        .raise_epoch(PARTITION, Epoch(1))
+        .raise_epoch(PARTITION, Epoch(1), 0)
         .await
         .unwrap();
     let order = shop.buy(900, 1, 1).await;

@@ -1,6 +1,6 @@
 //! A whole application on stores of its own, spoken to over HTTP.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use reqwest::{Client, Method, RequestBuilder, StatusCode, header::HeaderMap};
 use secrecy::{ExposeSecret, SecretString};
@@ -14,6 +14,7 @@ use stockade::{
     clock,
     config::{Config, Endpoints},
     lifecycle::Lifecycle,
+    sales::Shop,
 };
 use tokio::{
     sync::watch,
@@ -46,6 +47,7 @@ pub(crate) struct App {
 /// One process' worth of the application. Several may share the same stores.
 pub(crate) struct Node {
     url: String,
+    shop: Arc<Shop>,
     life: Lifecycle,
     running: JoinHandle<()>,
 }
@@ -196,9 +198,21 @@ impl App {
             .unwrap();
         Node {
             url: format!("http://{}", started.http_addr.unwrap()),
+            shop: started.shop.unwrap(),
             life: life.clone(),
             running: tokio::spawn(async move { life.run().await.unwrap() }),
         }
+    }
+
+    /// Changes a setting for the next start; an empty value unsets it.
+    pub(crate) fn set(&mut self, name: &str, value: &str) {
+        self.settings.retain(|(known, _)| known != name);
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// What the running application sells with, for questions that HTTP does not answer.
+    pub(crate) fn shop(&self) -> &Shop {
+        &self.node.as_ref().unwrap().shop
     }
 
     /// Where the application answers, also after the next start.

@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check sqlx conformance mutants power-loss
+.PHONY: help run test drop check sqlx conformance mutants power-loss outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -36,6 +36,10 @@ mutants: ## Switch on one seeded bug after the other, and see each noticed; then
 power-loss: ## Cut the power of Redis CYCLES times (20) in each mode, and print what was lost
 	@.ci/install
 	STOCKADE_TEST_CYCLES=$(or $(CYCLES),20) cargo test --locked --test it power:: -- --nocapture --test-threads=1
+
+outage: ## Take PostgreSQL away for a minute while a crowd buys, and print what buyers noticed (ARGS="drop's options")
+	@.ci/install
+	.ci/outage $(ARGS)
 
 sqlx: ## Write .sqlx/ anew, after a change of a query or of the schema
 	@.ci/install

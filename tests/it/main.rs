@@ -26,5 +26,6 @@ mod receipts;
 mod refusals;
 mod replica;
 mod selling;
+mod standby;
 mod support;
 mod writer;

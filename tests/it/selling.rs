@@ -255,7 +255,7 @@ async fn a_retry_gets_its_201_whatever_has_happened_since() {
     app.redis.server.restart().await.unwrap();
     let back = async {
         while app.buy(&sale, ada, "k", 2).await.status != 201 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            sleep(Duration::from_millis(10)).await;
         }
     };
     timeout(PATIENCE, back).await.unwrap();

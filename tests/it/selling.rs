@@ -235,7 +235,11 @@ async fn a_retry_gets_its_201_whatever_has_happened_since() {
     let sale = id(&sale).to_owned();
     let [ada, bob] = [clock::new_id(), clock::new_id()];
     let first = app.buy(&sale, ada, "k", 2).await.expect(201);
-    let retried = async |app: &App| assert_replays(&app.buy(&sale, ada, "k", 2).await, &first);
+    let retried = async |app: &App| {
+        assert_replays(&app.buy(&sale, ada, "k", 2).await, &first);
+        let changed = app.buy(&sale, ada, "k", 1).await;
+        refused(&changed, 422, "idempotency_key_mismatch");
+    };
     retried(&app).await;
 
     let other = app.buy(&sale, bob, "k", 1).await.expect(201);

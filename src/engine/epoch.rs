@@ -30,7 +30,7 @@ pub struct Inspection {
     pub journal_first: Option<JournalId>,
     /// The newest entry.
     pub journal_last: Option<JournalId>,
-    /// Our instant just before that.
+    /// Our instant just after the clock was read.
     at: Instant,
     incarnation: String,
     raw_epoch: String,
@@ -65,11 +65,12 @@ impl Engine {
     pub async fn inspect(&self) -> Result<Inspection, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![keys.meta(), keys.journal()];
-        let at = Instant::now();
         let reply = self
             .operations
             .call(&scripts.inspect, names, vec![])
             .await?;
+        // After the answer: an estimate of Redis' clock may be late, never ahead.
+        let at = Instant::now();
         let mut reply = Reply::new("inspect", reply);
         let raw_epoch = reply.text()?;
         let stored = reply.text()?;

@@ -475,7 +475,7 @@ impl Recovery {
             }
             dead += 1;
         }
-        if seen > survives.end {
+        if seen > survives.end && !faults::bug("rebuild_without_floor") {
             return Err(StaysFenced::Lost(format!(
                 "{reason}; entries {} to {seen} of the journal were acknowledged, and neither \
                  PostgreSQL nor the journal has them",
@@ -519,6 +519,10 @@ impl Recovery {
         }
         if survives.journal {
             for entry in engine.tail(stored).await.map_err(|error| passing(&error))? {
+                if faults::bug("rebuild_forgets_tail") {
+                    model.pseq = entry.id.pseq;
+                    continue;
+                }
                 model.replay(&entry, &terms).ok_or_else(|| {
                     StaysFenced::Lost(format!(
                         "entry {} does not follow from PostgreSQL",
@@ -637,6 +641,9 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
         entries.insert(*id, stored.entry);
     }
     for operation in snapshot.operations(partition).await? {
+        if faults::bug("rebuild_forgets_operations") {
+            break;
+        }
         if let Some(sale) = model.sales.get_mut(&operation.sale) {
             let asked = Fingerprint::restock(operation.units);
             sale.operations

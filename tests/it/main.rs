@@ -27,6 +27,7 @@ mod receipts;
 mod refusals;
 mod replica;
 mod selling;
+mod standby;
 mod support;
 mod torture;
 mod writer;

@@ -353,7 +353,7 @@ async fn a_power_loss_of_both_stores_loses_nothing_and_doubles_nothing() {
         let early: f64 = [0.0, 0.5, 0.9][rand::rng().random_range(0..3)];
         let mut keep = || rand::rng().random_bool(early);
         let lost = power_loss(&postgres, dir.path(), &under_postgres, &mut keep).await;
-        assert!(lost > 0, "PostgreSQL had nothing to lose");
+        assert!(lost > 0 || early > 0.0, "PostgreSQL had nothing to lose");
         // What it had committed it still has, and a position that fits to it.
         postgres.restart().await.unwrap();
         app.redis.server.restart().await.unwrap();

@@ -9,7 +9,12 @@ pub(crate) mod proxy;
 pub(crate) mod shim;
 pub(crate) mod wire;
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
 
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -126,7 +131,7 @@ pub(crate) fn open_dir() -> TempDir {
 /// A PostgreSQL with a migrated database.
 pub(crate) struct Postgres {
     pub(crate) server: PostgresServer,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Postgres {
@@ -145,7 +150,7 @@ impl Postgres {
         let database = Database::new(url, DatabaseSettings::default()).unwrap();
         database.migrate().await.unwrap();
         database.close().await;
-        Self { server, _dir: dir }
+        Self { server, dir }
     }
 }
 
@@ -154,6 +159,23 @@ struct Cluster {
     postgres: Postgres,
     /// Only one copy at a time: the original must have no connections.
     copying: Mutex<()>,
+    _sweeper: Child,
+}
+
+/// Removes a directory when this process is gone, however it ended: what is static is never
+/// dropped, and the databases of one run take more than a gigabyte.
+fn sweep_after_us(dir: &Path) -> Child {
+    // Its input ends with us. Whatever still writes there ends at the same moment.
+    let script = "trap '' HUP INT TERM; cat; for _ in 1 2 3 4 5; do
+        rm -rf -- \"$0\" && break; sleep 1; done";
+    Command::new("sh")
+        .args(["-c", script])
+        .arg(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
@@ -162,8 +184,10 @@ static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
 pub(crate) async fn database() -> SecretString {
     let cluster = CLUSTER
         .get_or_init(|| async {
+            let postgres = Postgres::start(&[("max_connections", "400")]).await;
             Cluster {
-                postgres: Postgres::start(&[("max_connections", "400")]).await,
+                _sweeper: sweep_after_us(postgres.dir.path()),
+                postgres,
                 copying: Mutex::default(),
             }
         })

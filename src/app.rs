@@ -25,6 +25,7 @@ use crate::{
     config::{self, Config, Endpoints},
     domain::{id::Partition, receipt::ReceiptKeys},
     engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
+    faults,
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
     metrics::{Metrics, PartitionLabels},
@@ -43,6 +44,7 @@ use crate::{
         journal::{Ledger, Positions},
         orders::Orders,
         products::Products,
+        receipt_keys,
         rounds::Rounds,
         sales::Sales,
         sessions::Sessions,
@@ -221,7 +223,10 @@ async fn connect(
     let database = Database::new(endpoints.database_url.expose_secret(), settings)
         .context("DATABASE_URL cannot be read")?;
     migrate(&database).await?;
-    let receipts = config.receipt_keys()?;
+    let receipts = match config.receipt_keys()? {
+        Some(keys) => Some(known_keys(&database, keys).await?),
+        None => None,
+    };
     let options = EngineOptions {
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: config.queue_capacity,
@@ -244,6 +249,33 @@ async fn connect(
         rounds,
         receipts,
     })
+}
+
+/// The keys of receipts without those whose number stood for another secret before: what such a key
+/// signed can be told neither in its old bytes nor in others.
+///
+/// # Errors
+/// When the key that signs is such a one, or PostgreSQL does not answer.
+async fn known_keys(database: &Database, mut keys: ReceiptKeys) -> anyhow::Result<ReceiptKeys> {
+    let signing = keys.signing();
+    for number in receipt_keys::claim(database, &keys.fingerprints()).await? {
+        if faults::bug("other_secret_believed") {
+            break;
+        }
+        anyhow::ensure!(
+            number != signing,
+            "receipt key {number} has another secret than before: put the old one back, or give the \
+             new one a number of its own in STOCKADE_RECEIPT_KEYS (key 1 comes from \
+             STOCKADE_JWT_SECRET if the list has none)"
+        );
+        tracing::warn!(
+            key = number,
+            "this receipt key has another secret than before and is left out: orders that it signed \
+             are not replayed, and their receipts not redeemed, until the old one is back"
+        );
+        keys.forget(number);
+    }
+    Ok(keys)
 }
 
 /// Migrates, as soon as PostgreSQL is there.

@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -57,6 +57,8 @@ pub(super) struct Connection {
     task: ConnectHandle,
     /// Commands in a row that got no answer in time.
     silent: AtomicU32,
+    /// How often we have given up the socket.
+    given_up: AtomicU64,
 }
 
 impl fmt::Debug for Connection {
@@ -83,6 +85,8 @@ impl Connection {
                 connection.internal_command_timeout = Duration::from_secs(2);
                 // A write that is sent again might run twice.
                 connection.max_command_attempts = 1;
+                // These would end the connection, and be the answer to every call under way.
+                connection.reconnect_errors.clear();
                 connection.max_command_buffer_len = BUFFER_MAX;
                 connection.tcp.nodelay = Some(true);
                 connection.unresponsive = UnresponsiveConfig {
@@ -104,6 +108,7 @@ impl Connection {
             client,
             task,
             silent: AtomicU32::new(0),
+            given_up: AtomicU64::new(0),
         }))
     }
 
@@ -125,6 +130,7 @@ impl Connection {
         }
         let arguments: Vec<_> = arguments.into_iter().map(Value::Bytes).collect();
         let (sha, names) = (script.sha.as_str(), keys.clone());
+        let socket = self.given_up.load(Ordering::Relaxed);
         let reply = match self.client.evalsha(sha, names, arguments.clone()).await {
             // Redis keeps what it runs. Loading it first would leave room to forget it again.
             Err(error) if error.details().starts_with("NOSCRIPT") => {
@@ -132,7 +138,7 @@ impl Connection {
             }
             reply => reply,
         };
-        self.note(&reply).await;
+        self.note(socket, &reply);
         match reply {
             Ok(Value::Array(values)) => Ok(values),
             Ok(other) => Err(EngineError::Protocol(format!(
@@ -143,9 +149,10 @@ impl Connection {
         }
     }
 
-    /// Notes whether Redis answers. A connection whose other end is gone without a word looks alive
-    /// to the client library as long as something is written to it.
-    async fn note<T>(&self, reply: &Result<T, fred::error::Error>) {
+    /// Notes what a reply says of the socket that its command was sent to. One whose other end is
+    /// gone without a word looks alive to the client library as long as something is written to it;
+    /// and whoever only reads by now was a primary, whose place another has taken.
+    fn note<T>(&self, socket: u64, reply: &Result<T, fred::error::Error>) {
         let timed_out = reply
             .as_ref()
             .is_err_and(|error| *error.kind() == fred::error::ErrorKind::Timeout);
@@ -153,11 +160,34 @@ impl Connection {
             self.silent.store(0, Ordering::Relaxed);
         } else if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_MAX {
             self.silent.store(0, Ordering::Relaxed);
-            tracing::warn!("Redis does not answer on a connection: connecting anew");
-            if let Err(error) = self.client.force_reconnection().await {
+            self.give_up(socket, "Redis does not answer on a connection");
+        }
+        if reply
+            .as_ref()
+            .is_err_and(|error| error.details().starts_with("READONLY"))
+        {
+            self.give_up(socket, "Redis is a replica by now");
+        }
+    }
+
+    /// Connects anew, unless another command has seen to that since. What is under way gets no
+    /// answer.
+    fn give_up(&self, socket: u64, reason: &'static str) {
+        if self
+            .given_up
+            .compare_exchange(socket, socket + 1, Ordering::Relaxed, Ordering::Relaxed)
+            .is_err()
+        {
+            return;
+        }
+        tracing::warn!("{reason}: connecting anew");
+        let client = self.client.clone();
+        // It ends with the next connection, which may take as long as it likes.
+        tokio::spawn(async move {
+            if let Err(error) = client.force_reconnection().await {
                 tracing::debug!(%error, "connecting anew");
             }
-        }
+        });
     }
 
     /// Runs a plain command.
@@ -195,8 +225,9 @@ impl Connection {
             return Err(EngineError::Disconnected);
         }
         let arguments = arguments.into_iter().map(Value::Bytes).collect();
+        let socket = self.given_up.load(Ordering::Relaxed);
         let reply = self.client.custom::<Value, Value>(command, arguments).await;
-        self.note(&reply).await;
+        self.note(socket, &reply);
         reply.map_err(|error| failure(&error))
     }
 
@@ -254,10 +285,12 @@ fn failure(error: &fred::error::Error) -> EngineError {
     let details = error.details();
     let code = details.split_whitespace().next().unwrap_or_default();
     match code {
-        // Redis answers these instead of running the script.
+        // Redis answers these instead of running the script, or at its first write. CLUSTERDOWN is
+        // not one of them: the client library gives one call's to every call under way.
         "OOM" | "MISCONF" | "LOADING" | "READONLY" | "BUSY" | "NOREPLICAS" | "NOSCRIPT"
-        | "MASTERDOWN" | "CLUSTERDOWN" | "MOVED" | "ASK" | "TRYAGAIN" | "NOAUTH" | "NOPERM"
-        | "WRONGPASS" => EngineError::Refused(details.to_owned()),
+        | "MASTERDOWN" | "MOVED" | "ASK" | "TRYAGAIN" | "NOAUTH" | "NOPERM" | "WRONGPASS" => {
+            EngineError::Refused(details.to_owned())
+        }
         _ if *error.kind() == fred::error::ErrorKind::Backpressure => EngineError::Disconnected,
         _ => EngineError::Unknown(error.to_string()),
     }

@@ -8,6 +8,7 @@ pub mod journal;
 pub mod orders;
 pub mod products;
 pub mod rebuild;
+pub mod receipt_keys;
 pub mod rounds;
 pub mod sales;
 pub mod sessions;

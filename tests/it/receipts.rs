@@ -10,6 +10,7 @@ use sqlx::Row;
 use stockade::{
     clock,
     domain::{
+        durability::Said,
         id::{Epoch, Partition},
         order::Order,
         receipt::{Receipt, ReceiptKeys},
@@ -419,6 +420,7 @@ async fn an_order_from_before_receipts_keeps_its_body() {
     let options = EngineOptions {
         url: app.redis.url(),
         queue_capacity: 1,
+        said: Said::default(),
         receipt_key: 0,
     };
     let old = Engine::connect(&options, Partition(0), EngineMetrics::default())

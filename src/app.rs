@@ -564,19 +564,42 @@ impl Look {
         if holds { Ok(Some(words)) } else { Err(words) }
     }
 
+    /// One store that does not answer must not keep the other from being looked at.
     async fn again_and_again(&self) {
-        loop {
-            self.once().await;
-            tokio::time::sleep(LOOK).await;
+        let postgres = async {
+            loop {
+                self.postgres().await;
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let others = async {
+            loop {
+                self.others().await;
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        tokio::select! {
+            () = postgres => {}
+            () = others => {}
         }
     }
 
-    async fn once(&self) {
+    async fn postgres(&self) {
         match self.database.migrated().await {
             Ok(true) => self.readiness.pass("postgresql"),
             Ok(false) => self.readiness.fail("postgresql", "not migrated"),
-            Err(_) => self.readiness.fail("postgresql", "does not answer"),
+            Err(_) => {
+                // What it said of itself still counts: nothing is committed meanwhile.
+                self.readiness.fail("postgresql", "does not answer");
+                return;
+            }
         }
+        if let Ok(settings) = self.database.settings().await {
+            self.keeps.send_modify(|kept| *kept = settings.keeps());
+        }
+    }
+
+    async fn others(&self) {
         let settings = self.engines.all().iter().map(Engine::read_settings);
         let danger = match futures::future::try_join_all(settings).await {
             Ok(_) => self
@@ -589,10 +612,6 @@ impl Look {
         match danger {
             Some(danger) => self.readiness.fail("redis", danger),
             None => self.readiness.pass("redis"),
-        }
-        // Without an answer what it said before still counts: nothing is committed either way.
-        if let Ok(settings) = self.database.settings().await {
-            self.keeps.send_modify(|kept| *kept = settings.keeps());
         }
         self.readiness.inform("durability", self.durability());
         let mut fenced = Vec::new();

@@ -1,5 +1,6 @@
 //! What can be done with sales and their orders: the store and the engine together.
 
+mod commits;
 mod provisioning;
 mod pseudonym;
 mod receipts;
@@ -9,6 +10,7 @@ use std::{collections::HashMap, sync::Arc};
 use uuid::Uuid;
 
 pub use self::{
+    commits::Commits,
     provisioning::provision_rounds,
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
@@ -16,9 +18,10 @@ pub use self::{
 use crate::{
     clock,
     domain::{
+        durability::Lack,
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
         model::{Cancelled, Controlled, Restocked},
-        order::{Order, Purchase},
+        order::{Decision, Durability, Order, Purchase},
         receipt::ReceiptKeys,
         round::Intent,
     },
@@ -57,6 +60,15 @@ pub enum SaleError {
     /// The allocation would leave its bounds.
     #[error("the allocation would leave its bounds")]
     TooMany,
+    /// The stores cannot give what the sale promises. Nothing was done.
+    #[error(transparent)]
+    Lack(#[from] Lack),
+    /// PostgreSQL does not store what is accepted, and the sale promises that. Nothing was done.
+    #[error("PostgreSQL is behind")]
+    Behind,
+    /// Accepted, and PostgreSQL does not have it yet, which the sale promises. It may be lost.
+    #[error("PostgreSQL does not have it yet")]
+    NotStored,
     /// The engine did not answer.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -84,6 +96,8 @@ pub struct SaleView {
     pub facts: Arc<SaleFacts>,
     /// Where the units of its current round are.
     pub standing: Standing,
+    /// Why nothing of it is sold, although it may be open.
+    pub lack: Option<Lack>,
 }
 
 /// An order as it stands.
@@ -114,6 +128,8 @@ pub struct Shop {
     pub positions: Positions,
     /// The same, as this process' own writers know it without asking.
     pub stored: HashMap<Partition, StoredPosition>,
+    /// Waits until PostgreSQL has what was accepted.
+    pub commits: Commits,
     /// What buyers are called on a leaderboard.
     pub pseudonyms: Pseudonyms,
     /// What was lost when an epoch began.
@@ -204,7 +220,20 @@ impl Shop {
             .engine(facts.partition)?
             .snapshot(facts.round_id())
             .await?;
-        Ok(SaleView { facts, standing })
+        self.seen(facts, standing)
+    }
+
+    fn seen(&self, facts: Arc<SaleFacts>, standing: Standing) -> Result<SaleView, SaleError> {
+        let given = self.engine(facts.partition)?.gives(facts.durability);
+        let given = given.and_then(|durability| match durability {
+            Durability::Committed => self.commits.kept(),
+            Durability::Fast | Durability::Fsync | Durability::Replicated => Ok(()),
+        });
+        Ok(SaleView {
+            facts,
+            standing,
+            lack: given.err(),
+        })
     }
 
     /// A page of sales, newest first, each as it stands.
@@ -261,11 +290,37 @@ impl Shop {
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
-            durability: engine.durability(),
+            durability: engine.gives(facts.durability)?,
             redeem: false,
         };
-        let answer = engine.purchase(purchase).await?;
+        let answer = self.decide(engine, purchase).await?;
         Ok((answer, facts))
+    }
+
+    /// Has a purchase decided, and gives what may be told of it.
+    async fn decide(&self, engine: &Engine, purchase: Purchase) -> Result<Answer, SaleError> {
+        if purchase.durability == Durability::Committed {
+            // Boxed, so that nobody else carries its state along.
+            return Box::pin(self.decide_and_store(engine, purchase)).await;
+        }
+        Ok(engine.purchase(purchase).await?)
+    }
+
+    async fn decide_and_store(
+        &self,
+        engine: &Engine,
+        purchase: Purchase,
+    ) -> Result<Answer, SaleError> {
+        self.commits.admit(engine).await?;
+        let answer = engine.purchase(purchase).await?;
+        match &answer.decision {
+            // A replay waits, too: nobody knows whether the first answer did.
+            Decision::Accepted(order) | Decision::Replayed(order) => {
+                self.commits.wait(engine, order).await?;
+            }
+            Decision::Refused(_) => {}
+        }
+        Ok(answer)
     }
 
     /// The order with this id, if it is `buyer`'s; `None` may see every order.
@@ -364,7 +419,7 @@ impl Shop {
         let facts = self.facts(id).await?;
         let engine = self.engine(facts.partition)?;
         match engine.control(facts.round_id(), intent, actor).await? {
-            (Controlled::Done | Controlled::Already, standing) => Ok(SaleView { facts, standing }),
+            (Controlled::Done | Controlled::Already, standing) => self.seen(facts, standing),
             (Controlled::Closed, _) => Err(SaleError::Conflict("The sale is closed.")),
         }
     }
@@ -390,8 +445,8 @@ impl Shop {
             .restock(round, units, operation, fingerprint, actor)
             .await?;
         match restocked {
-            Restocked::Done => Ok((SaleView { facts, standing }, false)),
-            Restocked::Replayed => Ok((SaleView { facts, standing }, true)),
+            Restocked::Done => Ok((self.seen(facts, standing)?, false)),
+            Restocked::Replayed => Ok((self.seen(facts, standing)?, true)),
             Restocked::Mismatch => Err(SaleError::Mismatch),
             Restocked::Closed => Err(SaleError::Conflict("The sale is closed.")),
             Restocked::TooMany => Err(SaleError::TooMany),

@@ -86,10 +86,10 @@ impl Shop {
             buyer: lost.buyer,
             quantity: lost.quantity,
             fingerprint: lost.fingerprint,
-            durability: engine.durability(),
+            durability: engine.gives(sale.durability)?,
             redeem: true,
         };
-        let answer = engine.purchase(purchase).await?;
+        let answer = self.decide(engine, purchase).await?;
         match answer.decision {
             // Another device was faster.
             Decision::Replayed(_) => {

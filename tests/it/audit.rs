@@ -390,6 +390,11 @@ async fn every_seeded_corruption_is_found_and_forgotten_when_it_is_mended() {
             &[N::Leaderboard],
         ),
         (
+            "SQL UPDATE orders SET durability = 'committed' WHERE seq = 1",
+            "SQL UPDATE orders SET durability = 'fsync' WHERE seq = 1",
+            &[N::Durability, N::Leaderboard],
+        ),
+        (
             "SQL DELETE FROM orders WHERE seq = 1",
             "SQL INSERT INTO orders SELECT * FROM kept",
             &[N::PostgresSums, N::DenseSeq, N::Leaderboard],

@@ -12,6 +12,7 @@ use stockade::{
     clock,
     config::Config,
     domain::{
+        durability::Said,
         id::{Epoch, Partition},
         order::Order,
         receipt::{Receipt, ReceiptKeys},
@@ -455,6 +456,7 @@ async fn an_order_from_before_receipts_keeps_its_body() {
     let options = EngineOptions {
         url: app.redis.url(),
         queue_capacity: 1,
+        said: Said::default(),
         receipt_key: 0,
     };
     let old = Engine::connect(&options, Partition(0), EngineMetrics::default())

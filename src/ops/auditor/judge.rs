@@ -72,13 +72,15 @@ pub enum CheckName {
     BuyerLimit,
     /// PostgreSQL refused nothing of the journal.
     DeadLetters,
+    /// PostgreSQL: every order was accepted as the sale promises.
+    Durability,
     /// The leaderboard is the confirmed orders of PostgreSQL, in their order, to the last field.
     Leaderboard,
 }
 
 impl CheckName {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Conservation,
         Self::Bounds,
         Self::RedisKeys,
@@ -91,6 +93,7 @@ impl CheckName {
         Self::DenseSeq,
         Self::BuyerLimit,
         Self::DeadLetters,
+        Self::Durability,
         Self::Leaderboard,
     ];
 
@@ -109,6 +112,7 @@ impl CheckName {
             Self::DenseSeq => "dense_seq",
             Self::BuyerLimit => "buyer_limit",
             Self::DeadLetters => "dead_letters",
+            Self::Durability => "durability",
             Self::Leaderboard => "leaderboard",
         }
     }
@@ -248,6 +252,13 @@ pub fn judge(redis: &RoundAudit, sums: &RoundSums, boards: &Boards) -> Vec<Check
         Status::of(sums.dead_letters == 0),
         "0",
         format!("{}{dead_units}", sums.dead_letters),
+    ));
+    let mode = sums.mode.as_str();
+    checks.push(Check::new(
+        CheckName::Durability,
+        Status::of(sums.otherwise == 0),
+        format!("all as `{mode}` says"),
+        format!("{} otherwise", sums.otherwise),
     ));
     checks.push(leaderboard(redis, &stored, boards));
     checks

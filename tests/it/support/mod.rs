@@ -20,7 +20,10 @@ use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
     clock,
-    domain::id::{Epoch, Partition},
+    domain::{
+        durability::Said,
+        id::{Epoch, Partition},
+    },
     embedded::{PostgresOptions, PostgresServer, RedisOptions, RedisRole, RedisServer},
     engine::{Engine, EngineOptions, RedisUrl},
     metrics::EngineMetrics,
@@ -112,6 +115,7 @@ pub(crate) async fn connect(redis: &Redis, partition: Partition) -> Engine {
     let options = EngineOptions {
         url: redis.url(),
         queue_capacity: 16_384,
+        said: Said::default(),
         receipt_key: RECEIPT_KEY,
     };
     Engine::connect(&options, partition, EngineMetrics::default())

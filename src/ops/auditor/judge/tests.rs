@@ -2,6 +2,7 @@ use super::*;
 use crate::{
     domain::{
         id::{Epoch, RoundId, SaleNumber},
+        order::Mode,
         round::{State, Window},
     },
     engine::Standing,
@@ -84,6 +85,8 @@ impl Evidence {
                 duplicates: 0,
                 buyers_above: 0,
                 most_units: 4,
+                mode: Mode::Committed,
+                otherwise: 0,
             },
             boards: Boards::Read {
                 redis: board.clone(),
@@ -359,6 +362,11 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
                 e.sums.confirmed = 48;
             },
             &[N::DeadLetters],
+        ),
+        (
+            "an order is not as durable as promised",
+            |e| e.sums.otherwise = 1,
+            &[N::Durability],
         ),
         (
             "an order is only in Redis",

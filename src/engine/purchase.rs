@@ -133,6 +133,15 @@ impl Lane for PurchaseLane {
                 now_ms: head.now_ms,
             }));
         }
+        // Before anybody is told: from now on this node can tell of them.
+        let orders = answers
+            .iter()
+            .flatten()
+            .filter_map(|answer| match &answer.decision {
+                Decision::Accepted(order) | Decision::Replayed(order) => Some(order),
+                Decision::Refused(_) => None,
+            });
+        self.shared.unstored.note(orders);
         if reply.is_empty() {
             Ok(answers)
         } else {

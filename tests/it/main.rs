@@ -18,6 +18,7 @@ mod faults;
 mod fence;
 mod idempotency;
 mod layers;
+mod losses;
 mod machine;
 mod network;
 mod outage;

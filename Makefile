@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check sqlx conformance mutants power-loss torture kills outage
+.PHONY: help run test drop check sqlx conformance mutants power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -36,6 +36,10 @@ mutants: ## Switch on one seeded bug after the other, and see each noticed; then
 power-loss: ## Cut the power of Redis CYCLES times (20) in each mode, and print what was lost
 	@.ci/install
 	STOCKADE_TEST_CYCLES=$(or $(CYCLES),20) cargo test --locked --test it power:: -- --nocapture --test-threads=1
+
+rebuild-time: ## Empty Redis after ORDERS sales (100000), and print how long until it sells again
+	@.ci/install
+	STOCKADE_TEST_ORDERS=$(or $(ORDERS),100000) cargo test --locked --test it losses::a_large -- --nocapture
 
 torture: ## Break everything at random under a crowd, for SECONDS=600; SEED=… to do it again
 	@.ci/install

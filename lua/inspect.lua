@@ -2,7 +2,8 @@
 --
 -- KEYS   1 meta, 2 journal
 -- Reply  { epoch, incarnation in meta, pseq, last_ms, this server's incarnation, now_ms,
---          its clock in ms, length of the journal, its first id, its last id }
+--          its clock in ms, length of the journal, its first id, its last id,
+--          1 if this server has been a replica, else 0 }
 --        '' for what is missing; -1 for the length of a journal that is none
 -- Flags  no-writes
 
@@ -21,7 +22,9 @@ end
 local time = redis.call('TIME')
 local clock_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local now_ms = math.max(clock_ms, tonumber(meta[4] or '0') or 0)
+local info = redis.call('INFO', 'replication')
 return { meta[1] or '', meta[2] or '', meta[3] or '', meta[4] or '',
-  string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)'),
+  string.match(info, 'master_replid:(%x+)'),
   whole(now_ms), whole(clock_ms),
-  whole(length), first, last }
+  whole(length), first, last,
+  string.find(info, 'second_repl_offset:-1', 1, true) and '0' or '1' }

@@ -46,6 +46,7 @@ use crate::{
         directory::Directory,
         epochs::Epochs,
         floors::Floors,
+        incidents::Incidents,
         journal::{Ledger, Positions},
         orders::Orders,
         products::Products,
@@ -143,8 +144,12 @@ pub async fn start(
         positions: stores.positions.clone(),
         rounds: stores.rounds.clone(),
         floors: Floors::new(stores.database.clone()),
+        epochs: Epochs::new(stores.database.clone()),
+        incidents: Incidents::new(stores.database.clone()),
+        metrics: metrics.recovery.clone(),
         database: stores.database.clone(),
         node: clock::new_id(),
+        sells: true,
     };
     let stop = life.token(Stage::Background);
     life.spawn(Stage::Background, "recovery", async move {
@@ -441,6 +446,7 @@ async fn serve(
         products: app.products.clone(),
         shop: Arc::clone(&shop),
         auditor,
+        incidents: Incidents::new(database.clone()),
         hub,
         metrics: Arc::clone(metrics),
         readiness: app.readiness.clone(),

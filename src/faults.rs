@@ -295,6 +295,14 @@ mod imp {
             )],
         ),
         (
+            "grace_ignored",
+            &[],
+            &[(
+                "elseif round.intent == 'paused' or now_ms < round.grace_ms then",
+                "elseif round.intent == 'paused' then",
+            )],
+        ),
+        (
             "redeem_ignores_limit",
             &["purchase"],
             &[(

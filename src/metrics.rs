@@ -32,6 +32,8 @@ pub struct Metrics {
     pub writer: WriterMetrics,
     /// Of the auditor.
     pub audit: AuditMetrics,
+    /// Of recovery.
+    pub recovery: RecoveryMetrics,
     /// Of live stock.
     pub realtime: RealtimeMetrics,
 }
@@ -292,6 +294,30 @@ impl AuditMetrics {
     }
 }
 
+/// What was lost.
+#[derive(Clone, Debug, Default)]
+pub struct RecoveryMetrics {
+    /// Incidents.
+    pub incidents: Family<PartitionLabels, Gauge>,
+    /// Lost acceptances that have not come back.
+    pub lost_acceptances: Family<PartitionLabels, Gauge>,
+}
+
+impl RecoveryMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "incidents",
+            "Losses of accepted orders that were noted, ever",
+            self.incidents.clone(),
+        );
+        registry.register(
+            "lost_acceptances",
+            "Accepted orders that are listed as lost and have not come back",
+            self.lost_acceptances.clone(),
+        );
+    }
+}
+
 impl Metrics {
     /// All metrics, at zero.
     pub fn new() -> Self {
@@ -333,6 +359,8 @@ impl Metrics {
         writer.register(&mut registry);
         let audit = AuditMetrics::default();
         audit.register(&mut registry);
+        let recovery = RecoveryMetrics::default();
+        recovery.register(&mut registry);
         let realtime = RealtimeMetrics::default();
         realtime.register(&mut registry);
         Self {
@@ -342,6 +370,7 @@ impl Metrics {
             engine,
             writer,
             audit,
+            recovery,
             realtime,
         }
     }

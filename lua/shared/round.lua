@@ -14,7 +14,7 @@ local BUYER = '>I4I4'
 local function read_round(key)
   local f = redis.pcall('HMGET', key,
     'sale', 'round', 'intent', 'opens_ms', 'closes_ms', 'buyer_limit', 'order_limit', 'price',
-    'allocation', 'remaining', 'held', 'sold', 'seq', 'n_buyers', 'n_board')
+    'allocation', 'remaining', 'held', 'sold', 'seq', 'n_buyers', 'n_board', 'grace_ms')
   if f.err then
     return nil
   end
@@ -33,6 +33,8 @@ local function read_round(key)
     fields = fields + 1
   end
   round.intent, round.price = f[3], f[8]
+  -- Only a round whose acceptances were lost has one.
+  local grace_ms = f[16] and tonumber(f[16]) or 0
   if fields ~= 14 or not INTENT[round.intent] or not round.price or #round.price ~= 11 then
     return nil
   end
@@ -41,6 +43,7 @@ local function read_round(key)
       or round.remaining < 0 or round.held < 0 or round.sold < 0 then
     return nil
   end
+  round.grace_ms = grace_ms
   return round
 end
 
@@ -60,13 +63,14 @@ local function intact(round, buyers_key, board_key)
     and redis.pcall('ZCARD', board_key) == round.n_board
 end
 
--- What the round is at this instant. Stored is only what the operator wants.
+-- What the round is at this instant. Stored is only what the operator wants, and until when the
+-- receipts of lost acceptances come before the public.
 local function state_of(round, now_ms)
   if round.intent == 'closed' or (round.closes_ms > 0 and now_ms >= round.closes_ms) then
     return 'closed'
   elseif now_ms < round.opens_ms then
     return 'scheduled'
-  elseif round.intent == 'paused' then
+  elseif round.intent == 'paused' or now_ms < round.grace_ms then
     return 'paused'
   end
   return 'open'

@@ -2,9 +2,11 @@
 
 mod audit;
 mod check_config;
+mod dead_letters;
 mod demo;
 mod migrate;
 mod openapi;
+mod rebuild;
 mod serve;
 mod user;
 
@@ -56,6 +58,15 @@ enum Command {
     /// Changes nothing. Exit code: 0 all pass, 1 an error, 2 a check fails or a partition is
     /// fenced, 3 not everything is stored yet.
     Audit(audit::AuditArguments),
+    /// Make a partition anew that stays fenced because acknowledged orders may be lost.
+    ///
+    /// `--dry-run` first: it says what PostgreSQL, the journal and the nodes have, and what would
+    /// be lost. Safe beside running nodes, and twice. Exit code: 0 done or nothing to do, 1 an
+    /// error, 2 something would be lost and nothing was done.
+    Rebuild(rebuild::RebuildArguments),
+    /// What no table would take: list it, or try again after the cause was mended.
+    #[command(subcommand)]
+    DeadLetters(dead_letters::DeadLettersCommand),
     /// Print the OpenAPI document.
     Openapi,
     /// Show every key of the configuration with its value, its source and its danger, and check them.
@@ -78,6 +89,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::User(command) => user::run(command, &configured()?),
         Command::Openapi => openapi::run(),
         Command::Audit(arguments) => return audit::run(arguments, &configured()?),
+        Command::Rebuild(arguments) => return rebuild::run(arguments, &configured()?),
+        Command::DeadLetters(command) => return dead_letters::run(command, &configured()?),
         Command::CheckConfig => check_config::run(variables()?),
     }?;
     Ok(ExitCode::SUCCESS)

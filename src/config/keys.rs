@@ -127,6 +127,10 @@ keys! {
     /// Purchases of one partition that may wait for Redis on this node, 1 to 1048576; one more is answered 503.
     queue_capacity: usize = "16384", shown, "STOCKADE_QUEUE_CAPACITY",
         danger: "below the size of a crowd's first wave it refuses buyers whom Redis could have served";
+    /// Seconds in which a round only redeems receipts after `stockade rebuild` went on without some of its
+    /// acceptances, 0 to 86400. Then it sells again by itself.
+    grace_seconds: u32 = "60", shown, "STOCKADE_GRACE_SECONDS",
+        danger: "at 0 the public may buy what the receipts of lost orders were for";
     /// `off`, `combined` (as web servers write it) or `json`: one line per request.
     access_log: AccessLog = "off", shown, "STOCKADE_ACCESS_LOG",
         danger: "costs time on every purchase";

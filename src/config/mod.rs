@@ -265,6 +265,7 @@ impl Config {
             60_000,
         )?;
         within("STOCKADE_QUEUE_CAPACITY", self.queue_capacity, 1, 1_048_576)?;
+        within("STOCKADE_GRACE_SECONDS", self.grace_seconds, 0, 86_400)?;
         if self.data_dir.as_os_str().is_empty() {
             return Err(value("STOCKADE_DATA_DIR", "is empty"));
         }

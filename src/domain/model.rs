@@ -56,6 +56,9 @@ pub struct Round {
     pub buyers: BTreeMap<BuyerId, (u64, u64)>,
     /// The leaderboard: confirmed orders by the seq of their acceptance.
     pub board: BTreeMap<u64, OrderId>,
+    /// Until when only receipts are redeemed, because acceptances were lost: milliseconds since the
+    /// Unix epoch by Redis' clock, 0 for a round that lost none.
+    pub grace_until_ms: i64,
 }
 
 /// What can be asked of a partition.
@@ -172,6 +175,14 @@ pub enum Restocked {
 }
 
 impl Round {
+    /// What it is at `now_ms`.
+    pub fn state(&self, now_ms: i64) -> State {
+        match round::state(self.intent, self.terms.window, now_ms) {
+            State::Open if now_ms < self.grace_until_ms => State::Paused,
+            state => state,
+        }
+    }
+
     /// The units of an order are for sale again.
     fn give_back(&mut self, order: &Order) -> Option<()> {
         self.counters.remaining += order.quantity;
@@ -305,7 +316,7 @@ impl Model {
                 Decision::Refused(Refusal::Mismatch)
             });
         }
-        let state = match round::state(round.intent, window, now_ms) {
+        let state = match round.state(now_ms) {
             State::Paused | State::Closed if item.redeem => State::Open,
             state => state,
         };
@@ -410,7 +421,7 @@ impl Model {
         actor: Uuid,
     ) -> Option<Controlled> {
         let round = self.rounds.get_mut(&id)?;
-        if round::state(round.intent, round.terms.window, now_ms) == State::Closed {
+        if round.state(now_ms) == State::Closed {
             return Some(match intent {
                 Intent::Closed => Controlled::Already,
                 Intent::Live | Intent::Paused => Controlled::Closed,
@@ -456,7 +467,7 @@ impl Model {
                 Restocked::Mismatch
             });
         }
-        if round::state(round.intent, round.terms.window, now_ms) == State::Closed {
+        if round.state(now_ms) == State::Closed {
             return Some(Restocked::Closed);
         }
         if round.counters.allocation + units > ALLOCATION_MAX {
@@ -569,6 +580,7 @@ impl Model {
                 counters: Counters::fresh(terms.allocation),
                 buyers: BTreeMap::new(),
                 board: BTreeMap::new(),
+                grace_until_ms: 0,
             },
         );
         let sale = self.sales.entry(id.sale).or_default();

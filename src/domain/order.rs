@@ -1,7 +1,7 @@
 //! An order and the decision that makes it.
 
 use super::{
-    id::{BuyerId, Epoch, Fingerprint, OrderId, RoundId},
+    id::{BuyerId, Epoch, Fingerprint, JournalId, OrderId, RoundId},
     money::Money,
 };
 
@@ -187,11 +187,55 @@ pub struct Order {
 }
 
 impl Order {
+    /// The journal entry that carries it.
+    pub fn entry(&self) -> JournalId {
+        JournalId {
+            epoch: self.epoch,
+            pseq: self.pseq,
+        }
+    }
+
     /// What the buyer pays for all units. Terms are checked so that it fits.
     pub fn total(&self) -> Money {
         self.unit_price
             .times(self.quantity)
             .unwrap_or(self.unit_price)
+    }
+}
+
+/// What must be known of an acceptance to say that it was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acceptance {
+    /// The order.
+    pub order: OrderId,
+    /// What it took its units from.
+    pub round: RoundId,
+    /// Whose it is.
+    pub buyer: BuyerId,
+    /// Units.
+    pub quantity: u64,
+    /// The journal entry that carries it.
+    pub at: JournalId,
+    /// Its place among the events of its round.
+    pub seq: u64,
+    /// What it survives.
+    pub durability: Durability,
+    /// When, in milliseconds since the Unix epoch by Redis' clock.
+    pub accepted_at_ms: i64,
+}
+
+impl From<&Order> for Acceptance {
+    fn from(order: &Order) -> Self {
+        Self {
+            order: order.id,
+            round: order.round,
+            buyer: order.buyer,
+            quantity: order.quantity,
+            at: order.entry(),
+            seq: order.seq,
+            durability: order.durability,
+            accepted_at_ms: order.accepted_at_ms,
+        }
     }
 }
 

@@ -46,7 +46,7 @@ pub enum State {
     Scheduled,
     /// Selling.
     Open,
-    /// Inside its window, stopped by the operator.
+    /// Inside its window, stopped by the operator, or only redeeming receipts after a loss.
     Paused,
     /// Past its window, or closed by the operator.
     Closed,

@@ -120,6 +120,7 @@ impl Engine {
             counters,
             buyers,
             board,
+            grace_until_ms: number(&fields, "grace_ms").unwrap_or(0),
         })
     }
 

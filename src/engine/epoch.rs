@@ -30,6 +30,8 @@ pub struct Inspection {
     pub journal_first: Option<JournalId>,
     /// The newest entry.
     pub journal_last: Option<JournalId>,
+    /// Whether it has been a replica: then it may lack what its primary had answered.
+    pub promoted: bool,
     /// Our instant just after the clock was read.
     at: Instant,
     incarnation: String,
@@ -39,6 +41,12 @@ pub struct Inspection {
 impl Inspection {
     pub(super) fn incarnation(&self) -> &str {
         &self.incarnation
+    }
+
+    /// The latest timeline of which Redis has anything.
+    pub fn last_epoch(&self) -> Epoch {
+        let last = self.journal_last.map(|id| id.epoch);
+        self.epoch.max(last).unwrap_or_default()
     }
 
     pub(super) fn raw_epoch(&self) -> &str {
@@ -81,6 +89,7 @@ impl Engine {
         let clock_ms = reply.number()?;
         let length: i64 = reply.number()?;
         let (first, last) = (reply.text()?, reply.text()?);
+        let promoted = reply.text()? == "1";
         Ok(Inspection {
             epoch: raw_epoch.parse().ok().map(Epoch),
             pseq: pseq.parse().unwrap_or(0),
@@ -90,6 +99,7 @@ impl Engine {
             journal_length: length.try_into().ok(),
             journal_first: journal_id(&first),
             journal_last: journal_id(&last),
+            promoted,
             at,
             incarnation,
             raw_epoch,
@@ -133,7 +143,8 @@ impl Engine {
         Ok(incomplete)
     }
 
-    /// Begins `epoch` on the partition as it was inspected, and lets purchases through.
+    /// Begins `epoch` on the partition as it was inspected. Nothing is let through before
+    /// [`Engine::open`].
     ///
     /// # Errors
     /// [`InstallError`]; the partition stays fenced then.
@@ -142,12 +153,7 @@ impl Engine {
         epoch: Epoch,
         inspection: &Inspection,
     ) -> Result<JournalId, InstallError> {
-        let Shared {
-            keys,
-            scripts,
-            view,
-            ..
-        } = &*self.shared;
+        let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![keys.meta(), keys.journal()];
         let arguments = vec![
             Bytes::from(epoch.0.to_string()),
@@ -163,7 +169,6 @@ impl Engine {
         match reply.text()?.as_str() {
             "ok" => {
                 let pseq = reply.number()?;
-                view.open(epoch, pseq, inspection.now_ms, inspection.at);
                 Ok(JournalId { epoch, pseq })
             }
             "changed" => Err(InstallError::Changed),
@@ -171,11 +176,26 @@ impl Engine {
         }
     }
 
-    /// Lets purchases through in the epoch that another node has installed.
-    pub fn adopt(&self, epoch: Epoch, inspection: &Inspection) {
+    /// Lets purchases through in the epoch that `begun` has begun, which PostgreSQL knows.
+    pub fn open(&self, begun: JournalId, inspection: &Inspection) {
         self.shared
             .view
-            .open(epoch, inspection.pseq, inspection.now_ms, inspection.at);
+            .open(begun.epoch, begun.pseq, inspection.now_ms, inspection.at);
+    }
+
+    /// Takes over how far Redis is, if it is in the timeline that this node sells in; whether it is.
+    pub fn learn_floor(&self, inspection: &Inspection) -> bool {
+        let at = inspection.epoch.map(|epoch| JournalId {
+            epoch,
+            pseq: inspection.pseq,
+        });
+        at.is_some_and(|at| self.shared.view.learn_floor(at))
+    }
+
+    /// Lets purchases through in the epoch that another node has installed.
+    pub fn adopt(&self, epoch: Epoch, inspection: &Inspection) {
+        let pseq = inspection.pseq;
+        self.open(JournalId { epoch, pseq }, inspection);
     }
 }
 

@@ -15,7 +15,8 @@ use super::{
 };
 use crate::domain::{
     id::{Epoch, JournalId, RoundId},
-    journal::{Entry, EventKind},
+    journal::{Entry, Event, EventKind},
+    order::Order,
     round::Counters,
 };
 
@@ -191,6 +192,21 @@ impl JournalReader {
         let found = self.connection.blocking_command("XREAD", arguments).await?;
         Ok(!found.is_null())
     }
+}
+
+/// Reads what a dead letter has kept of an entry: its orders, or the event that it was. One call
+/// makes orders or one event, never both. `None` when this build cannot read it.
+pub fn read_payload(round: RoundId, payload: &[u8]) -> Option<(Vec<Order>, Option<Event>)> {
+    if payload.len() == EVENT_BYTES {
+        let (_, event) = Unpack(payload).event()?;
+        let round = Some(round);
+        return Some((Vec::new(), Some(Event { round, ..event })));
+    }
+    (VERSION_MIN..=VERSION).rev().find_map(|version| {
+        let orders = all(payload, acceptance_bytes(version), Unpack::acceptance)?;
+        let orders = orders.into_iter().map(|(_, order)| order).collect();
+        Some((orders, None))
+    })
 }
 
 /// Takes one entry of `XRANGE` apart; `None` when it is not even shaped like one.

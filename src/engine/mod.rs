@@ -27,6 +27,7 @@ mod reply;
 mod restock;
 mod script;
 mod snapshot;
+mod unstored;
 
 use std::{
     collections::BTreeSet,
@@ -41,7 +42,7 @@ pub use self::{
     connection::RedisUrl,
     epoch::{Inspection, InstallError},
     error::EngineError,
-    journal::{EntryError, JournalError, JournalPage, JournalReader, RawEntry},
+    journal::{EntryError, JournalError, JournalPage, JournalReader, RawEntry, read_payload},
     leaderboard::LeaderboardPage,
     packed::Standing,
     partition::Fence,
@@ -51,12 +52,13 @@ pub use self::{
 use self::{
     coalescer::Coalescer, connection::Connection, keys::Keys, memory::Memory,
     partition::PartitionView, purchase::PurchaseLane, script::Scripts, snapshot::SnapshotLane,
+    unstored::Unstored,
 };
 use crate::{
     domain::{
         durability::{Lack, RedisSettings, Said},
         id::{JournalId, Partition, RoundId},
-        order::{Durability, Mode},
+        order::{Acceptance, Durability, Mode},
     },
     faults,
     metrics::EngineMetrics,
@@ -110,6 +112,7 @@ struct Shared {
     scripts: Scripts,
     view: PartitionView,
     memory: Memory,
+    unstored: Unstored,
     metrics: EngineMetrics,
     news: broadcast::Sender<Standing>,
     /// Rounds whose keys are missing or not whole, as the last call saw them.
@@ -201,6 +204,7 @@ impl Engine {
             scripts: Scripts::new(),
             view: PartitionView::new(partition),
             memory: Memory::default(),
+            unstored: Unstored::default(),
             metrics,
             news,
             damaged: Mutex::default(),
@@ -308,6 +312,17 @@ impl Engine {
     /// there.
     pub fn floor(&self) -> JournalId {
         self.shared.view.floor()
+    }
+
+    /// Acceptances that this node has got from Redis and that are not settled yet.
+    pub fn unstored(&self) -> Vec<Acceptance> {
+        self.shared.unstored.all()
+    }
+
+    /// Forgets the acceptances of the entries that `settled` names: they are stored, or reported as
+    /// lost. PostgreSQL has the journal up to `stored`.
+    pub fn settle(&self, stored: JournalId, settled: impl Fn(JournalId) -> bool) {
+        self.shared.unstored.forget(stored, settled);
     }
 
     /// Whether keys of a round were missing or not whole when a call last saw them.

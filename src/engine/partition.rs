@@ -116,6 +116,16 @@ impl PartitionView {
         }
     }
 
+    /// Takes over how far another look has seen in the timeline that was open last; whether it was
+    /// in that one.
+    pub(super) fn learn_floor(&self, at: JournalId) -> bool {
+        let mut seen = self.seen();
+        if at.epoch == seen.epoch {
+            seen.pseq = seen.pseq.max(at.pseq);
+        }
+        at.epoch == seen.epoch
+    }
+
     /// Redis' clock now, for whom no script answers: never less than anybody was told before.
     pub(super) fn tell_ms(&self, at: Instant) -> Option<i64> {
         self.seen().tell_ms(at)

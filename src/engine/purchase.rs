@@ -149,6 +149,15 @@ impl Lane for PurchaseLane {
             });
             answers.push(answer);
         }
+        // Before anybody is told: from now on this node can tell of them.
+        let orders = answers
+            .iter()
+            .flatten()
+            .filter_map(|answer| match &answer.decision {
+                Decision::Accepted(order) | Decision::Replayed(order) => Some(order),
+                Decision::Refused(_) => None,
+            });
+        self.shared.unstored.note(orders);
         if reply.is_empty() {
             Ok(answers)
         } else {

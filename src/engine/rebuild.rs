@@ -210,6 +210,9 @@ impl Engine {
             ("n_board", round.board.len().to_string()),
             ("entry", entry.to_string()),
         ]);
+        if round.grace_until_ms > 0 {
+            fields.extend(hash(vec![("grace_ms", round.grace_until_ms.to_string())]));
+        }
         fields.push(Bytes::from_static(b"price"));
         fields.push(Bytes::copy_from_slice(&packed::price(terms.unit_price)));
         let key = keys.round(id);

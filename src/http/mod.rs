@@ -13,6 +13,7 @@ mod docs;
 mod edge;
 mod events;
 mod idempotency;
+mod incidents;
 mod leaderboard;
 mod orders;
 mod page;
@@ -48,7 +49,7 @@ use crate::{
     readiness::Readiness,
     realtime::Hub,
     sales::Shop,
-    store::products::Products,
+    store::{incidents::Incidents, products::Products},
 };
 use edge::{Edge, EdgeLayer};
 
@@ -68,6 +69,8 @@ pub struct Parts {
     pub shop: Arc<Shop>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
+    /// What was lost.
+    pub incidents: Incidents,
     /// Live stock.
     pub hub: Hub,
     /// Shown at `/metrics`.
@@ -99,6 +102,7 @@ parts! {
     products: Products,
     shop: Arc<Shop>,
     auditor: Auditor,
+    incidents: Incidents,
     hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
@@ -136,6 +140,7 @@ fn resources() -> Vec<routes::Routes> {
         leaderboard::routes(),
         events::routes(),
         audit::routes(),
+        incidents::routes(),
         probes::routes(),
     ]
 }

@@ -110,8 +110,8 @@ codes! {
 
     /// Stopped by an operator.
     Paused "paused" CONFLICT "The sale is paused" After NotApplied
-        cause "An operator has stopped the sale for now. Nothing was taken and nobody else can buy either."
-        fix "Retry with the same key after `Retry-After`, or follow the sale's event stream."
+        cause "An operator has stopped the sale for now, or it lets those come first whose accepted orders were lost. Nothing was taken; only receipts are served."
+        fix "Retry with the same key after `Retry-After`, or follow the sale's event stream. Who has a receipt of a lost order redeems it now."
         curl "curl -N $STOCKADE/v1/sales/$SALE_ID/events"
 
     /// After the window, or closed by an operator.

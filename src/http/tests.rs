@@ -46,9 +46,9 @@ use crate::{
     realtime::Hub,
     sales::{Commits, Pseudonyms, Shop},
     store::{
-        Database, DatabaseSettings, directory::Directory, epochs::Epochs, journal::Positions,
-        orders::Orders, products::Products, rounds::Rounds, sales::Sales, sessions::Sessions,
-        users::Users,
+        Database, DatabaseSettings, directory::Directory, epochs::Epochs, incidents::Incidents,
+        journal::Positions, orders::Orders, products::Products, rounds::Rounds, sales::Sales,
+        sessions::Sessions, users::Users,
     },
 };
 
@@ -160,6 +160,7 @@ fn app(listener: Listener) -> Router {
         accounts,
         products: Products::new(database.clone()),
         shop: Arc::new(closed_shop(database.clone())),
+        incidents: Incidents::new(database.clone()),
         auditor: Auditor::new(database, engines.clone()),
         hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
         metrics,

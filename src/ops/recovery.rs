@@ -1,8 +1,9 @@
 //! Looks at a fenced partition, and lets it sell again when nothing can be missing: as it is, or
-//! made anew from PostgreSQL and the journal.
+//! made anew from PostgreSQL and the journal. Otherwise an operator decides (`stockade rebuild`).
 //!
-//! The epoch is raised in PostgreSQL first, so that no writer stores anything of an older
-//! timeline; then Redis' meta is written, if Redis is still exactly as it was inspected.
+//! One at a time, by a lock in PostgreSQL. The epoch is raised there first, so that no writer stores
+//! anything of an older timeline; then Redis' meta is written, if Redis is still exactly as it was
+//! inspected.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,26 +11,34 @@ use std::{
     time::Duration,
 };
 
+use chrono::DateTime;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::assess::{Assessment, DEAD, Loss, Survives, Verdict, capped, matches};
 use crate::{
+    clock,
     domain::{
-        id::{Epoch, Fingerprint, JournalId, Partition, RoundId, SaleNumber},
-        limits::CLOCK_JUMP_MS,
+        id::{Epoch, Fingerprint, JournalId, Partition, RoundId},
+        journal::EventKind,
         model::Model,
-        order::Status,
+        order::{Durability, Mode, Order, Status},
         round::Terms,
     },
-    engine::{Engine, Engines, Fence, Inspection, SaleImage},
+    engine::{Engine, Engines, Fence, Inspection, SaleImage, read_payload},
     faults,
+    metrics::{PartitionLabels, RecoveryMetrics},
     store::{
         Database, StoreError,
         audit::Snapshot,
+        epochs::Epochs,
         floors::Floors,
-        journal::{Position, Positions},
+        incidents::{self, Incidents},
+        journal::Positions,
+        lock::RecoveryLock,
         orders::Place,
+        rebuild::StoredLetter,
         rounds::Rounds,
     },
 };
@@ -39,9 +48,6 @@ const PERIOD: Duration = Duration::from_millis(250);
 
 /// The time between two reports of how far this node has seen.
 const REPORT: Duration = Duration::from_secs(1);
-
-/// A node that has said nothing for so long is dead.
-const DEAD: Duration = Duration::from_secs(10);
 
 /// The least time between two rebuilds that a damaged round asks for.
 const DAMAGE: Duration = Duration::from_secs(2);
@@ -60,10 +66,18 @@ pub struct Recovery {
     pub rounds: Rounds,
     /// How far each node has seen.
     pub floors: Floors,
+    /// What each epoch has of the ones before.
+    pub epochs: Epochs,
+    /// What is lost.
+    pub incidents: Incidents,
     /// What Redis is made anew from.
     pub database: Database,
     /// This process.
     pub node: Uuid,
+    /// Whether it sells what it recovers, and is asked how far it has seen.
+    pub sells: bool,
+    /// What it counts.
+    pub metrics: RecoveryMetrics,
 }
 
 /// What came of looking at a partition.
@@ -86,6 +100,35 @@ pub enum StaysFenced {
     /// Something is missing, or may be: a human has to look.
     #[error("{0}")]
     Lost(String),
+}
+
+/// What becomes of an acceptance that was not stored when it was last looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is stored now.
+    Stored,
+    /// It waits for the writer, or for a recovery.
+    Open,
+    /// This epoch began without it, with the entries up to this one.
+    Lost(Epoch, u64),
+}
+
+/// What became of the acceptances of an entry. `begun` are the epochs that have begun, in order.
+fn fate(at: JournalId, stored: JournalId, begun: &[(Epoch, u64)]) -> Fate {
+    let without = begun
+        .iter()
+        .find(|(epoch, end)| *epoch > at.epoch && *end < at.pseq);
+    match without {
+        Some((epoch, end)) => Fate::Lost(*epoch, *end),
+        // Everything that survives into a later epoch is stored before that epoch's first entry.
+        None if stored.epoch > at.epoch => Fate::Stored,
+        None if stored.epoch == at.epoch && stored.pseq >= at.pseq => Fate::Stored,
+        None => Fate::Open,
+    }
+}
+
+fn passing(error: &dyn std::fmt::Display) -> StaysFenced {
+    StaysFenced::Passing(error.to_string())
 }
 
 impl Recovery {
@@ -121,14 +164,10 @@ impl Recovery {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(_) => {
-                    // How far this node has seen is worth saying again and again; that it cannot
-                    // be said does not stop the sale.
-                    if let Err(error) = self.report(engine, false).await {
-                        tracing::debug!(%partition, %error, "how far this node has seen is not noted");
-                    } else if let Err(error) = self.bury(engine).await {
-                        tracing::debug!(%partition, %error, "nodes that are gone are not forgotten");
+                    if let Err(error) = self.look(engine).await {
+                        // It does not stop the sale.
+                        tracing::debug!(%partition, %error, "the partition was not looked at");
                     }
-                    self.compare(engine).await;
                     let due = mended.is_none_or(|at| at.elapsed() >= DAMAGE);
                     if due && engine.is_damaged() {
                         mended = Some(Instant::now());
@@ -177,140 +216,349 @@ impl Recovery {
         }
     }
 
+    /// What a node that sells does once a second: it says how far it has seen, looks whether Redis
+    /// and PostgreSQL are still in its epoch, and settles what it has accepted.
+    async fn look(&self, engine: &Engine) -> Result<(), StaysFenced> {
+        self.report(engine, false).await?;
+        let partition = engine.partition();
+        let selling_in = engine.floor().epoch;
+        let position = self.positions.of(partition).await;
+        if let Ok(inspection) = engine.inspect().await
+            && !(inspection.same_incarnation && inspection.epoch == Some(selling_in))
+        {
+            engine.fence_again("Redis is in another epoch, or another server");
+        }
+        let position = position.map_err(|error| passing(&error))?;
+        // Either way nothing of ours is stored any more: somebody went on, or a standby of PostgreSQL
+        // that was behind has taken over.
+        if position.epoch > selling_in && !faults::bug("older_epoch_sells_on") {
+            engine.fence_again("another epoch has begun");
+        } else if position.epoch < selling_in {
+            engine.fence_again("PostgreSQL has forgotten this epoch");
+        }
+        self.bury(engine).await?;
+        self.settle(engine, position.stored).await?;
+        self.count(partition).await
+    }
+
+    async fn count(&self, partition: Partition) -> Result<(), StaysFenced> {
+        let counts = self.incidents.counts(partition).await;
+        let counts = counts.map_err(|error| passing(&error))?;
+        let labels = PartitionLabels {
+            partition: partition.0,
+        };
+        self.metrics
+            .incidents
+            .get_or_create(&labels)
+            .set(counts.incidents);
+        self.metrics
+            .lost_acceptances
+            .get_or_create(&labels)
+            .set(counts.lost);
+        Ok(())
+    }
+
+    /// Forgets the acceptances that are stored, and reports those that an epoch began without.
+    async fn settle(&self, engine: &Engine, stored: JournalId) -> Result<(), StaysFenced> {
+        let partition = engine.partition();
+        let unstored = engine.unstored();
+        let begun = if unstored.is_empty() {
+            Vec::new()
+        } else {
+            let begun = self.epochs.begun(partition).await;
+            begun.map_err(|error| passing(&error))?
+        };
+        let mut lost: BTreeMap<(Epoch, u64), Vec<_>> = BTreeMap::new();
+        for acceptance in unstored {
+            if let Fate::Lost(epoch, end) = fate(acceptance.at, stored, &begun) {
+                lost.entry((epoch, end)).or_default().push(acceptance);
+            }
+        }
+        for (began, acceptances) in lost {
+            if faults::bug("losses_not_reported") {
+                break;
+            }
+            let reported = self
+                .incidents
+                .report(partition, self.node, began, acceptances, clock::new_id())
+                .await;
+            let (incident, new) = reported.map_err(|error| passing(&error))?;
+            if new > 0 {
+                tracing::error!(
+                    %partition,
+                    %incident,
+                    acceptances = new,
+                    epoch = began.0.0,
+                    recovered_to = began.1,
+                    "accepted orders are lost; they are listed, and their receipts can be redeemed"
+                );
+            }
+        }
+        engine.settle(stored, |at| fate(at, stored, &begun) != Fate::Open);
+        Ok(())
+    }
+
+    /// Keeps on record what this node has accepted and may be lost, should it not live to say so.
+    async fn endanger(&self, engine: &Engine) -> Result<(), StaysFenced> {
+        let unstored = engine.unstored();
+        if unstored.is_empty() || faults::bug("danger_not_kept") {
+            return Ok(());
+        }
+        self.incidents
+            .endanger(engine.partition(), self.node, &unstored)
+            .await
+            .map_err(|error| passing(&error))
+    }
+
     /// Looks at one partition; lets it sell if nothing can be missing.
     ///
     /// # Errors
     /// [`StaysFenced`].
     pub async fn verify(&self, engine: &Engine) -> Result<Verified, StaysFenced> {
-        let passing = |error: &dyn std::fmt::Display| StaysFenced::Passing(error.to_string());
-        let partition = engine.partition();
-        let position = self
-            .positions
-            .of(partition)
-            .await
-            .map_err(|error| passing(&error))?;
-        let inspection = engine.inspect().await.map_err(|error| passing(&error))?;
-        let estimate_ms = engine.redis_ms();
-        // Within one run of the server time stands still until a clock that was set back has caught
-        // up. A server that comes with another clock is believed neither ahead nor behind.
-        let clock_ms = if inspection.same_incarnation {
-            inspection.now_ms
-        } else {
-            inspection.clock_ms
-        };
-        if let Some(ahead_ms) = estimate_ms.map(|estimate| clock_ms - estimate)
-            && ahead_ms.abs() > CLOCK_JUMP_MS
-        {
-            // In words that do not change from look to look, so that they are said once.
-            let direction = if ahead_ms > 0 { "ahead" } else { "back" };
-            return Err(StaysFenced::Lost(format!(
-                "the clock of Redis jumped {direction} by more than {} s; if it is right now, \
-                 restart this node",
-                CLOCK_JUMP_MS / 1000
-            )));
+        // It sells nothing at the moment: whoever recovers it may rely on that.
+        self.report(engine, true).await?;
+        let assessment = self.assess(engine).await?;
+        if assessment.verdict() == Verdict::Adopt {
+            return self.adopt(engine, &assessment).await;
         }
+        let Some(_lock) = self.lock(engine.partition()).await? else {
+            return Err(another_at_work());
+        };
+        // Only now nobody else changes it.
+        let assessment = self.assess(engine).await?;
+        match assessment.verdict() {
+            Verdict::Adopt => self.adopt(engine, &assessment).await,
+            Verdict::Begin { doubt } => self.begin(engine, &assessment, doubt).await,
+            Verdict::Rebuild => self.rebuild(engine, &assessment, None).await,
+            Verdict::Wait(reason) => Err(StaysFenced::Passing(reason)),
+            Verdict::Stop(reason) => Err(StaysFenced::Lost(reason)),
+            Verdict::Lost(loss) => {
+                self.endanger(engine).await?;
+                Err(StaysFenced::Lost(format!(
+                    "{}: see `stockade rebuild --dry-run`",
+                    loss.reason
+                )))
+            }
+        }
+    }
+
+    /// Takes the right to recover a partition; `None` while somebody else has it.
+    ///
+    /// # Errors
+    /// [`StaysFenced::Passing`].
+    pub async fn lock(&self, partition: Partition) -> Result<Option<RecoveryLock>, StaysFenced> {
+        let taken = RecoveryLock::take(&self.database, partition).await;
+        taken.map_err(|error| passing(&error))
+    }
+
+    /// Makes a partition anew without what is missing, as an operator has decided. `grace` is the
+    /// time in which only receipts are redeemed. The lock must be held.
+    ///
+    /// # Errors
+    /// [`StaysFenced`].
+    pub async fn rebuild_with_loss(
+        &self,
+        engine: &Engine,
+        assessment: &Assessment,
+        loss: Loss,
+        grace: Duration,
+    ) -> Result<Verified, StaysFenced> {
+        let grace_ms = i64::try_from(grace.as_millis()).unwrap_or(i64::MAX);
+        let until_ms = assessment.redis.now_ms.saturating_add(grace_ms);
+        let loss = incidents::Loss {
+            id: clock::new_id(),
+            kind: incidents::Kind::Accepted,
+            seen_to: loss.seen_to,
+            silent_nodes: u32::try_from(loss.silent).unwrap_or(u32::MAX),
+            reason: loss.reason,
+            grace_until: DateTime::from_timestamp_millis(until_ms).filter(|_| grace_ms > 0),
+        };
+        self.rebuild(engine, assessment, Some(loss)).await
+    }
+
+    /// Everything that there is to know of a partition. Changes nothing.
+    ///
+    /// # Errors
+    /// [`StaysFenced::Passing`] when somebody does not answer.
+    pub async fn assess(&self, engine: &Engine) -> Result<Assessment, StaysFenced> {
+        let partition = engine.partition();
+        // PostgreSQL first: Redis may be further, never behind.
+        let position = self.positions.of(partition).await;
+        let position = position.map_err(|error| passing(&error))?;
+        let redis = engine.inspect().await.map_err(|error| passing(&error))?;
         // A new server may have other settings, and acceptances say what they survive.
         engine
             .read_settings()
             .await
             .map_err(|error| passing(&error))?;
-        let provisioned = self
-            .rounds
-            .provisioned(partition)
-            .await
-            .map_err(|error| passing(&error))?;
-        // A later timeline was begun with proof; what an older one had reached is settled.
-        let present = inspection.epoch.unwrap_or(position.installed);
-        let nodes = self
-            .floors
-            .of(partition)
-            .await
-            .map_err(|error| passing(&error))?;
-        let floor = nodes
-            .iter()
-            .map(|node| node.floor)
-            .chain([engine.floor()])
-            .filter(|floor| floor.epoch >= present)
-            .map(|floor| floor.pseq)
-            .max()
-            .unwrap_or(0);
-        let lost = matches(&inspection, &position, floor, &provisioned).err();
-        let incomplete = engine
-            .incomplete(&inspection, &provisioned)
-            .await
-            .map_err(|error| passing(&error))?;
-        if let Some(reason) = lost {
-            let sales = provisioned.iter().map(|round| round.sale).collect();
-            return self
-                .rebuild(engine, &inspection, &position, sales, &reason)
-                .await;
-        }
-        if let Some(first) = incomplete.first() {
-            let reason = format!(
-                "{} of {} rounds are missing or not whole in Redis, the first is {first}",
-                incomplete.len(),
-                provisioned.len()
-            );
-            let sales = incomplete.iter().map(|round| round.sale).collect();
-            return self
-                .rebuild(engine, &inspection, &position, sales, &reason)
-                .await;
-        }
-        if inspection.same_incarnation && inspection.epoch == Some(position.epoch) {
-            engine.adopt(position.epoch, &inspection);
-            return Ok(Verified::Adopted);
-        }
-        let mut present = position.epoch;
-        // Beyond every epoch that there was, also those that PostgreSQL has forgotten.
-        while present <= inspection.epoch.unwrap_or_default().max(position.epoch) {
-            present = self
-                .positions
-                .raise_epoch(partition, present, inspection.pseq)
+        // Within one run of the server time stands still until a clock that was set back has caught
+        // up. A server that comes with another clock is believed neither ahead nor behind.
+        let clock_ms = if redis.same_incarnation {
+            redis.now_ms
+        } else {
+            redis.clock_ms
+        };
+        let clock_ahead_ms = engine.redis_ms().map(|estimate| clock_ms - estimate);
+        let provisioned = self.rounds.provisioned(partition).await;
+        let provisioned = provisioned.map_err(|error| passing(&error))?;
+        let settled = self.incidents.settled(partition).await;
+        let settled = settled.map_err(|error| passing(&error))?;
+        let nodes = self.floors.of(partition).await;
+        let nodes = nodes.map_err(|error| passing(&error))?;
+
+        // A later timeline was begun with proof; what an older one had reached is settled. An
+        // epoch that was raised and never installed sold nothing.
+        let present = redis.epoch.unwrap_or(position.installed);
+        let own = engine.floor();
+        let own = (own.epoch >= present && own.epoch.0 > 0)
+            .then(|| capped(own.epoch, own.pseq, &settled));
+        let others: Vec<_> = nodes
+            .into_iter()
+            .filter(|node| node.node != self.node && node.floor.epoch >= present)
+            .map(|mut node| {
+                node.floor.pseq = capped(node.floor.epoch, node.floor.pseq, &settled);
+                // Of an epoch that an operator has given up nothing more is expected.
+                node.last_word |= settled.iter().any(|(began, _)| *began > node.floor.epoch);
+                node
+            })
+            .collect();
+        let floor = others.iter().map(|node| node.floor.pseq).chain(own).max();
+        let lost = matches(&redis, &position, floor.unwrap_or(0), &provisioned).err();
+        let incomplete = match &lost {
+            Some(_) => Vec::new(),
+            None => engine
+                .incomplete(&redis, &provisioned)
                 .await
-                .map_err(|error| passing(&error))?
-                .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?
-                .epoch;
+                .map_err(|error| passing(&error))?,
+        };
+        let (damage, sales) = match (lost, incomplete.first()) {
+            (Some(reason), _) => {
+                let sales = provisioned.iter().map(|round| round.sale).collect();
+                (Some(reason), sales)
+            }
+            (None, Some(first)) => {
+                let reason = format!(
+                    "{} of {} rounds are missing or not whole in Redis, the first is {first}",
+                    incomplete.len(),
+                    provisioned.len()
+                );
+                let sales = incomplete.iter().map(|round| round.sale).collect();
+                (Some(reason), sales)
+            }
+            (None, None) => (None, BTreeSet::new()),
+        };
+        Ok(Assessment {
+            partition,
+            position,
+            synced: engine.gives(Mode::Default) == Ok(Durability::Fsync),
+            others,
+            own,
+            survives: Survives::of(&redis, &position),
+            damage,
+            sales,
+            clock_ahead_ms,
+            redis,
+        })
+    }
+
+    /// Sells in the epoch that is there.
+    async fn adopt(
+        &self,
+        engine: &Engine,
+        assessment: &Assessment,
+    ) -> Result<Verified, StaysFenced> {
+        let (position, redis) = (&assessment.position, &assessment.redis);
+        let begun = JournalId {
+            epoch: position.epoch,
+            pseq: redis.pseq,
+        };
+        if position.installed != position.epoch {
+            self.note_installed(engine.partition(), position.epoch)
+                .await?;
         }
+        self.open(engine, begun, redis).await?;
+        Ok(Verified::Adopted)
+    }
+
+    /// Begins an epoch on a partition that is whole.
+    async fn begin(
+        &self,
+        engine: &Engine,
+        assessment: &Assessment,
+        doubt: usize,
+    ) -> Result<Verified, StaysFenced> {
+        let (position, redis) = (&assessment.position, &assessment.redis);
+        let partition = engine.partition();
+        let loss = (doubt > 0).then(|| incidents::Loss {
+            id: clock::new_id(),
+            kind: incidents::Kind::Possible,
+            seen_to: assessment.seen_to(),
+            silent_nodes: u32::try_from(doubt).unwrap_or(u32::MAX),
+            reason: "another Redis than before, or one that syncs once a second, took over, and \
+                     nodes that sold are gone: what only they answered may be lost"
+                .to_owned(),
+            grace_until: None,
+        });
+        if let Some(loss) = &loss {
+            tracing::error!(%partition, incident = %loss.id, nodes = doubt, "{}", loss.reason);
+        }
+        let raised = self
+            .positions
+            .raise_epoch(
+                partition,
+                position.epoch,
+                redis.last_epoch(),
+                redis.pseq,
+                loss,
+            )
+            .await
+            .map_err(|error| passing(&error))?
+            .ok_or_else(another_at_work)?;
         faults::point("recovery.after_raise");
-        let entry = self.install(engine, present, &inspection).await?;
+        let entry = self.install(engine, raised.epoch, redis).await?;
         Ok(Verified::Begun(entry))
     }
 
-    /// Writes the epoch into Redis, and notes that it is there.
+    /// Writes the epoch into Redis, notes that it is there, and sells.
     async fn install(
         &self,
         engine: &Engine,
         epoch: Epoch,
         inspection: &Inspection,
     ) -> Result<JournalId, StaysFenced> {
-        let partition = engine.partition();
-        let entry = engine
-            .install(epoch, inspection)
-            .await
-            .map_err(|error| StaysFenced::Passing(error.to_string()))?;
+        let entry = engine.install(epoch, inspection).await;
+        let entry = entry.map_err(|error| passing(&error))?;
         faults::point("recovery.after_install");
-        match self.positions.set_installed(partition, epoch).await {
-            Ok(true) => {}
-            // Another node has raised the epoch meanwhile: nobody would store what is sold in ours.
-            Ok(false) => {
-                engine.fence_again("another epoch has begun");
-                return Err(StaysFenced::Passing("another epoch has begun".to_owned()));
-            }
-            // Not noted: the next look only knows less, never something wrong.
-            Err(error) => {
-                tracing::warn!(%partition, %error, "the new epoch could not be noted as installed");
-            }
-        }
+        self.note_installed(engine.partition(), epoch).await?;
+        self.open(engine, entry, inspection).await?;
         Ok(entry)
     }
 
-    /// Stops a sale that PostgreSQL does not store any more, because it has forgotten the epoch: a
-    /// standby that was behind has taken over.
-    async fn compare(&self, engine: &Engine) {
-        let position = self.positions.of(engine.partition()).await;
-        if position.is_ok_and(|position| position.epoch < engine.floor().epoch) {
-            engine.fence_again("PostgreSQL has forgotten this epoch");
+    async fn note_installed(&self, partition: Partition, epoch: Epoch) -> Result<(), StaysFenced> {
+        match self.positions.set_installed(partition, epoch).await {
+            Ok(true) => Ok(()),
+            // Nobody would store what is sold in ours.
+            Ok(false) => Err(StaysFenced::Passing("another epoch has begun".to_owned())),
+            Err(error) => Err(passing(&error)),
         }
+    }
+
+    /// Lets purchases through, once PostgreSQL knows that this node sells in this epoch.
+    async fn open(
+        &self,
+        engine: &Engine,
+        begun: JournalId,
+        inspection: &Inspection,
+    ) -> Result<(), StaysFenced> {
+        if !self.sells {
+            return Ok(());
+        }
+        self.floors
+            .report(engine.partition(), self.node, begun, false)
+            .await
+            .map_err(|error| passing(&error))?;
+        engine.open(begun, inspection);
+        Ok(())
     }
 
     /// Says how far this node has seen.
@@ -319,22 +567,18 @@ impl Recovery {
         if floor.epoch.0 == 0 {
             return Ok(());
         }
-        self.floors
-            .report(engine.partition(), self.node, floor, last_word)
-            .await
-            .map_err(|error| StaysFenced::Passing(error.to_string()))
+        let reported = self
+            .floors
+            .report(engine.partition(), self.node, floor, last_word);
+        reported.await.map_err(|error| passing(&error))
     }
 
     /// Takes over what nodes that are gone may have seen: Redis, asked now, is as far as any of
     /// them ever saw it in this epoch.
     async fn bury(&self, engine: &Engine) -> Result<(), StaysFenced> {
-        let passing = |error: &dyn std::fmt::Display| StaysFenced::Passing(error.to_string());
         let partition = engine.partition();
-        let nodes = self
-            .floors
-            .of(partition)
-            .await
-            .map_err(|error| passing(&error))?;
+        let nodes = self.floors.of(partition).await;
+        let nodes = nodes.map_err(|error| passing(&error))?;
         let gone: Vec<_> = nodes
             .iter()
             .filter(|node| node.node != self.node && node.age > 3 * DEAD)
@@ -344,10 +588,9 @@ impl Recovery {
             return Ok(());
         }
         let inspection = engine.inspect().await.map_err(|error| passing(&error))?;
-        if !inspection.same_incarnation || inspection.epoch != Some(engine.floor().epoch) {
+        if !inspection.same_incarnation || !engine.learn_floor(&inspection) {
             return Ok(());
         }
-        engine.adopt(engine.floor().epoch, &inspection);
         self.report(engine, false).await?;
         self.floors
             .forget(partition, gone)
@@ -355,29 +598,39 @@ impl Recovery {
             .map_err(|error| passing(&error))
     }
 
-    /// Makes sales anew that are not whole, if PostgreSQL and the journal have everything that was
-    /// ever acknowledged.
+    /// Makes sales anew that are not whole, from what survives.
     async fn rebuild(
         &self,
         engine: &Engine,
-        inspection: &Inspection,
-        position: &Position,
-        sales: BTreeSet<SaleNumber>,
-        reason: &str,
+        assessment: &Assessment,
+        loss: Option<incidents::Loss>,
     ) -> Result<Verified, StaysFenced> {
-        let passing = |error: &dyn std::fmt::Display| StaysFenced::Passing(error.to_string());
+        let (position, redis) = (&assessment.position, &assessment.redis);
         let partition = engine.partition();
-        self.report(engine, true).await?;
-        let survives = Survives::of(inspection, position);
-        self.proven(engine, inspection, position, &survives, reason)
-            .await?;
-
+        let mut survives = assessment.survives;
+        if loss.is_some() && survives.journal {
+            match self
+                .image(engine, partition, position.stored, &survives)
+                .await
+            {
+                // The end of the journal is of no use, and its loss is accepted.
+                Err(StaysFenced::Lost(_)) => survives = Survives::without_journal(position),
+                read => drop(read?),
+            }
+        }
         let raised = self
             .positions
-            .raise_epoch(partition, position.epoch, survives.end)
+            .raise_epoch(
+                partition,
+                position.epoch,
+                redis.last_epoch(),
+                survives.end,
+                loss,
+            )
             .await
             .map_err(|error| passing(&error))?
-            .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?;
+            .ok_or_else(another_at_work)?;
+        faults::point("recovery.after_raise");
         let (model, entries) = self
             .image(engine, partition, raised.stored, &survives)
             .await?;
@@ -387,14 +640,14 @@ impl Recovery {
             ));
         }
         engine
-            .begin_rebuild(raised.epoch, inspection, survives.end, survives.journal)
+            .begin_rebuild(raised.epoch, redis, survives.end, survives.journal)
             .await
             .map_err(|error| passing(&error))?;
         // Whoever had begun before us may have left anything behind.
-        let all = inspection.epoch.is_none();
+        let all = redis.epoch.is_none();
         let mut rebuilt = 0;
         for (number, sale) in &model.sales {
-            if !all && !sales.contains(number) {
+            if !all && !assessment.sales.contains(number) {
                 continue;
             }
             let rounds = model
@@ -408,12 +661,11 @@ impl Recovery {
                 sale,
                 rounds,
             };
-            engine
-                .load(raised.epoch, &image)
-                .await
-                .map_err(|error| passing(&error))?;
+            let loaded = engine.load(raised.epoch, &image).await;
+            loaded.map_err(|error| passing(&error))?;
             rebuilt += 1;
         }
+        faults::point("recovery.after_load");
         let rounds: Vec<_> = model.rounds.keys().copied().collect();
         let inspection = engine.inspect().await.map_err(|error| passing(&error))?;
         let incomplete = engine
@@ -430,73 +682,6 @@ impl Recovery {
         Ok(Verified::Rebuilt(entry, rebuilt))
     }
 
-    /// Whether everything that a buyer may have been told survives.
-    ///
-    /// # Errors
-    /// [`StaysFenced`] that says what is missing, or who has to be waited for.
-    async fn proven(
-        &self,
-        engine: &Engine,
-        inspection: &Inspection,
-        position: &Position,
-        survives: &Survives,
-        reason: &str,
-    ) -> Result<(), StaysFenced> {
-        let own = engine.floor();
-        let nodes = self
-            .floors
-            .of(engine.partition())
-            .await
-            .map_err(|error| StaysFenced::Passing(error.to_string()))?;
-        // An epoch that was raised and never installed sold nothing.
-        let sold_in = position.installed;
-        // What Redis itself counted, if it still knows.
-        let mut seen = if inspection.epoch.is_some() {
-            inspection.pseq
-        } else {
-            0
-        };
-        if own.epoch >= sold_in {
-            seen = seen.max(own.pseq);
-        }
-        let mut dead = 0;
-        for other in nodes
-            .iter()
-            .filter(|other| other.node != self.node && other.floor.epoch >= sold_in)
-        {
-            seen = seen.max(other.floor.pseq);
-            if other.last_word {
-                continue;
-            }
-            if other.age < DEAD {
-                return Err(StaysFenced::Passing(
-                    "another node has not said yet how far it has seen".to_owned(),
-                ));
-            }
-            dead += 1;
-        }
-        if seen > survives.end && !faults::bug("rebuild_without_floor") {
-            return Err(StaysFenced::Lost(format!(
-                "{reason}; entries {} to {seen} of the journal were acknowledged, and neither \
-                 PostgreSQL nor the journal has them",
-                survives.end + 1
-            )));
-        }
-        // A journal that goes to the end that Redis itself counted has everything.
-        let journal_says = survives.journal && inspection.epoch.is_some();
-        let witnessed = own.epoch >= sold_in && own.epoch.0 > 0;
-        let all_said = nodes
-            .iter()
-            .any(|node| node.floor.epoch >= sold_in && node.last_word);
-        if journal_says || (dead == 0 && (witnessed || all_said)) {
-            return Ok(());
-        }
-        Err(StaysFenced::Lost(format!(
-            "{reason}; nobody who sold lives to say whether entries after {} were acknowledged",
-            survives.end
-        )))
-    }
-
     /// What Redis must have, and the last entry that touched each round.
     async fn image(
         &self,
@@ -505,7 +690,6 @@ impl Recovery {
         stored: JournalId,
         survives: &Survives,
     ) -> Result<(Model, BTreeMap<RoundId, JournalId>), StaysFenced> {
-        let passing = |error: &dyn std::fmt::Display| StaysFenced::Passing(error.to_string());
         let database = self.database.clone();
         let read = self
             .database
@@ -536,40 +720,8 @@ impl Recovery {
     }
 }
 
-/// What there still is of the journal, in PostgreSQL and in Redis together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Survives {
-    /// The number of the last entry.
-    end: u64,
-    /// Whether Redis has the journal from the position on; otherwise it begins anew.
-    journal: bool,
-}
-
-impl Survives {
-    fn of(redis: &Inspection, position: &Position) -> Self {
-        let stored = position.stored;
-        match (
-            redis.journal_length,
-            redis.journal_first,
-            redis.journal_last,
-        ) {
-            (Some(length), Some(first), Some(last))
-                if first.pseq <= stored.pseq + 1
-                    && last >= stored
-                    && last.epoch <= position.epoch
-                    && length == last.pseq - first.pseq + 1 =>
-            {
-                Self {
-                    end: last.pseq,
-                    journal: true,
-                }
-            }
-            _ => Self {
-                end: stored.pseq,
-                journal: false,
-            },
-        }
-    }
+fn another_at_work() -> StaysFenced {
+    StaysFenced::Passing("another node is at work".to_owned())
 }
 
 /// Why the rows of PostgreSQL are no ground to build on.
@@ -607,6 +759,10 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
         ..Model::default()
     };
     let mut entries = BTreeMap::new();
+    let mut letters: BTreeMap<RoundId, Vec<StoredLetter>> = BTreeMap::new();
+    for letter in snapshot.letters(partition).await? {
+        letters.entry(letter.round).or_default().push(letter);
+    }
     for (id, stored) in rounds.iter().filter(|(_, round)| round.provisioned) {
         let mut orders = Vec::new();
         let mut after = Place::default();
@@ -619,6 +775,10 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
             };
             orders.extend(page);
         }
+        let dead_units = letters
+            .get(id)
+            .filter(|_| !faults::bug("rebuild_forgets_dead_letters"))
+            .map_or(0, |letters| resurrect(&mut orders, letters));
         let units = |status: Status| -> u64 {
             orders
                 .iter()
@@ -626,7 +786,7 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
                 .map(|order| order.quantity)
                 .sum()
         };
-        let sold = units(Status::Confirmed).saturating_add_signed(stored.dead_units);
+        let sold = units(Status::Confirmed).saturating_add_signed(stored.dead_units - dead_units);
         let held = units(Status::Held);
         if (sold, held) != (stored.counters.sold, stored.counters.held)
             || !stored.counters.balanced()
@@ -638,6 +798,9 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
             )));
         }
         model.restore(*id, stored.terms, stored.intent, stored.counters, orders);
+        if let Some(round) = model.rounds.get_mut(id) {
+            round.grace_until_ms = stored.grace_until_ms;
+        }
         entries.insert(*id, stored.entry);
     }
     for operation in snapshot.operations(partition).await? {
@@ -653,73 +816,30 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
     Ok((model, entries, terms, stored))
 }
 
-/// Whether Redis has everything that it must have. Pure.
-fn matches(
-    redis: &Inspection,
-    position: &Position,
-    floor: u64,
-    provisioned: &[RoundId],
-) -> Result<(), String> {
-    if faults::bug("redis_believed") {
-        return Ok(());
-    }
-    let stored = position.stored;
-    let Some(epoch) = redis.epoch else {
-        let fresh = position.installed.0 == 0
-            && stored.pseq == 0
-            && floor == 0
-            && provisioned.is_empty()
-            && redis.journal_length == Some(0);
-        return if fresh {
-            Ok(())
-        } else {
-            Err(format!(
-                "Redis does not know the partition, but PostgreSQL has {} rounds of it and its \
-                 journal up to entry {}",
-                provisioned.len(),
-                stored.pseq
-            ))
+/// Adds the orders that are dead letters of a round to those that are stored, and gives both the
+/// status that those letters leave them with. Gives the units that these letters stand for; what
+/// cannot be read is left out.
+fn resurrect(orders: &mut Vec<Order>, letters: &[StoredLetter]) -> i64 {
+    let mut units = 0;
+    for letter in letters {
+        let Some(id) = letter.order else { continue };
+        let Some((accepted, event)) = read_payload(letter.round, &letter.payload) else {
+            continue;
         };
-    };
-    // A server that has lost nothing since its epoch began may be ahead: then PostgreSQL has been
-    // set back, and the journal has what it forgot.
-    let ahead = epoch > position.epoch && !redis.same_incarnation;
-    if ahead || epoch < position.installed || epoch < stored.epoch {
-        return Err(format!(
-            "Redis is in epoch {}, PostgreSQL in {} (last installed {}, last stored {})",
-            epoch.0, position.epoch.0, position.installed.0, stored.epoch.0
-        ));
-    }
-    if redis.pseq < stored.pseq.max(floor) {
-        return Err(format!(
-            "Redis has {} journal entries, but {} were seen and {} are stored",
-            redis.pseq, floor, stored.pseq
-        ));
-    }
-    let journal = (
-        redis.journal_length,
-        redis.journal_first,
-        redis.journal_last,
-    );
-    let whole = match journal {
-        (Some(0), None, None) => redis.pseq == stored.pseq,
-        (Some(length), Some(first), Some(last)) => {
-            last.pseq == redis.pseq
-                && first.pseq <= stored.pseq + 1
-                && length == last.pseq - first.pseq + 1
+        let accepted = accepted
+            .into_iter()
+            .find(|order| order.id == id && order.seq == letter.seq_from);
+        if let Some(order) = accepted {
+            let status = order.accepted_as;
+            orders.push(Order { status, ..order });
+        } else if event.is_some_and(|event| event.kind == EventKind::Cancel)
+            && let Some(order) = orders.iter_mut().find(|order| order.id == id)
+        {
+            order.status = Status::Cancelled;
+        } else {
+            continue;
         }
-        _ => false,
-    };
-    if whole {
-        Ok(())
-    } else {
-        Err(format!(
-            "the journal has {:?} entries from {} to {}; entries {} to {} are needed",
-            redis.journal_length,
-            redis.journal_first.map_or(0, |id| id.pseq),
-            redis.journal_last.map_or(0, |id| id.pseq),
-            stored.pseq + 1,
-            redis.pseq
-        ))
+        units += letter.units;
     }
+    units
 }

@@ -19,7 +19,10 @@ use crate::{
     clock,
     domain::{
         durability::Lack,
-        id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
+        id::{
+            BuyerId, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId, RoundId,
+            SaleId,
+        },
         model::{Cancelled, Controlled, Restocked},
         order::{Decision, Durability, Order, Purchase},
         receipt::ReceiptKeys,
@@ -350,17 +353,24 @@ impl Shop {
 
     /// Whether PostgreSQL has the order. What cannot be found out counts as no.
     async fn stored(&self, partition: Partition, order: &Order) -> bool {
+        let at = order.entry();
+        // Numbers say something within one epoch only.
+        let reached =
+            |stored: JournalId| (stored.epoch == at.epoch).then_some(stored.pseq >= at.pseq);
         let known = self.stored.get(&partition).map(StoredPosition::get);
-        let position = match known {
-            Some(position) if position.pseq >= order.pseq => return true,
-            _ => self
-                .positions
-                .of(partition)
-                .await
-                .ok()
-                .map(|position| position.stored),
+        if known.and_then(reached) == Some(true) {
+            return true;
+        }
+        let Ok(position) = self.positions.of(partition).await else {
+            return false;
         };
-        position.is_some_and(|position| position.pseq >= order.pseq)
+        if let Some(reached) = reached(position.stored) {
+            return reached;
+        }
+        // What a later epoch has of this one is stored before its own first entry.
+        let end = self.epochs.recovered_end(partition, at.epoch).await;
+        position.stored.epoch > at.epoch
+            && end.is_ok_and(|end| end.is_none_or(|end| at.pseq <= end))
     }
 
     /// A page of stored orders, each with its sale.

@@ -15,6 +15,33 @@ impl Epochs {
         Self { database }
     }
 
+    /// Every epoch that has begun, with the last entry of all earlier ones that it has; in order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn begun(&self, partition: Partition) -> Result<Vec<(Epoch, u64)>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let rows = sqlx::query!(
+                    "SELECT epochs.epoch, recovered_to
+                     FROM epochs JOIN journal_positions USING (partition)
+                     WHERE partition = $1 AND epochs.epoch <= installed_epoch
+                     ORDER BY epochs.epoch",
+                    partition.0.cast_signed()
+                )
+                .fetch_all(&pool)
+                .await?;
+                Ok(rows
+                    .into_iter()
+                    .map(|row| {
+                        let epoch = Epoch(row.epoch.cast_unsigned());
+                        (epoch, row.recovered_to.cast_unsigned())
+                    })
+                    .collect())
+            })
+            .await
+    }
+
     /// The last journal entry of `epoch` that every later epoch had when it began: what `epoch`
     /// accepted behind it was lost. `None` while no later epoch has begun.
     ///

@@ -9,7 +9,11 @@ use sqlx::{
 };
 use uuid::Uuid;
 
-use super::{Database, StoreError, rounds::intent_word};
+use super::{
+    Database, StoreError,
+    incidents::{self, Loss},
+    rounds::intent_word,
+};
 use crate::{
     domain::{
         id::{Epoch, JournalId, OrderId, Partition, RoundId, SaleNumber},
@@ -244,9 +248,10 @@ impl Positions {
             .await
     }
 
-    /// Begins the epoch after `present`: from now on no writer inserts what an older one left.
-    /// `recovered_to` is the last entry of all earlier epochs that it has. `None` when another node
-    /// was faster.
+    /// Begins the epoch after `present`, and after `beyond`: from now on no writer inserts what an
+    /// older one left. `recovered_to` is the last entry of all earlier epochs that it has; `loss`
+    /// says that some behind it were acknowledged, or may have been. `None` when another node was
+    /// faster.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -254,32 +259,61 @@ impl Positions {
         &self,
         partition: Partition,
         present: Epoch,
+        beyond: Epoch,
         recovered_to: u64,
+        loss: Option<Loss>,
     ) -> Result<Option<Position>, StoreError> {
         self.of(partition).await?;
         self.database
             .run(async move |pool| {
+                let mut transaction = pool.begin().await?;
                 let row = sqlx::query_as!(
                     PositionColumns,
-                    r#"WITH raised AS (
-                           UPDATE journal_positions SET epoch = epoch + 1, updated_at = now()
-                           WHERE partition = $1 AND epoch = $2
-                           RETURNING epoch, installed_epoch, position, position_epoch
-                       ), noted AS (
-                           INSERT INTO epochs (partition, epoch, recovered_to)
-                           SELECT $1, epoch, $3 FROM raised
-                           ON CONFLICT (partition, epoch) DO NOTHING
-                       )
-                       SELECT epoch AS "epoch!", installed_epoch AS "installed_epoch!",
-                              position AS "position!", position_epoch AS "position_epoch!"
-                       FROM raised"#,
+                    "UPDATE journal_positions
+                     SET epoch = greatest(epoch, $3) + 1, updated_at = now()
+                     WHERE partition = $1 AND epoch = $2
+                     RETURNING epoch, installed_epoch, position, position_epoch",
                     partition.0.cast_signed(),
                     present.0.cast_signed(),
+                    beyond.0.cast_signed()
+                )
+                .fetch_optional(&mut *transaction)
+                .await?;
+                let Some(position) = row.map(Position::from) else {
+                    return Ok(None);
+                };
+                // An epoch that was raised and never installed has lost nothing.
+                sqlx::query!(
+                    "DELETE FROM epochs WHERE partition = $1 AND epoch > $2",
+                    partition.0.cast_signed(),
+                    position.installed.0.cast_signed()
+                )
+                .execute(&mut *transaction)
+                .await?;
+                sqlx::query!(
+                    "INSERT INTO epochs (partition, epoch, recovered_to) VALUES ($1, $2, $3)",
+                    partition.0.cast_signed(),
+                    position.epoch.0.cast_signed(),
                     recovered_to.cast_signed()
                 )
-                .fetch_optional(&pool)
+                .execute(&mut *transaction)
                 .await?;
-                Ok(row.map(Into::into))
+                // What somebody feared for is there.
+                sqlx::query!(
+                    "DELETE FROM lost_acceptances
+                     WHERE partition = $1 AND incident IS NULL AND pseq <= $2",
+                    partition.0.cast_signed(),
+                    recovered_to.cast_signed()
+                )
+                .execute(&mut *transaction)
+                .await?;
+                if let Some(loss) = loss {
+                    let epoch = position.epoch;
+                    incidents::note(&mut transaction, partition, epoch, recovered_to, &loss)
+                        .await?;
+                }
+                transaction.commit().await?;
+                Ok(Some(position))
             })
             .await
     }
@@ -896,7 +930,8 @@ impl BatchTransaction<'_> {
         Ok(())
     }
 
-    /// Keeps what no table takes, with the entry's bytes.
+    /// Keeps what no table takes, with the entry's bytes and its instant, milliseconds since the
+    /// Unix epoch.
     ///
     /// # Errors
     /// [`WriteError`].
@@ -904,11 +939,12 @@ impl BatchTransaction<'_> {
         &mut self,
         letter: &Letter,
         payload: &[u8],
+        at_ms: Option<i64>,
     ) -> Result<(), WriteError> {
         sqlx::query!(
             "INSERT INTO dead_letters (partition, epoch, pseq, sale, round, seq_from, seq_to, units,
-                                       allocated, order_id, sqlstate, reason, payload)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+                                       allocated, order_id, sqlstate, reason, payload, at)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             self.partition.0.cast_signed(),
             letter.id.epoch.0.cast_signed(),
             letter.id.pseq.cast_signed(),
@@ -922,10 +958,26 @@ impl BatchTransaction<'_> {
             letter.error.sqlstate,
             letter.error.reason,
             payload,
+            at_ms.and_then(instant),
         )
         .execute(&mut *self.transaction)
         .await?;
         Ok(())
+    }
+
+    /// Resolves a dead letter; `false` when somebody has done so before.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn resolve(&mut self, letter: i64) -> Result<bool, StoreError> {
+        let done = sqlx::query!(
+            "UPDATE dead_letters SET resolved_at = greatest(now(), created_at)
+             WHERE id = $1 AND resolved_at IS NULL",
+            letter
+        )
+        .execute(&mut *self.transaction)
+        .await?;
+        Ok(done.rows_affected() == 1)
     }
 
     /// Moves the position and commits.

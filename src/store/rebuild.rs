@@ -9,7 +9,7 @@ use super::{
     rounds::{intent, money, window},
 };
 use crate::domain::{
-    id::{Epoch, JournalId, OperationId, Partition, RoundId, SaleNumber},
+    id::{Epoch, JournalId, OperationId, OrderId, Partition, RoundId, SaleNumber},
     order::Order,
     round::{Counters, Intent, Terms},
 };
@@ -29,6 +29,36 @@ pub struct StoredRound {
     pub provisioned: bool,
     /// Units of its dead letters, which count as sold.
     pub dead_units: i64,
+    /// Until when it only redeems receipts, milliseconds since the Unix epoch; 0 for none.
+    pub grace_until_ms: i64,
+}
+
+/// A dead letter that is not resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredLetter {
+    /// Which.
+    pub id: i64,
+    /// The entry.
+    pub entry: JournalId,
+    /// The round.
+    pub round: RoundId,
+    /// The first event that it stands for.
+    pub seq_from: u64,
+    /// The last; `seq_from - 1` when it stands for none.
+    pub seq_to: u64,
+    /// What it adds to the round's sold units.
+    pub units: i64,
+    /// What it adds to the round's allocation.
+    pub allocated: i64,
+    /// The order, when it is about one.
+    pub order: Option<OrderId>,
+    /// Why.
+    pub reason: String,
+    /// What the entry was.
+    pub payload: Vec<u8>,
+    /// When it happened, by Redis' clock, milliseconds since the Unix epoch; when the writer kept
+    /// it, if that is not known.
+    pub at_ms: i64,
 }
 
 /// A restock that had a key.
@@ -78,7 +108,7 @@ impl Snapshot {
             r#"SELECT rounds.sale, rounds.round, unit_price, currency, initial_allocation,
                       rounds.per_buyer_limit, rounds.per_order_limit, rounds.opens_at,
                       rounds.closes_at, intent, rounds.allocation, remaining, held, sold, seq,
-                      rounds.epoch, pseq, provisioned_at IS NOT NULL AS "provisioned!",
+                      rounds.epoch, pseq, grace_until, provisioned_at IS NOT NULL AS "provisioned!",
                       (SELECT coalesce(sum(units), 0)::bigint FROM dead_letters
                        WHERE dead_letters.sale = rounds.sale AND dead_letters.round = rounds.round
                          AND resolved_at IS NULL) AS "dead_units!"
@@ -116,10 +146,50 @@ impl Snapshot {
                 },
                 provisioned: row.provisioned || row.pseq > 0,
                 dead_units: row.dead_units,
+                grace_until_ms: row.grace_until.map_or(0, |at| at.timestamp_millis()),
             };
             Ok((id, round))
         })
         .collect()
+    }
+
+    /// The dead letters of a partition that are not resolved, in order of the journal.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn letters(&mut self, partition: Partition) -> Result<Vec<StoredLetter>, StoreError> {
+        let rows = sqlx::query!(
+            r#"SELECT id, epoch, pseq, sale, round, seq_from, seq_to, units, allocated, order_id,
+                      reason, payload, coalesce(at, created_at) AS "at!"
+             FROM dead_letters
+             WHERE partition = $1 AND resolved_at IS NULL
+             ORDER BY pseq, seq_from, id"#,
+            partition.0.cast_signed()
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| StoredLetter {
+                id: row.id,
+                entry: JournalId {
+                    epoch: Epoch(row.epoch.cast_unsigned()),
+                    pseq: row.pseq.cast_unsigned(),
+                },
+                round: RoundId {
+                    sale: SaleNumber(row.sale.cast_unsigned()),
+                    round: row.round.cast_unsigned(),
+                },
+                seq_from: row.seq_from.cast_unsigned(),
+                seq_to: row.seq_to.cast_unsigned(),
+                units: row.units,
+                allocated: row.allocated,
+                order: row.order_id.map(OrderId),
+                reason: row.reason,
+                payload: row.payload,
+                at_ms: row.at.timestamp_millis(),
+            })
+            .collect())
     }
 
     /// All restocks with a key of a partition.

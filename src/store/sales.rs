@@ -412,7 +412,7 @@ impl Sales {
                        AND ($1::text IS NULL OR $1 =
                             CASE WHEN rounds.intent = 'closed' OR rounds.closes_at <= $2 THEN 'closed'
                                  WHEN rounds.opens_at > $2 THEN 'scheduled'
-                                 WHEN rounds.intent = 'paused' THEN 'paused'
+                                 WHEN rounds.intent = 'paused' OR rounds.grace_until > $2 THEN 'paused'
                                  ELSE 'open' END)
                        AND ($3::uuid IS NULL OR sales.product_id = $3)
                        AND ($4::int IS NULL OR sales.number < $4)

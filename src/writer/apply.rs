@@ -289,7 +289,8 @@ async fn write(
         let payload = entry
             .map(|entry| entry.payload.as_slice())
             .unwrap_or_default();
-        transaction.insert_letter(letter, payload).await?;
+        let at_ms = entry.and_then(|entry| entry.at_ms);
+        transaction.insert_letter(letter, payload, at_ms).await?;
     }
     Ok(())
 }

@@ -168,7 +168,16 @@ impl Folding<'_> {
                         found: raw.id,
                     });
                 }
-                self.readable(raw.id, entry)?;
+                if entry
+                    .rounds
+                    .iter()
+                    .all(|(round, _)| self.ground.rounds.contains_key(round))
+                {
+                    self.readable(raw.id, entry)?;
+                } else {
+                    let rest = self.without_strangers(raw.id, entry);
+                    self.readable(raw.id, &rest)?;
+                }
             }
             Err(EntryError::UnknownVersion(_)) if faults::bug("unknown_version_skipped") => {}
             Err(EntryError::UnknownVersion(version)) => {
@@ -213,6 +222,46 @@ impl Folding<'_> {
             }
         }
         Ok(known.unwrap_or(false))
+    }
+
+    /// Keeps what an entry says about rounds that PostgreSQL does not have: it may have lost them in
+    /// a failover, and others must not wait for that. Gives the entry without them.
+    fn without_strangers(&mut self, id: JournalId, entry: &Entry) -> Entry {
+        let known = |round: &RoundId| self.ground.rounds.contains_key(round);
+        let mut rest = entry.clone();
+        rest.rounds.retain(|(round, _)| known(round));
+        rest.orders.retain(|order| known(&order.round));
+        rest.events
+            .retain(|event| event.round.as_ref().is_none_or(known));
+        for (round, after) in entry.rounds.iter().filter(|(round, _)| !known(round)) {
+            let orders = entry.orders.iter().filter(|order| order.round == *round);
+            let events = || {
+                let own = |event: &&Event| event.round == Some(*round);
+                entry.events.iter().filter(own)
+            };
+            let taken: u64 = orders.clone().map(|order| order.quantity).sum();
+            let units = |of: EventKind| -> i64 {
+                let events = events().filter(|event| event.kind == of);
+                events.map(|event| event.units.cast_signed()).sum()
+            };
+            let seqs = orders.map(|order| order.seq);
+            let seqs = seqs.chain(events().map(|event| event.seq));
+            let numbered = seqs.filter(|seq| *seq > 0).count() as u64;
+            self.batch.letters.push(Letter {
+                id,
+                round: *round,
+                seq_from: after.seq + 1 - numbered.min(after.seq),
+                seq_to: after.seq,
+                units: taken.cast_signed() - units(EventKind::Cancel),
+                allocated: units(EventKind::Provision) + units(EventKind::Restock),
+                order: None,
+                error: DataError {
+                    sqlstate: None,
+                    reason: "PostgreSQL does not have the round".to_owned(),
+                },
+            });
+        }
+        rest
     }
 
     fn readable(&mut self, id: JournalId, entry: &Entry) -> Result<(), Halt> {

@@ -6,6 +6,7 @@
 
 mod apply;
 mod fold;
+mod redrive;
 
 use std::{collections::VecDeque, mem, time::Duration};
 
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use self::apply::{Applied, apply};
+pub use self::redrive::{Redriven, redrive};
 use crate::{
     domain::id::{Epoch, JournalId, OrderId, Partition, RoundId},
     engine::{JournalError, JournalReader, RawEntry},
@@ -193,9 +195,14 @@ impl StoredPosition {
         *self.0.borrow()
     }
 
-    /// Returns once `id` is stored; `false` when the writer stopped before.
+    /// Returns once it is certain whether `id` is stored: `false` when the writer stopped before,
+    /// or a later epoch has begun, which may have begun without it.
     pub async fn reached(&mut self, id: JournalId) -> bool {
-        self.0.wait_for(|stored| *stored >= id).await.is_ok()
+        let passed = |stored: &JournalId| {
+            stored.epoch > id.epoch || (stored.epoch == id.epoch && stored.pseq >= id.pseq)
+        };
+        let reached = self.0.wait_for(passed).await;
+        reached.is_ok_and(|stored| stored.epoch == id.epoch)
     }
 }
 

@@ -63,7 +63,7 @@ impl Stall {
         let mut sql = PgConnection::connect(url).await.unwrap();
         let positions = Positions::new(database.clone());
         positions
-            .raise_epoch(PARTITION, Epoch::default(), 0)
+            .raise_epoch(PARTITION, Epoch::default(), Epoch::default(), 0, None)
             .await
             .unwrap()
             .unwrap();

@@ -461,7 +461,7 @@ async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
         assert_not_applied(&answer);
     }
     // A node that has seen nothing of it does not know better.
-    let node = app.node().await;
+    let node = app.node_at(app.endpoints()).await;
     let requests = strangers(&app, &sale, 50);
     for answer in crowd(requests.into_iter().map(|request| node.ask(request))).await {
         assert_not_applied(&answer);

@@ -184,7 +184,8 @@ async fn a_call_of_an_older_epoch_is_not_let_in() {
     let mut counter = Counter::open().await;
     let newer = support::connect(&counter.redis, PARTITION).await;
     let inspection = newer.inspect().await.unwrap();
-    newer.install(Epoch(2), &inspection).await.unwrap();
+    let begun = newer.install(Epoch(2), &inspection).await.unwrap();
+    newer.open(begun, &inspection);
     counter.assert_all_refused(0, fenced("epoch")).await;
     let answer = newer.purchase(item(1, 2)).await.unwrap();
     assert!(matches!(answer.decision, Decision::Accepted(_)));

@@ -19,6 +19,7 @@ mod faults;
 mod fence;
 mod idempotency;
 mod layers;
+mod losses;
 mod machine;
 mod network;
 mod outage;

@@ -183,11 +183,15 @@ async fn of_two_timelines_only_the_new_one_is_stored() {
     let copy = shop.redis.copy().await;
     let promoted = super::support::connect(&copy, PARTITION).await;
     let positions = Positions::new(shop.database.clone());
-    let raised = positions.raise_epoch(PARTITION, Epoch(1), 0).await.unwrap();
+    let raised = positions
+        .raise_epoch(PARTITION, Epoch(1), Epoch(1), 0, None)
+        .await
+        .unwrap();
     assert_eq!(raised.unwrap().epoch, Epoch(2));
     let lost = shop.buy(900, 0, 1).await;
     let inspection = promoted.inspect().await.unwrap();
     let begun = promoted.install(Epoch(2), &inspection).await.unwrap();
+    promoted.open(begun, &inspection);
     let mut writer = shop.write_from(&promoted).await;
     writer.reach(begun).await;
     let kept = promoted.purchase(shop.item(901, 0, 1)).await.unwrap();

@@ -10,11 +10,11 @@ use stockade::{
     domain::{
         id::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId,
-            RoundId, SaleId,
+            RoundId, SaleId, SaleNumber,
         },
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Durability, Mode, Purchase},
+        order::{Decision, Durability, Mode, Purchase, Status},
         round::{Intent, Terms, Window},
     },
     embedded::{PostgresOptions, PostgresServer},
@@ -26,7 +26,7 @@ use stockade::{
         orders::Orders,
         sales::{Inserted, NewSale, Sales},
     },
-    writer::{Halt, State, StoredPosition, Writer, WriterStatus},
+    writer::{self, Halt, Redriven, State, StoredPosition, Writer, WriterStatus},
 };
 use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
@@ -65,7 +65,7 @@ impl Shop {
         let positions = Positions::new(database.clone());
         assert_eq!(
             positions
-                .raise_epoch(PARTITION, Epoch::default(), 0)
+                .raise_epoch(PARTITION, Epoch::default(), Epoch::default(), 0, None)
                 .await
                 .unwrap()
                 .unwrap()
@@ -293,11 +293,14 @@ async fn a_position_set_back_or_deleted_doubles_nothing() {
     let positions = Positions::new(shop.database.clone());
     for epoch in [2, 3] {
         let present = Epoch(epoch - 1);
-        let raised = positions.raise_epoch(PARTITION, present, 0).await.unwrap();
+        let raised = positions
+            .raise_epoch(PARTITION, present, present, 0, None)
+            .await
+            .unwrap();
         assert_eq!(raised.unwrap().epoch, Epoch(epoch));
         let inspection = shop.engine.inspect().await.unwrap();
         let begun = shop.engine.install(Epoch(epoch), &inspection).await;
-        begun.unwrap();
+        shop.engine.open(begun.unwrap(), &inspection);
         shop.buy(901, epoch, 1).await;
         shop.drain().await;
     }
@@ -363,6 +366,145 @@ async fn a_refused_order_becomes_a_dead_letter_with_all_that_follows_it() {
     assert_eq!(shop.audit().await.dead_letters, 5);
 }
 
+/// Everything that is a dead letter, once more. Gives how many were stored, and how many stay.
+async fn redrive(shop: &Shop) -> (usize, usize) {
+    let mut snapshot = Snapshot::take(&shop.database).await.unwrap();
+    let letters = snapshot.letters(PARTITION).await.unwrap();
+    let mut ledger = Ledger::new(&shop.database, PARTITION);
+    let outcomes = writer::redrive(&mut ledger, &letters).await.unwrap();
+    let stored = |(_, outcome): &&(i64, Redriven)| *outcome == Redriven::Stored;
+    let stored = outcomes.iter().filter(stored).count();
+    (stored, outcomes.len() - stored)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_are_stored_in_order_once_their_cause_is_mended() {
+    let mut shop = Shop::open().await;
+    shop.sql("ALTER TABLE orders ADD CONSTRAINT seven CHECK (quantity <> 7)")
+        .await;
+    shop.sql("ALTER TABLE orders ADD CONSTRAINT nine CHECK (quantity <> 9)")
+        .await;
+    shop.sql("ALTER TABLE round_events ADD CONSTRAINT five CHECK (kind <> 'restock')")
+        .await;
+    let returned = shop.buy(50, 1, 7).await;
+    shop.buy(50, 2, 9).await;
+    shop.engine
+        .cancel(shop.round, returned, ACTOR)
+        .await
+        .unwrap();
+    shop.buy(50, 3, 1).await;
+    let operation = OperationId::derive("restock", ACTOR, "more");
+    let restock = shop
+        .engine
+        .restock(shop.round, 5, operation, Fingerprint::restock(5), ACTOR);
+    restock.await.unwrap();
+    shop.drain().await;
+    assert_eq!(shop.audit().await.dead_letters, 4);
+    // As long as nothing is mended, nothing changes.
+    assert_eq!(redrive(&shop).await, (0, 4));
+    shop.sql("ALTER TABLE orders DROP CONSTRAINT seven").await;
+    assert_eq!(redrive(&shop).await, (2, 2));
+    let sums = shop.audit().await;
+    assert_eq!((sums.dead_letters, sums.dead_units), (2, 9));
+    shop.sql("ALTER TABLE orders DROP CONSTRAINT nine").await;
+    shop.sql("ALTER TABLE round_events DROP CONSTRAINT five")
+        .await;
+    let (one, other) = tokio::join!(redrive(&shop), redrive(&shop));
+    assert_eq!((one.1, other.1), (0, 0));
+    assert_eq!(redrive(&shop).await, (0, 0));
+    let sums = shop.audit().await;
+    assert_eq!(
+        (sums.dead_letters, sums.dead_units, sums.restocked),
+        (0, 0, 5)
+    );
+    let order = Orders::new(shop.database.clone()).by_id(returned).await;
+    assert_eq!(order.unwrap().unwrap().status, Status::Cancelled);
+    // The journal, read once more, agrees.
+    shop.sql("UPDATE journal_positions SET position = 0, position_epoch = 0")
+        .await;
+    shop.drain().await;
+    assert_eq!(shop.audit().await.dead_letters, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_that_postgresql_has_lost_keeps_nobody_waiting() {
+    let mut shop = Shop::open().await;
+    let lost = RoundId {
+        sale: SaleNumber(shop.round.sale.0 + 1),
+        round: 1,
+    };
+    let terms = Terms {
+        window: Window {
+            opens_at_ms: 1,
+            closes_at_ms: None,
+        },
+        per_buyer_limit: 100,
+        per_order_limit: 10,
+        unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
+        allocation: 50,
+    };
+    shop.engine.provision(lost, &terms).await.unwrap();
+    let elsewhere = |buyer: u128, quantity: u64| {
+        let buyer = BuyerId(Uuid::from_u128(buyer));
+        Purchase {
+            round: lost,
+            order: OrderId::derive(lost.sale, buyer, "k"),
+            buyer,
+            quantity,
+            ..shop.item(1, 1, quantity)
+        }
+    };
+    // In one call with others: one entry.
+    let (other, own) = tokio::join!(shop.engine.purchase(elsewhere(1, 3)), shop.buy(900, 0, 1));
+    assert!(matches!(other.unwrap().decision, Decision::Accepted(_)));
+    let gone = elsewhere(2, 4);
+    shop.engine.purchase(gone).await.unwrap();
+    shop.engine.cancel(lost, gone.order, ACTOR).await.unwrap();
+    shop.busy_day(1).await;
+    shop.drain().await;
+    shop.audit().await;
+    let orders = Orders::new(shop.database.clone());
+    assert!(orders.by_id(own).await.unwrap().is_some());
+    let letters = "SELECT count(*), sum(units)::bigint, sum(allocated)::bigint FROM dead_letters
+                   WHERE resolved_at IS NULL";
+    let found: (i64, i64, i64) = sqlx::query_as(letters)
+        .fetch_one(&mut shop.sql)
+        .await
+        .unwrap();
+    assert_eq!(found, (4, 3, 50));
+    shop.sql("UPDATE journal_positions SET position = 0, position_epoch = 0")
+        .await;
+    shop.drain().await;
+    let found: (i64, i64, i64) = sqlx::query_as(letters)
+        .fetch_one(&mut shop.sql)
+        .await
+        .unwrap();
+    assert_eq!(found, (4, 3, 50), "read once more");
+
+    // Once somebody has put sale and round back, its letters are stored.
+    shop.sql(&format!(
+        "INSERT INTO sales (id, number, product_id, name, price_amount, price_currency, allocation,
+                            per_buyer_limit, per_order_limit, opens_at, durability, payment,
+                            created_by, request_fingerprint)
+         OVERRIDING SYSTEM VALUE
+         SELECT gen_random_uuid(), {0}, product_id, name, price_amount, price_currency, 50, 100, 10,
+                opens_at, durability, payment, created_by, request_fingerprint FROM sales;
+         INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation, per_buyer_limit,
+                             per_order_limit, opens_at, provisioned_at, allocation, remaining)
+         SELECT {0}, 1, unit_price, currency, 50, 100, 10, opens_at, now(), 50, 50
+         FROM rounds WHERE sale = {1}",
+        lost.sale.0, shop.round.sale.0
+    ))
+    .await;
+    assert_eq!(redrive(&shop).await, (4, 0));
+    let mut snapshot = Snapshot::take(&shop.database).await.unwrap();
+    let sums = snapshot.round(lost).await.unwrap().unwrap();
+    let keys = shop.engine.audit(lost).await.unwrap().keys.unwrap();
+    assert_eq!(sums.counters, keys.standing.counters);
+    assert_eq!(sums.counted(), sums.counters);
+    assert_eq!((sums.gap, sums.events, sums.dead_letters), (None, 3, 0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_of_an_old_epoch_stores_nothing() {
     let shop = Shop::open().await;
@@ -371,7 +513,7 @@ async fn a_writer_of_an_old_epoch_stores_nothing() {
     writer.reach(shop.end().await).await;
     // Redis goes on in the old timeline, as an old primary would.
     Positions::new(shop.database.clone())
-        .raise_epoch(PARTITION, Epoch(1), 0)
+        .raise_epoch(PARTITION, Epoch(1), Epoch(1), 0, None)
         .await
         .unwrap();
     let order = shop.buy(900, 1, 1).await;
@@ -381,6 +523,7 @@ async fn a_writer_of_an_old_epoch_stores_nothing() {
     // Once the new epoch has begun with all that was there, it goes on by itself.
     let inspection = shop.engine.inspect().await.unwrap();
     let begun = shop.engine.install(Epoch(2), &inspection).await.unwrap();
+    shop.engine.open(begun, &inspection);
     writer.reach(begun).await;
     writer.stop().await;
     assert!(orders.by_id(order).await.unwrap().is_some());

@@ -254,10 +254,17 @@ impl App {
         self.ready().await;
     }
 
-    /// Starts one more application on the same stores.
+    /// Starts one more application on the same stores, and waits until it may sell.
     pub(crate) async fn node(&self) -> Node {
+        let node = self.node_at(self.endpoints()).await;
+        let verified = node.shop.engines.verified();
+        tokio::time::timeout(PATIENCE, verified).await.unwrap();
+        node
+    }
+
+    /// Starts one more application, which finds its stores there and may not sell yet.
+    pub(crate) async fn node_at(&self, endpoints: Endpoints) -> Node {
         let config = Config::load(self.environment()).unwrap();
-        let endpoints = self.endpoints();
         let life = Lifecycle::new();
         let started = app::start(&config, &endpoints, Role::ALL, &life)
             .await

@@ -84,6 +84,11 @@ impl Link {
         self.state.send_modify(|state| state.held = false);
     }
 
+    /// Everything comes through again.
+    pub(crate) fn go_on(&self) {
+        self.state.send_modify(|state| state.stalled = false);
+    }
+
     /// Leads connections that are made from now on to another port. Those that there are stay.
     pub(crate) fn lead_to(&self, target: u16) {
         self.state.send_modify(|state| state.target = target);

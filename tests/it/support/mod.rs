@@ -106,7 +106,8 @@ pub(crate) const RECEIPT_KEY: u8 = 7;
 pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
     let engine = connect(redis, partition).await;
     let inspection = engine.inspect().await.unwrap();
-    engine.install(Epoch(1), &inspection).await.unwrap();
+    let begun = engine.install(Epoch(1), &inspection).await.unwrap();
+    engine.open(begun, &inspection);
     engine
 }
 

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    process::{ExitStatus, Stdio},
+    process::{ExitStatus, Output, Stdio},
 };
 
 use reqwest::{Client, RequestBuilder};
@@ -33,6 +33,24 @@ pub(crate) struct Served {
     environment: Vec<(String, String)>,
     open_files: Option<u32>,
     log: NamedTempFile,
+}
+
+/// Runs another subcommand on the stores of an [`App`] to its end. `settings` come on top of the
+/// application's own.
+pub(crate) async fn stockade(app: &App, settings: &[(&str, &str)], words: &[&str]) -> Output {
+    let endpoints = app.endpoints();
+    let running = Command::new(env!("CARGO_BIN_EXE_stockade"))
+        .args(words)
+        .current_dir("/")
+        .env_clear()
+        .envs(app.environment())
+        .envs(settings.iter().copied())
+        .env("REDIS_URL", endpoints.redis_url.expose_secret())
+        .env("DATABASE_URL", endpoints.database_url.expose_secret())
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    timeout(PATIENCE, running).await.unwrap().unwrap()
 }
 
 /// What a node's machine has that others have not.

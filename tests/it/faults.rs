@@ -7,6 +7,7 @@ use std::{collections::HashSet, fs, path::Path, time::Duration};
 use futures::StreamExt;
 use reqwest::{Method, RequestBuilder};
 use serde_json::json;
+use sqlx::PgConnection;
 use stockade::clock;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use uuid::Uuid;
@@ -255,12 +256,7 @@ async fn a_round_is_made_anew_with_what_only_the_journal_has() {
     let sale = drop_of(&app, 10).await;
     let (again_stored, first_stored) = bought(strangers(&app, &sale, 2)).await;
     assert_eq!(stored(&app, &sale).await.len(), 2);
-    // From here on nothing is stored, but what is can be read.
-    let mut sql = sql(&app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
-        .execute(&mut sql)
-        .await
-        .unwrap();
+    let mut sql = lock_orders(&app).await;
     let (again, first) = bought(strangers(&app, &sale, 3)).await;
     let number: i32 = sqlx::query_scalar("SELECT number FROM sales WHERE id = $1")
         .bind(sale.parse::<Uuid>().unwrap())
@@ -294,6 +290,16 @@ pub(crate) fn copy_files(from: &Path, to: &Path) {
         let entry = entry.unwrap();
         fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
+}
+
+/// From now on nothing is stored, as long as this lives. What is stored can be read.
+pub(crate) async fn lock_orders(app: &App) -> PgConnection {
+    let mut lock = sql(app).await;
+    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
+        .execute(&mut lock)
+        .await
+        .unwrap();
+    lock
 }
 
 /// `/readyz` says that the partition cannot sell.
@@ -405,7 +411,7 @@ async fn an_emptied_redis_is_made_anew_from_what_is_stored() {
 }
 
 /// Recovery has begun to look at the partition, and then again: in between it has made up its mind.
-async fn until_looked_at(sql: &mut sqlx::PgConnection) {
+async fn until_looked_at(sql: &mut PgConnection) {
     let mut looks = HashSet::new();
     let looking = async {
         while looks.len() < 3 {

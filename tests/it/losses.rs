@@ -24,7 +24,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    faults::{Crowd, assert_not_applied, drop_of, until_fenced},
+    faults::{Crowd, assert_not_applied, drop_of, lock_orders, until_fenced},
     selling::{acceptances, ask, refused, rows, steer, stored, strangers, uuid},
     support::{
         Redis,
@@ -38,11 +38,7 @@ use super::{
 /// Nothing more is stored from now on: the writer has read the first of these orders, and waits.
 /// Gives whoever must let go.
 async fn hold_up_the_writer(app: &App, sale: &str) -> (PgConnection, Answer) {
-    let mut lock = sql(app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
-        .execute(&mut lock)
-        .await
-        .unwrap();
+    let lock = lock_orders(app).await;
     let first = send(strangers(app, sale, 1).remove(0)).await.expect(201);
     let mut other = sql(app).await;
     let blocked = async {
@@ -273,7 +269,8 @@ async fn grace_ends_by_itself_also_after_a_restart_and_after_another_loss() {
 async fn a_drop_goes_on_after_redis_was_emptied_in_its_middle() {
     let app = App::start_with(&[("STOCKADE_GRACE_SECONDS", "0")]).await;
     let sale = drop_of(&app, 500).await;
-    let mut crowd = Crowd::send(strangers(&app, &sale, 700), vec![app.door()]);
+    // Enough to sell again all that can be lost.
+    let mut crowd = Crowd::send(strangers(&app, &sale, 1_000), vec![app.door()]);
     crowd.served(50).await;
     let (lock, first) = hold_up_the_writer(&app, &sale).await;
     let served = *crowd.served.borrow();

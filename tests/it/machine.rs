@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::{
     durability::assert_lacks,
-    faults::{Crowd, assert_not_applied, assert_sold, drop_of, until_fenced},
+    faults::{Crowd, assert_not_applied, assert_sold, drop_of, lock_orders, until_fenced},
     power,
     selling::{acceptances, refused, strangers},
     support::{
@@ -273,11 +273,7 @@ async fn a_torn_end_of_the_file_sells_nothing() {
         let mut app = App::start().await;
         let sale = drop_of(&app, 50).await;
         // What PostgreSQL has is no loss, and would be made anew: nothing of this is stored.
-        let mut lock = sql(&app).await;
-        sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
-            .execute(&mut lock)
-            .await
-            .unwrap();
+        let _lock = lock_orders(&app).await;
         for answer in crowd(strangers(&app, &sale, 30)).await {
             answer.expect(201);
         }

@@ -5,11 +5,11 @@ use secrecy::{ExposeSecret, SecretString};
 use stockade::embedded::RedisOptions;
 
 use super::{
-    faults::{Crowd, assert_not_applied, assert_sold, drop_of, until_fenced},
+    faults::{Crowd, assert_not_applied, assert_sold, drop_of, lock_orders, until_fenced},
     selling::{rows, stored, strangers},
     support::{
         Redis,
-        app::{App, PATIENCE, crowd, sql},
+        app::{App, PATIENCE, crowd},
         link::Link,
         wire::Wire,
     },
@@ -99,11 +99,7 @@ async fn a_replica_that_was_behind_sells_nothing() {
     stored(app, &sale).await;
     pair.cable.stall();
     // What PostgreSQL has is no loss, and would be made anew: nothing of this is stored.
-    let mut lock = sql(app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
-        .execute(&mut lock)
-        .await
-        .unwrap();
+    let lock = lock_orders(app).await;
     for answer in crowd(strangers(app, &sale, 20)).await {
         answer.expect(201);
     }
@@ -151,6 +147,9 @@ async fn an_old_primary_that_comes_back_keeps_nothing() {
     pair.in_step().await;
     app.redis.server.signal(Signal::STOP);
     pair.promote().await;
+    // What PostgreSQL has would be given to the old one, too: nothing of this is stored.
+    stored(app, &sale).await;
+    let lock = lock_orders(app).await;
     answers.extend(
         Crowd::send(strangers(app, &sale, 10), vec![app.door()])
             .done()
@@ -169,6 +168,7 @@ async fn an_old_primary_that_comes_back_keeps_nothing() {
     }
     pair.door.lead_to(pair.replica.server.port());
     pair.door.cut();
+    drop(lock);
     answers.extend(
         Crowd::send(strangers(app, &sale, 60), vec![app.door()])
             .done()

@@ -19,7 +19,9 @@ use super::{
         market::{Bustle, Market},
         process::Served,
         proxy::{BadWeather, Proxy},
-        seed, variable,
+        seed,
+        shim::Shim,
+        variable,
     },
 };
 use secrecy::ExposeSecret;
@@ -43,6 +45,8 @@ enum Fault {
     RedisKilled,
     RedisStandsStill,
     RedisRestarted,
+    RedisLosesPower,
+    RedisEmptied,
     PostgresKilled,
     PostgresRestarted,
     BadWayToRedis,
@@ -60,6 +64,8 @@ impl Fault {
         Self::RedisKilled,
         Self::RedisStandsStill,
         Self::RedisRestarted,
+        Self::RedisLosesPower,
+        Self::RedisEmptied,
         Self::PostgresKilled,
         Self::PostgresRestarted,
         Self::BadWayToRedis,
@@ -78,13 +84,16 @@ struct World {
     nodes: Vec<Served>,
     bustle: Bustle,
     random: StdRng,
+    /// The machine under Redis.
+    shim: Shim,
     /// How to do it all again.
     repeat: String,
 }
 
 impl World {
     async fn new(seed: u64, repeat: String) -> Self {
-        let mut app = App::to_be_tormented(seed).await;
+        let shim = Shim::new();
+        let mut app = App::to_be_tormented(seed, &shim).await;
         let mut nodes = Vec::new();
         for _ in 0..2 {
             nodes.push(Served::start(&app).await);
@@ -97,6 +106,7 @@ impl World {
             nodes,
             bustle: market.open(BUYERS, seed),
             random: StdRng::seed_from_u64(seed),
+            shim,
             repeat,
         }
     }
@@ -150,6 +160,21 @@ impl World {
                 self.app.redis.server.signal(Signal::STOP);
                 self.a_while(4_000).await;
                 self.app.redis.server.signal(Signal::CONT);
+            }
+            Fault::RedisLosesPower => {
+                self.app.redis.power_loss(&self.shim).await;
+                self.a_while(300).await;
+                self.app.redis.server.restart().await.unwrap();
+            }
+            Fault::RedisEmptied => {
+                // Once everything is stored: what is not would be lost, as it must be.
+                let silence = timeout(PATIENCE, self.market().silence()).await.unwrap();
+                for sale in &self.market().sales {
+                    self.app.audit(sale).await;
+                }
+                let url = self.app.redis.server.url().expose_secret();
+                assert_eq!(redis(url, "FLUSHALL"), "+OK");
+                drop(silence);
             }
             Fault::RedisRestarted => self.app.redis.server.restart().await.unwrap(),
             Fault::PostgresKilled => {

@@ -13,6 +13,7 @@ use stockade::{
     },
     clock,
     config::{Config, Endpoints},
+    embedded::RedisOptions,
     lifecycle::Lifecycle,
     sales::Shop,
 };
@@ -22,7 +23,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{Postgres, Redis, proxy::Proxy};
+use super::{Postgres, Redis, proxy::Proxy, shim::Shim};
 
 pub(crate) const SECRET: &str = "a secret of the tests, 32 bytes!";
 
@@ -164,11 +165,13 @@ impl App {
     }
 
     /// As [`without_node`](Self::without_node), with a PostgreSQL of its own that may be killed, and
-    /// with proxies to both stores.
-    pub(crate) async fn to_be_tormented(seed: u64) -> Self {
+    /// with proxies to both stores; its Redis loses power with this machine.
+    pub(crate) async fn to_be_tormented(seed: u64, machine: &Shim) -> Self {
         // What is committed is written before it is told, as it must be in production.
         let settings = [("synchronous_commit", "on")];
-        let (redis, postgres) = tokio::join!(Redis::start(), Postgres::start(&settings));
+        let on_machine = |options: &mut RedisOptions| options.environment = machine.environment();
+        let (redis, postgres) =
+            tokio::join!(Redis::start_with(on_machine), Postgres::start(&settings));
         let database_url = postgres.server.url().clone();
         let mut app = Self::with(redis, Some(postgres), database_url, &[]);
         app.put_behind_proxies(seed).await;

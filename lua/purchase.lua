@@ -3,11 +3,13 @@
 -- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, sale, orders
 -- ARGV   1 caller (shared/partition.lua)
 --        2 number of the key that signs receipts (0: none)
---        3 items, 46 bytes each: index of the round (from 0), raw order id, raw buyer id,
---          quantity, fingerprint, durability (what an acceptance will survive)
+--        3 items, 50 bytes each: index of the round (from 0), raw order id, raw buyer id,
+--          quantity, fingerprint, durability (what an acceptance will survive), archived rounds of
+--          the sale in which PostgreSQL does not have the order
 -- Reply  { 'ok', now_ms, pseq, n, standing × n rounds, then a word and its facts for each item }
 --          'accepted' | 'replayed'   the order's record
 --          'mismatch'                the key made an order from another request
+--          'archived'                archived rounds of the sale: PostgreSQL must be asked first
 --          'not_open'                opens_ms
 --          'paused' | 'closed' | 'sold_out'
 --          'order_limit' | 'buyer_limit'   limit and units held, packed >I6I6
@@ -17,8 +19,8 @@
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
 
-local ITEM = '>Bc16c16I4c8B'
-local ITEM_BYTES = 46
+local ITEM = '>Bc16c16I4c8BI4'
+local ITEM_BYTES = 50
 local SPARE_ACCEPTANCES = 8
 
 -- Read ---------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ for base = 3, #KEYS, 5 do
     sale = read_sale(sale_key) or false
     if sale then
       sale.orders_key = orders_key
-      sale.intact = redis.pcall('HLEN', orders_key) == sale.n_orders
+      sale.intact = has_orders(sale, orders_key)
       sale.asked, sale.orders, sale.new = {}, {}, {}
     end
     sales[sale_key] = sale
@@ -60,11 +62,12 @@ end
 
 local items = {}
 for at = 1, #ARGV[3], ITEM_BYTES do
-  local index, id, buyer, quantity, fingerprint, durability = struct.unpack(ITEM, ARGV[3], at)
+  local index, id, buyer, quantity, fingerprint, durability, archive =
+    struct.unpack(ITEM, ARGV[3], at)
   local round = rounds[index + 1]
   items[#items + 1] = {
     index = index, round = round, id = id, buyer = buyer, quantity = quantity,
-    fingerprint = fingerprint, durability = durability,
+    fingerprint = fingerprint, durability = durability, archive = archive,
   }
   if not round.damage then
     local asked = round.sale.asked
@@ -113,6 +116,10 @@ local function decide(item)
       return 'replayed', record
     end
     return 'mismatch', ''
+  end
+  -- The order may have left with a round: nothing is decided before that is known.
+  if item.archive < sale.archived_rounds then
+    return 'archived', whole(sale.archived_rounds)
   end
   if round.state == 'scheduled' then
     return 'not_open', whole(round.opens_ms)

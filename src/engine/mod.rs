@@ -3,9 +3,11 @@
 //! One operation is one script is one method of [`Engine`]. Nothing outside this folder names the
 //! Redis client or a key.
 
+mod archive;
 mod audit;
 mod call;
 mod coalescer;
+mod condemn;
 mod connection;
 mod control;
 mod dump;
@@ -21,11 +23,14 @@ mod partition;
 mod provision;
 mod purchase;
 mod queue;
+mod records;
 mod release;
 mod reply;
 mod restock;
 mod script;
+mod settle;
 mod snapshot;
+mod trim;
 
 use std::{
     collections::BTreeSet,
@@ -45,6 +50,7 @@ pub use self::{
     packed::Standing,
     partition::Fence,
     purchase::Answer,
+    records::Kept,
 };
 use self::{
     coalescer::Coalescer, connection::Connection, keys::Keys, memory::Memory,

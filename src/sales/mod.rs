@@ -13,7 +13,7 @@ use crate::{
     domain::{
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
         model::{Cancelled, Controlled, Restocked},
-        order::{Order, Purchase},
+        order::{Decision, Order, Purchase, Refusal, Status},
         round::Intent,
     },
     engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
@@ -27,6 +27,9 @@ use crate::{
     },
     writer::StoredPosition,
 };
+
+/// Rounds of a sale that may be archived while one purchase is decided: more is a fault.
+const ARCHIVED_MEANWHILE_MAX: usize = 4;
 
 /// Why something could not be done with a sale.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -238,7 +241,8 @@ impl Shop {
     ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
         let facts = self.facts(id).await?;
         let engine = self.engine(facts.partition)?;
-        let purchase = Purchase {
+        let mut purchase = Purchase {
+            archive: engine.archived_rounds(facts.round_id()),
             round: facts.round_id(),
             order: OrderId::derive(facts.number, buyer, key),
             buyer,
@@ -246,8 +250,38 @@ impl Shop {
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
             durability: engine.durability(),
         };
-        let answer = engine.purchase(purchase).await?;
-        Ok((answer, facts))
+        // Each further turn means that one more round was archived meanwhile.
+        for _ in 0..ARCHIVED_MEANWHILE_MAX {
+            if purchase.archive > 0
+                && let Some(decision) = self.replay_stored(&purchase).await?
+            {
+                let answer = Answer {
+                    decision,
+                    looked_up: true,
+                    now_ms: engine.redis_ms().unwrap_or_default(),
+                };
+                return Ok((answer, facts));
+            }
+            let answer = engine.purchase(purchase).await?;
+            match answer.decision {
+                Decision::Refused(Refusal::Archived { rounds }) => purchase.archive = rounds,
+                _ => return Ok((answer, facts)),
+            }
+        }
+        let reason = "rounds of the sale are being archived".to_owned();
+        Err(SaleError::Engine(EngineError::Damaged(reason)))
+    }
+
+    /// What an order that PostgreSQL has makes of a purchase with its key; `None` when it has none.
+    async fn replay_stored(&self, purchase: &Purchase) -> Result<Option<Decision>, SaleError> {
+        let order = self.orders.by_id(purchase.order).await?;
+        Ok(order.map(|order| {
+            if (order.buyer, order.fingerprint) == (purchase.buyer, purchase.fingerprint) {
+                Decision::Replayed(order)
+            } else {
+                Decision::Refused(Refusal::Mismatch)
+            }
+        }))
     }
 
     /// The order with this id, if it is `buyer`'s; `None` may see every order.
@@ -326,8 +360,18 @@ impl Shop {
         let engine = self.engine(view.sale.partition)?;
         let order = match engine.cancel(view.order.round, id, actor).await? {
             Cancelled::Done(order) | Cancelled::Already(order) => order,
+            // It was given back before the round was settled.
+            Cancelled::Settled if view.order.status == Status::Cancelled => view.order,
+            Cancelled::Settled => {
+                return Err(SaleError::Conflict(
+                    "The round of this order is settled: its orders are final, and no unit goes \
+                     back on sale.",
+                ));
+            }
+            // PostgreSQL has it and Redis has not, in a round that has not left.
             Cancelled::Unknown => {
-                return Err(SaleError::Conflict("The round of this order is archived."));
+                let reason = format!("order {id} is missing");
+                return Err(SaleError::Engine(EngineError::Damaged(reason)));
             }
         };
         Ok(OrderView { order, ..view })
@@ -400,10 +444,15 @@ impl Shop {
             round,
             ..facts.round_id()
         };
-        let page = self
-            .engine(facts.partition)?
-            .leaderboard(round, after_seq, limit)
-            .await?;
+        let engine = self.engine(facts.partition)?;
+        let page = match engine.leaderboard(round, after_seq, limit).await? {
+            Some(page) => page,
+            None => {
+                let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+                let (before, orders) = self.orders.leaderboard(round, after_seq, limit).await?;
+                LeaderboardPage { before, orders }
+            }
+        };
         Ok((page, facts))
     }
 }

@@ -274,9 +274,12 @@ impl Folding<'_> {
                 .get_mut(&round)
                 .ok_or_else(|| halt(round, "has no counters"))?;
             match event.kind {
-                EventKind::Epoch | EventKind::Pause | EventKind::Resume | EventKind::Close => {
-                    Some(())
-                }
+                EventKind::Epoch
+                | EventKind::Pause
+                | EventKind::Resume
+                | EventKind::Close
+                | EventKind::Settle
+                | EventKind::Archive => Some(()),
                 EventKind::Provision => (*counters == Counters::fresh(event.units)).then_some(()),
                 EventKind::Cancel => {
                     shift(&mut counters.sold, &mut counters.remaining, event.units)
@@ -405,7 +408,9 @@ impl Folding<'_> {
                 | EventKind::Provision
                 | EventKind::Pause
                 | EventKind::Resume
-                | EventKind::Close => (0, 0),
+                | EventKind::Close
+                | EventKind::Settle
+                | EventKind::Archive => (0, 0),
             };
             return self.letter(Letter {
                 id,
@@ -425,7 +430,9 @@ impl Folding<'_> {
             | EventKind::Restock
             | EventKind::Pause
             | EventKind::Resume
-            | EventKind::Close => None,
+            | EventKind::Close
+            | EventKind::Settle
+            | EventKind::Archive => None,
         };
         if let Some(status) = status {
             let order = event.order.ok_or_else(|| Halt::Step {
@@ -447,6 +454,8 @@ impl Folding<'_> {
             EventKind::Pause => Some(Intent::Paused),
             EventKind::Resume => Some(Intent::Live),
             EventKind::Close => Some(Intent::Closed),
+            EventKind::Settle => Some(Intent::Settled),
+            EventKind::Archive => Some(Intent::Archived),
             EventKind::Epoch | EventKind::Provision | EventKind::Cancel | EventKind::Restock => {
                 None
             }
@@ -622,6 +631,7 @@ mod tests {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            archive: 0,
         }
     }
 
@@ -653,6 +663,12 @@ mod tests {
             1 => (1..=2u32, prop::bool::weighted(0.7)).prop_map(move |(sale, live)| {
                 let intent = if live { Intent::Live } else { Intent::Paused };
                 Command::Control { round: round(sale), intent, actor }
+            }),
+            1 => (1..=2u32, 0..8u8).prop_map(move |(sale, end)| match (round(sale), end) {
+                (round, 0) => Command::Control { round, intent: Intent::Closed, actor },
+                // Without orders: those are only in PostgreSQL then, which is no business of a batch.
+                (round, 1..=2) => Command::Archive { round, orders: vec![] },
+                (round, _) => Command::Settle { round },
             }),
         ]
     }

@@ -28,6 +28,9 @@ enum Step {
     Cancel { round: u8, buyer: u8, key: u8 },
     Control { round: u8, intent: Intent },
     Restock { round: u8, units: u64, key: u8 },
+    Settle { round: u8 },
+    Archive { round: u8, orders: u8 },
+    Trim { behind: u64, young: bool },
 }
 
 #[derive(Clone, Debug)]
@@ -45,6 +48,8 @@ struct RandomPurchase {
     buyer: u8,
     key: u8,
     quantity: u64,
+    /// Whether PostgreSQL was asked about archived rounds.
+    asks: bool,
 }
 
 /// Four rounds: two of sale 1, one each of sales 2 and 3.
@@ -83,12 +88,14 @@ fn step() -> impl Strategy<Value = Step> {
         0..6_u8,
         0..5_u8,
         prop_oneof![4 => 1..3_u64, 1 => 3..9_u64],
+        prop::bool::weighted(0.9),
     )
-        .prop_map(|(round, buyer, key, quantity)| RandomPurchase {
+        .prop_map(|(round, buyer, key, quantity, asks)| RandomPurchase {
             round,
             buyer,
             key,
             quantity,
+            asks,
         });
     let intent = prop_oneof![
         3 => Just(Intent::Live),
@@ -101,8 +108,11 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (any_round.clone(), 0..6_u8, 0..5_u8)
             .prop_map(|(round, buyer, key)| Step::Cancel { round, buyer, key }),
         2 => (any_round.clone(), intent).prop_map(|(round, intent)| Step::Control { round, intent }),
-        2 => (any_round, prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
+        2 => (any_round.clone(), prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
             .prop_map(|(round, units, key)| Step::Restock { round, units, key }),
+        2 => any_round.clone().prop_map(|round| Step::Settle { round }),
+        2 => (any_round, 0..6_u8).prop_map(|(round, orders)| Step::Archive { round, orders }),
+        1 => (0..9_u64, any::<bool>()).prop_map(|(behind, young)| Step::Trim { behind, young }),
     ]
 }
 
@@ -230,6 +240,44 @@ impl Conformance {
                 self.apply(Some(standing.now_ms), command, Reply::Restocked(reply))
                     .await;
             }
+            Step::Settle { round: index } => {
+                let round = round(*index);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let (reply, standing) = self.engine.settle(round).await.unwrap();
+                let command = Command::Settle { round };
+                self.apply(Some(standing.now_ms), command, Reply::Settled(reply))
+                    .await;
+            }
+            Step::Archive {
+                round: index,
+                orders,
+            } => {
+                let round = round(*index);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let sale = &self.model.sales[&round.sale];
+                let own = sale.orders.values().filter(|order| order.round == round);
+                let mut ids: Vec<_> = own.map(|o| o.id).take(usize::from(*orders)).collect();
+                // One that is gone, or never was.
+                ids.push(OrderId::derive(round.sale, buyer(200), "nothing"));
+                let (reply, standing) = self.engine.archive(round, &ids).await.unwrap();
+                let command = Command::Archive { round, orders: ids };
+                self.apply(Some(standing.now_ms), command, Reply::Archived(reply))
+                    .await;
+            }
+            Step::Trim { behind, young } => {
+                let position = self.model.pseq.saturating_sub(*behind);
+                let before_ms = self.model.last_ms + if *young { 0 } else { 1_000 };
+                let reply = self.engine.trim(position, before_ms).await.unwrap();
+                let command = Command::Trim {
+                    position,
+                    before_ms,
+                };
+                self.apply(None, command, Reply::Trimmed(reply)).await;
+            }
         }
     }
 
@@ -245,6 +293,10 @@ impl Conformance {
                     quantity: item.quantity,
                     fingerprint: Fingerprint::of(&[&item.quantity.to_be_bytes()]),
                     durability: Durability::Fsync,
+                    archive: match self.model.sales.get(&round.sale) {
+                        Some(sale) if item.asks => sale.archived_rounds,
+                        _ => 0,
+                    },
                 }
             })
             .collect();

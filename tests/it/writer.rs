@@ -131,6 +131,7 @@ impl Shop {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            archive: 0,
         }
     }
 

@@ -1,5 +1,5 @@
 //! All rounds, all the time: what one script and one row tell every second, everything now and
-//! then. Findings are gauges, and one line in the log when they begin and when they end.
+//! then, every full look a row. Findings are gauges, and one line in the log when they begin and when they end.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,15 +12,20 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{AuditError, Auditor, Check, CheckName, Status, Subject, judge_counters, verdict};
+use super::{
+    AuditError, Auditor, Check, CheckName, Seen, Status, Subject, judge_counters, verdict,
+};
 use crate::{
     clock,
     domain::{
-        id::{JournalId, RoundId},
+        id::{JournalId, Partition, RoundId},
         round::State,
     },
-    metrics::{AuditMetrics, CheckLabels, VerdictLabels},
-    store::audit::{Glance, Glances},
+    metrics::{AuditMetrics, CheckLabels, PartitionLabels, VerdictLabels},
+    store::{
+        audit::{Glance, Glances},
+        endings::{AuditRun, Endings},
+    },
 };
 
 /// The time between two looks at a round that is open or was changed lately.
@@ -38,6 +43,11 @@ const AT_REST_EVERY: Duration = Duration::from_mins(10);
 /// Rounds of one period, so that thousands of rounds cost no more than these: what is left out
 /// has its turn in the next.
 const ROUNDS_MAX: i64 = 200;
+/// Partitions of one period.
+const PARTITIONS_MAX: usize = 64;
+/// A difference between this node's clock and Redis' that an operator should know about. Redis' own
+/// decides, so nothing is wrong with what is sold.
+const CLOCK_SKEW_MS: i64 = 250;
 
 /// Audits all rounds, as long as it runs.
 #[derive(Debug)]
@@ -50,6 +60,13 @@ pub struct Patrol {
     open_after: Option<RoundId>,
     /// Where the next page of all rounds begins.
     all_after: Option<RoundId>,
+    /// Where the next page of partitions begins.
+    next_partition: usize,
+    /// What fails of partitions.
+    partitions: HashMap<Partition, BTreeSet<CheckName>>,
+    /// Partitions whose clock is off.
+    skewed: BTreeSet<Partition>,
+    endings: Endings,
     /// Whether the last look failed for want of a store, which is told once.
     blind: bool,
 }
@@ -66,6 +83,8 @@ struct Watched {
     closed: bool,
     full: Option<Full>,
     failing: BTreeSet<CheckName>,
+    /// Whether the last full look proved that Redis lacks something: said twice, it is believed.
+    lacking: bool,
 }
 
 /// The last full look at a round.
@@ -97,6 +116,10 @@ impl Patrol {
             metrics.failing.get_or_create(&label(check)).set(0);
         }
         Self {
+            endings: Endings::new(auditor.database.clone()),
+            next_partition: 0,
+            partitions: HashMap::new(),
+            skewed: BTreeSet::new(),
             auditor,
             metrics,
             rounds: HashMap::new(),
@@ -116,7 +139,7 @@ impl Patrol {
                 () = stop.cancelled() => return,
                 _ = period.tick() => {}
             }
-            // Nothing here writes, so it may be dropped anywhere.
+            // It may be dropped anywhere: what it writes, it writes in one go.
             select! {
                 () = stop.cancelled() => return,
                 () = self.walk(periods.is_multiple_of(OTHERS_EVERY)) => {}
@@ -125,9 +148,13 @@ impl Patrol {
         }
     }
 
-    /// One period: a page of rounds at a glance, one round in full.
+    /// One period: partitions, a page of rounds at a glance, one round in full.
     async fn walk(&mut self, all: bool) {
         let mut failed = None;
+        if let Err(error) = self.journals().await {
+            self.metrics.errors.inc();
+            failed = Some(error);
+        }
         match self.page(all).await {
             Ok(page) => {
                 for glance in page {
@@ -215,6 +242,7 @@ impl Patrol {
             closed,
             full: None,
             failing: BTreeSet::new(),
+            lacking: false,
         });
         if watched.entry != entry || watched.closed != closed {
             watched.changed_at = now;
@@ -243,18 +271,75 @@ impl Patrol {
                 .map_or_else(JournalId::default, |full| full.entry),
             settled: false,
         });
-        let Some(report) = self.auditor.look(subject).await? else {
+        let Some(seen) = self.auditor.look(subject).await? else {
             return Ok(());
         };
+        let mut proved = None;
         if let Some(watched) = self.rounds.get_mut(&subject.round) {
             watched.full = Some(Full {
                 at: now,
                 entry,
-                settled: closed && report.verdict != Status::Pending,
+                settled: closed && seen.report.verdict != Status::Pending,
             });
+            proved = seen.lacking.clone().filter(|_| watched.lacking);
+            watched.lacking = seen.lacking.is_some();
         }
-        self.note(subject.round, &report.checks);
+        self.note(subject.round, &seen.report.checks);
+        if let Some(run) = run(&seen, subject.round, "patrol") {
+            self.endings.note(run).await?;
+        }
+        if let Some(missing) = proved {
+            // Selling on could sell a unit or serve a key twice. Recovery writes the round anew.
+            tracing::error!(sale = %subject.sale, round = %subject.round, missing,
+                "Redis lacks what PostgreSQL has: nothing of the round is sold");
+            let engine = self.auditor.engine(subject.partition)?;
+            engine.condemn(subject.round, &missing).await?;
+        }
         Ok(())
+    }
+
+    /// Journals, epochs, settings and clocks of a page of partitions.
+    async fn journals(&mut self) -> Result<(), AuditError> {
+        let engines = self.auditor.engines.clone();
+        let all = engines.all();
+        for at in 0..all.len().min(PARTITIONS_MAX) {
+            let Some(engine) = all.get((self.next_partition + at) % all.len()) else {
+                continue;
+            };
+            let partition = engine.partition();
+            let asked_ms = clock::now().timestamp_millis();
+            let checks = self.auditor.journal(engine).await?;
+            if let Some(redis_ms) = engine.redis_ms() {
+                self.note_clock(partition, asked_ms, redis_ms);
+            }
+            let failing = self.partitions.entry(partition).or_default();
+            for check in &checks {
+                tell(&self.metrics, failing, check, &partition);
+            }
+        }
+        self.next_partition = (self.next_partition + PARTITIONS_MAX) % all.len().max(1);
+        Ok(())
+    }
+
+    /// Says once when Redis' clock and this node's are too far apart, and when they agree again.
+    fn note_clock(&mut self, partition: Partition, asked_ms: i64, redis_ms: i64) {
+        let now_ms = clock::now().timestamp_millis();
+        // What lies between asking and now is the time it took.
+        let skew_ms = (redis_ms - now_ms).max(0) + (redis_ms - asked_ms).min(0);
+        let seconds = Duration::from_millis(skew_ms.unsigned_abs()).as_secs_f64();
+        self.metrics
+            .clock_skew
+            .get_or_create(&PartitionLabels {
+                partition: partition.0,
+            })
+            .set(seconds);
+        if skew_ms.abs() <= CLOCK_SKEW_MS {
+            if self.skewed.remove(&partition) {
+                tracing::info!(%partition, "the clocks agree again");
+            }
+        } else if self.skewed.insert(partition) {
+            tracing::warn!(%partition, skew_ms, "Redis' clock and this node's are apart");
+        }
     }
 
     /// Tells what has begun to fail and what has stopped to. What is pending stays as it was.
@@ -262,27 +347,10 @@ impl Patrol {
         let Some(watched) = self.rounds.get_mut(&round) else {
             return;
         };
-        let sale = watched.subject.sale;
+        let whose = format!("sale {} round {round}", watched.subject.sale);
         for check in checks {
-            let name = check.name.as_str();
-            let changed = match check.status {
-                Status::Fail => watched.failing.insert(check.name),
-                Status::Pass => watched.failing.remove(&check.name),
-                Status::Pending => false,
-            };
-            if !changed {
-                continue;
-            }
-            let failing = self.metrics.failing.get_or_create(&label(check.name));
-            let Check {
-                expected, actual, ..
-            } = check;
-            if check.status == Status::Fail {
-                failing.inc();
-                tracing::error!(%sale, %round, check = name, expected, actual, "audit fails");
-            } else {
-                failing.dec();
-                tracing::info!(%sale, %round, check = name, expected, actual, "audit passes again");
+            if !check.name.is_of_partition() {
+                tell(&self.metrics, &mut watched.failing, check, &whose);
             }
         }
         self.metrics
@@ -292,6 +360,54 @@ impl Patrol {
             })
             .inc();
     }
+}
+
+/// Tells a check that has begun to fail, or has stopped to.
+fn tell(
+    metrics: &AuditMetrics,
+    failing: &mut BTreeSet<CheckName>,
+    check: &Check,
+    whose: &dyn std::fmt::Display,
+) {
+    let name = check.name.as_str();
+    let changed = match check.status {
+        Status::Fail => failing.insert(check.name),
+        Status::Pass => failing.remove(&check.name),
+        Status::Pending => false,
+    };
+    if !changed {
+        return;
+    }
+    let gauge = metrics.failing.get_or_create(&label(check.name));
+    let Check {
+        expected, actual, ..
+    } = check;
+    if check.status == Status::Fail {
+        gauge.inc();
+        tracing::error!(%whose, check = name, expected, actual, "audit fails");
+    } else {
+        gauge.dec();
+        tracing::info!(%whose, check = name, expected, actual, "audit passes again");
+    }
+}
+
+/// A look as it is kept; `None` for one without a verdict.
+pub(crate) fn run(seen: &Seen, round: RoundId, cause: &str) -> Option<AuditRun> {
+    let report = &seen.report;
+    let failing: Vec<_> = report
+        .checks
+        .iter()
+        .filter(|check| check.status == Status::Fail)
+        .collect();
+    (report.verdict != Status::Pending).then(|| AuditRun {
+        id: 0,
+        round,
+        checked_at: report.checked_at,
+        took_ms: seen.took_ms,
+        verdict: report.verdict.as_str().to_owned(),
+        cause: cause.to_owned(),
+        failing: serde_json::to_value(failing).unwrap_or_default(),
+    })
 }
 
 fn label(check: CheckName) -> CheckLabels {

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod audit;
+mod certificate;
 mod check_config;
 mod demo;
 mod migrate;
@@ -56,6 +57,9 @@ enum Command {
     /// Changes nothing. Exit code: 0 all pass, 1 an error, 2 a check fails or a partition is
     /// fenced, 3 not everything is stored yet.
     Audit(audit::AuditArguments),
+    /// Check what became of a round.
+    #[command(subcommand)]
+    Certificate(certificate::CertificateCommand),
     /// Print the OpenAPI document.
     Openapi,
     /// Show every key of the configuration with its value, its source and its danger, and check them.
@@ -76,6 +80,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::Writer => serve::run(configured()?, &[Role::Writer], false),
         Command::Migrate => migrate::run(&configured()?),
         Command::User(command) => user::run(command, &configured()?),
+        Command::Certificate(command) => certificate::run(command),
         Command::Openapi => openapi::run(),
         Command::Audit(arguments) => return audit::run(arguments, &configured()?),
         Command::CheckConfig => check_config::run(variables()?),

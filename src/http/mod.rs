@@ -8,6 +8,7 @@ mod accounts;
 mod audit;
 mod body;
 mod caller;
+mod certificates;
 mod check;
 mod docs;
 mod edge;
@@ -43,11 +44,11 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
-    ops::auditor::Auditor,
+    ops::{auditor::Auditor, certificate::CertificateKey},
     readiness::Readiness,
     realtime::Hub,
     sales::Shop,
-    store::products::Products,
+    store::{endings::Endings, products::Products},
 };
 use edge::{Edge, EdgeLayer};
 
@@ -67,6 +68,10 @@ pub struct Parts {
     pub shop: Arc<Shop>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
+    /// What audits found, and certificates.
+    pub endings: Endings,
+    /// Signs certificates.
+    pub certificate_key: Option<CertificateKey>,
     /// Live stock.
     pub hub: Hub,
     /// Shown at `/metrics`.
@@ -98,6 +103,8 @@ parts! {
     products: Products,
     shop: Arc<Shop>,
     auditor: Auditor,
+    endings: Endings,
+    certificate_key: Option<CertificateKey>,
     hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
@@ -134,6 +141,7 @@ fn resources() -> Vec<routes::Routes> {
         leaderboard::routes(),
         events::routes(),
         audit::routes(),
+        certificates::routes(),
         probes::routes(),
     ]
 }

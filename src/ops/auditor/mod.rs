@@ -16,6 +16,7 @@ use tokio::{
 };
 use utoipa::ToSchema;
 
+pub(super) use self::patrol::kept_run;
 pub use self::{
     compare::OrdersHash,
     judge::{

@@ -285,7 +285,7 @@ impl Patrol {
             watched.lacking = seen.lacking.is_some();
         }
         self.note(subject.round, &seen.report.checks);
-        if let Some(run) = run(&seen, subject.round, "patrol") {
+        if let Some(run) = kept_run(&seen, subject.round, "patrol") {
             self.endings.note(run).await?;
         }
         if let Some(missing) = proved {
@@ -392,7 +392,7 @@ fn tell(
 }
 
 /// A look as it is kept; `None` for one without a verdict.
-pub(crate) fn run(seen: &Seen, round: RoundId, cause: &str) -> Option<AuditRun> {
+pub(in crate::ops) fn kept_run(seen: &Seen, round: RoundId, cause: &str) -> Option<AuditRun> {
     let report = &seen.report;
     let failing: Vec<_> = report
         .checks

@@ -44,6 +44,7 @@ use crate::{
     realtime::Hub,
     sales::{Pseudonyms, Shop},
     store::{
+        endings::Endings,
         Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
         products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
     },
@@ -149,6 +150,8 @@ fn app(listener: Listener) -> Router {
         accounts,
         products: Products::new(database.clone()),
         shop: Arc::new(closed_shop(database.clone())),
+        endings: Endings::new(database.clone()),
+        certificate_key: None,
         auditor: Auditor::new(database, engines.clone()),
         hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
         metrics,

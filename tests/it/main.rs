@@ -14,6 +14,7 @@ mod events;
 mod faults;
 mod layers;
 mod refusals;
+mod rounds_end;
 mod selling;
 mod support;
 mod writer;

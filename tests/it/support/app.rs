@@ -145,6 +145,12 @@ impl App {
         self.ready().await;
     }
 
+    /// Changes a setting for the applications that start from now on.
+    pub(crate) fn set(&mut self, name: &str, value: &str) {
+        self.settings.retain(|(known, _)| known != name);
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
     /// Starts one more application on the same stores.
     pub(crate) async fn node(&self) -> Node {
         let mut vars = vec![

@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check sqlx
+.PHONY: help run test drop check sqlx conformance mutants power-loss
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -9,7 +9,7 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 export SQLX_OFFLINE := true
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: ## Build and serve, with a Redis and a PostgreSQL of its own below .stockade/
 	@.ci/install
@@ -24,6 +24,18 @@ drop: ## Send a crowd at the running server and print the audit's verdict (ARGS=
 test: ## Run every test, against real services that the tests start
 	@.ci/install
 	cargo test --workspace --locked
+
+conformance: ## Compare the scripts with their model: CASES=800 random sequences, about 100,000 operations
+	@.ci/install
+	STOCKADE_TEST_CASES=$(or $(CASES),800) cargo test --package stockade --locked --test it engine:: -- --nocapture
+
+mutants: ## Switch on one seeded bug after the other, and see each noticed; then the crash tests
+	@.ci/install
+	.ci/mutants
+
+power-loss: ## Cut the power of Redis CYCLES times (20) in each mode, and print what was lost
+	@.ci/install
+	STOCKADE_TEST_CYCLES=$(or $(CYCLES),20) cargo test --locked --test it power:: -- --nocapture --test-threads=1
 
 sqlx: ## Write .sqlx/ anew, after a change of a query or of the schema
 	@.ci/install

@@ -3,9 +3,11 @@
 -- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, sale, orders
 -- ARGV   1 caller (shared/partition.lua)
 --        2 number of the key that signs receipts (0: none)
---        3 items, 50 bytes each: index of the round (from 0), raw order id, raw buyer id,
---          quantity, fingerprint, durability (what an acceptance will survive), archived rounds of
---          the sale in which PostgreSQL does not have the order
+--        3 items, 51 bytes each: index of the round (from 0), raw order id, raw buyer id,
+--          quantity, fingerprint, durability (what an acceptance will survive), redeem (1: a
+--          receipt proves that an earlier epoch accepted this, and it was lost: decided like any
+--          other, but also while the round is paused, or closed and not settled), archived rounds
+--          of the sale in which PostgreSQL does not have the order
 -- Reply  { 'ok', now_ms, pseq, n, standing × n rounds, then a word and its facts for each item }
 --          'accepted' | 'replayed'   the order's record
 --          'mismatch'                the key made an order from another request
@@ -19,8 +21,10 @@
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
 
-local ITEM = '>Bc16c16I4c8BI4'
-local ITEM_BYTES = 50
+local ITEM = '>Bc16c16I4c8BBI4'
+local ITEM_BYTES = 51
+-- What an operator may want of a round that still redeems.
+local REDEEMS = { live = true, paused = true, closed = true }
 local SPARE_ACCEPTANCES = 8
 
 -- Read ---------------------------------------------------------------------------------------
@@ -62,12 +66,12 @@ end
 
 local items = {}
 for at = 1, #ARGV[3], ITEM_BYTES do
-  local index, id, buyer, quantity, fingerprint, durability, archive =
+  local index, id, buyer, quantity, fingerprint, durability, redeem, archive =
     struct.unpack(ITEM, ARGV[3], at)
   local round = rounds[index + 1]
   items[#items + 1] = {
     index = index, round = round, id = id, buyer = buyer, quantity = quantity,
-    fingerprint = fingerprint, durability = durability, archive = archive,
+    fingerprint = fingerprint, durability = durability, redeem = redeem == 1, archive = archive,
   }
   if not round.damage then
     local asked = round.sale.asked
@@ -123,7 +127,7 @@ local function decide(item)
   end
   if round.state == 'scheduled' then
     return 'not_open', whole(round.opens_ms)
-  elseif round.state ~= 'open' then
+  elseif round.state ~= 'open' and not (item.redeem and REDEEMS[round.intent]) then
     return round.state, ''
   end
   local buyer = round.buyers[item.buyer]

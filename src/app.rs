@@ -21,8 +21,9 @@ use crate::{
         session::Successors,
         token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
     },
+    clock,
     config::{self, Config, Endpoints},
-    domain::id::Partition,
+    domain::{id::Partition, receipt::ReceiptKeys},
     engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
@@ -41,6 +42,8 @@ use crate::{
         Database, DatabaseSettings,
         directory::Directory,
         endings::Endings,
+        epochs::Epochs,
+        floors::Floors,
         journal::{Ledger, Positions},
         orders::Orders,
         products::Products,
@@ -98,6 +101,7 @@ struct Stores {
     engines: Engines,
     positions: Positions,
     rounds: Rounds,
+    receipts: Option<ReceiptKeys>,
 }
 
 /// Starts everything that `roles` names.
@@ -131,6 +135,9 @@ pub async fn start(
         engines: stores.engines.clone(),
         positions: stores.positions.clone(),
         rounds: stores.rounds.clone(),
+        floors: Floors::new(stores.database.clone()),
+        database: stores.database.clone(),
+        node: clock::new_id(),
     };
     let stop = life.token(Stage::Background);
     life.spawn(Stage::Background, "recovery", async move {
@@ -265,9 +272,11 @@ async fn connect(
     let database = Database::new(endpoints.database_url.expose_secret(), settings)
         .context("DATABASE_URL cannot be read")?;
     migrate(&database).await?;
+    let receipts = config.receipt_keys()?;
     let options = EngineOptions {
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: config.queue_capacity,
+        receipt_key: receipts.as_ref().map_or(0, ReceiptKeys::signing),
     };
     let positions = Positions::new(database.clone());
     let rounds = Rounds::new(database.clone());
@@ -284,6 +293,7 @@ async fn connect(
         engines: Engines::new(engines),
         positions,
         rounds,
+        receipts,
     })
 }
 
@@ -367,6 +377,11 @@ async fn serve(
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
+        epochs: Epochs::new(database.clone()),
+        receipts: stores
+            .receipts
+            .clone()
+            .context("there is no key of receipts")?,
     });
     let (engines, rounds) = (stores.engines.clone(), stores.rounds.clone());
     let stop = life.token(Stage::Background);

@@ -89,6 +89,7 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
     let sales = sales(&Sales::new(database.clone()), arguments.sale).await?;
 
     let options = EngineOptions {
+        receipt_key: 0,
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: 1,
     };

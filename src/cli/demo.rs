@@ -3,6 +3,7 @@
 use stockade::clock;
 use stockade::domain::id::{Fingerprint, OperationId, Partition, ProductId, SaleId};
 use stockade::domain::money::{Currency, Money};
+use stockade::domain::order::Mode;
 use stockade::domain::round::{Terms, Window};
 use stockade::sales::Shop;
 use stockade::store::products::{Added, Content, Products};
@@ -86,6 +87,7 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         product: product.id,
         name: format!("{} drop", product.content.name),
         small_print: None,
+        durability: Mode::Default,
         terms,
         created_by: NOBODY,
     })

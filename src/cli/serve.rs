@@ -7,6 +7,7 @@ use secrecy::ExposeSecret;
 use stockade::app::{self, App, Role};
 use stockade::config::{Config, Endpoints, RateLimit, Stores};
 use stockade::embedded::{self, EmbeddedConfig, Services};
+use stockade::faults;
 use stockade::lifecycle::Lifecycle;
 
 use super::demo;
@@ -39,6 +40,12 @@ async fn serve(mut config: Config, roles: &[Role], demo: bool) -> anyhow::Result
     let stores = config.check_for_serve()?;
     if config.rate_limit == RateLimit::Off {
         tracing::warn!("STOCKADE_RATE_LIMIT=off: every limit is off, for benchmarks only");
+    }
+    if faults::ENABLED {
+        tracing::error!(
+            "this is a TEST BUILD with the feature `faults`: it may be told to die or to be wrong. \
+             Never sell anything with it"
+        );
     }
     raise_open_files();
     let life = Lifecycle::new();

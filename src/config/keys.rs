@@ -87,6 +87,11 @@ keys! {
     /// Embedded: generated once and kept as `jwt_secret` in the data directory.
     jwt_secret: Option<SecretString> = unset, secret, "STOCKADE_JWT_SECRET",
         danger: "who knows it can sign a token for anyone, operators too";
+    /// Keys of receipts (HMAC-SHA256), as `2:<secret>,1:<secret>`: numbers 1 to 255, secrets of at least 32
+    /// bytes without commas. The first signs, all verify. A number stands for one secret for ever, and a key
+    /// stays until the last retry of its orders. Key 1 is derived from `STOCKADE_JWT_SECRET` unless it is here.
+    receipt_keys: Option<SecretString> = unset, secret, "STOCKADE_RECEIPT_KEYS",
+        danger: "orders of a key that is missing are not replayed; give every node a new key before it is the first";
     /// E-mail address of the operator that is created at start if absent.
     operator_email: Option<String> = unset, shown, "STOCKADE_OPERATOR_EMAIL",
         danger: "";

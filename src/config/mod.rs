@@ -17,9 +17,13 @@ use figment::{Figment, Metadata, Profile, Provider};
 use secrecy::ExposeSecret;
 use tracing_subscriber::EnvFilter;
 
+use crate::faults;
+
 pub use endpoints::Endpoints;
 pub use keys::{Config, KEYS, Key};
 pub use values::{AccessLog, LogFormat, Origins, RateLimit};
+
+use crate::domain::receipt::ReceiptKeys;
 
 /// The environment variable that names the optional TOML file.
 pub const FILE_ENV: &str = "STOCKADE_CONFIG";
@@ -199,6 +203,41 @@ impl Config {
         Ok(stores)
     }
 
+    /// The keys of receipts; `None` when there is nothing to make one from.
+    pub fn receipt_keys(&self) -> Result<Option<ReceiptKeys>, ConfigError> {
+        const KEY: &str = "STOCKADE_RECEIPT_KEYS";
+        let mut keys: Vec<(u8, &[u8])> = Vec::new();
+        if let Some(list) = &self.receipt_keys {
+            for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
+                // What is written may be half a secret: it is never repeated.
+                let parts = entry.trim().split_once(':');
+                let key = parts.and_then(|(number, secret)| Some((number.parse().ok()?, secret)));
+                let (number, secret): (u8, &str) = key.ok_or_else(|| {
+                    let problem = format!(
+                        "entry {place} is not `<number>:<secret>`, with a number of 1 to 255"
+                    );
+                    value(KEY, &problem)
+                })?;
+                keys.push((number, secret.as_bytes()));
+            }
+        }
+        let derived = self
+            .jwt_secret
+            .as_ref()
+            .map(|secret| ReceiptKeys::derive(secret.expose_secret().as_bytes()));
+        if let Some(derived) = &derived
+            && !keys.iter().any(|(number, _)| *number == 1)
+        {
+            keys.push((1, derived));
+        }
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        let keys = ReceiptKeys::new(&keys);
+        keys.map(Some)
+            .map_err(|error| value(KEY, &error.to_string()))
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         within("STOCKADE_DATABASE_POOL", self.database_pool, 2, 500)?;
         within("STOCKADE_PARTITIONS", self.partitions, 1, 1024)?;
@@ -272,6 +311,7 @@ impl Config {
                 ));
             }
         }
+        self.receipt_keys()?;
         if let Some(email) = &self.operator_email
             && !EmailAddress::is_valid(email)
         {
@@ -344,6 +384,9 @@ fn key_of_variable(name: &str) -> Result<Option<(&'static Key, bool)>, ConfigErr
         if key.secret && name.strip_suffix("_FILE") == Some(key.env) {
             return Ok(Some((key, true)));
         }
+    }
+    if faults::VARIABLES.contains(&name) {
+        return Ok(None);
     }
     if name.starts_with("STOCKADE_") {
         let known = KEYS.iter().map(|key| key.env).chain([FILE_ENV]);
@@ -427,6 +470,9 @@ impl Provider for Layer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A secret that is long enough, and must never be shown.
+    const LONG: &str = "canary:canary:canary:canary:canary";
 
     fn load(vars: &[(&str, &str)]) -> Result<Config, ConfigError> {
         Config::load(
@@ -544,6 +590,24 @@ mod tests {
             ("STOCKADE_CORS_ORIGINS", "https://a.example, *", "`*`"),
             ("STOCKADE_LOG", "stockade=loud", "filter"),
             ("STOCKADE_OPERATOR_EMAIL", "nobody", "e-mail"),
+            (
+                "STOCKADE_RECEIPT_KEYS",
+                "2:short",
+                "key 2 is too weak: 5 bytes",
+            ),
+            ("STOCKADE_RECEIPT_KEYS", LONG, "entry 1 is not"),
+            ("STOCKADE_RECEIPT_KEYS", &format!("256:{LONG}"), "1 to 255"),
+            ("STOCKADE_RECEIPT_KEYS", &format!("0:{LONG}"), "number 0"),
+            (
+                "STOCKADE_RECEIPT_KEYS",
+                &format!("1:{LONG},"),
+                "entry 2 is not",
+            ),
+            (
+                "STOCKADE_RECEIPT_KEYS",
+                &format!("1:{LONG},1:{LONG}"),
+                "key 1 twice",
+            ),
             ("REDIS_URL", "http://x", "redis://"),
         ] {
             let line = refusal(&[(name, bad)]);
@@ -551,7 +615,27 @@ mod tests {
                 line.starts_with(&format!("{name}: ")) && line.contains(part),
                 "{line}"
             );
+            assert!(!line.contains(LONG), "{line}");
         }
+    }
+
+    #[test]
+    fn the_first_receipt_key_signs_and_the_derived_one_stays() {
+        let signing = |vars: &[(&str, &str)]| {
+            let keys = load(vars).unwrap().receipt_keys().unwrap();
+            keys.map(|keys| (keys.signing(), format!("{keys:?}")))
+        };
+        let found = |number, keys: &str| Some((number, keys.to_owned()));
+        let jwt = ("STOCKADE_JWT_SECRET", LONG);
+        assert_eq!(signing(&[]), None);
+        assert_eq!(signing(&[jwt]), found(1, "{1}"));
+        let list = &format!("3:{LONG}, 2:{LONG}");
+        let keys = ("STOCKADE_RECEIPT_KEYS", list.as_str());
+        assert_eq!(signing(&[keys]), found(3, "{3, 2}"));
+        assert_eq!(signing(&[keys, jwt]), found(3, "{3, 2, 1}"));
+        let list = &format!("2:{LONG},1:{LONG}");
+        let keys = ("STOCKADE_RECEIPT_KEYS", list.as_str());
+        assert_eq!(signing(&[keys, jwt]), found(2, "{2, 1}"));
     }
 
     #[test]

@@ -154,6 +154,11 @@ impl Fingerprint {
         let [a, b, c, d, e, f, g, h, ..] = digest(parts);
         Self([a, b, c, d, e, f, g, h])
     }
+
+    /// The fingerprint of a restock: also what PostgreSQL has of one is enough to know it.
+    pub fn restock(units: u64) -> Self {
+        Self::of(&[b"restock", &units.to_be_bytes()])
+    }
 }
 
 /// The first 16 bytes of SHA-256 over the parts, each behind its length, so that no two lists of

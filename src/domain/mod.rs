@@ -10,4 +10,5 @@ pub mod limits;
 pub mod model;
 pub mod money;
 pub mod order;
+pub mod receipt;
 pub mod round;

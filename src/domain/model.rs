@@ -224,6 +224,24 @@ pub enum Restocked {
     TooMany,
 }
 
+impl Round {
+    /// The units of an order are for sale again.
+    fn give_back(&mut self, order: &Order) -> Option<()> {
+        self.counters.remaining += order.quantity;
+        self.counters.sold = self.counters.sold.checked_sub(order.quantity)?;
+        let units = &mut self.buyers.get_mut(&order.buyer)?.0;
+        *units = units.checked_sub(order.quantity)?;
+        self.board.remove(&order.seq).map(|_| ())
+    }
+
+    /// Nothing is left but what says that it was there.
+    fn leave(&mut self) {
+        self.intent = Intent::Archived;
+        self.buyers.clear();
+        self.board.clear();
+    }
+}
+
 impl Model {
     /// Carries out one command at `wall_ms` by Redis' clock.
     ///
@@ -280,17 +298,8 @@ impl Model {
                 Provisioned::Conflict
             };
         }
-        let counters = Counters::fresh(terms.allocation);
-        self.rounds.insert(
-            id,
-            Round {
-                terms,
-                intent: Intent::Live,
-                counters,
-                buyers: BTreeMap::new(),
-                board: BTreeMap::new(),
-            },
-        );
+        self.insert(id, terms);
+        // The last one that was provisioned, whatever its number.
         self.sales.entry(id.sale).or_default().round = id.round;
         let event = Event {
             round: Some(id),
@@ -368,7 +377,12 @@ impl Model {
             let rounds = sale.archived_rounds;
             return Some(Decision::Refused(Refusal::Archived { rounds }));
         }
-        let refusal = match round::state(round.intent, window, now_ms) {
+        let redeems = item.redeem && !round.intent.is_final();
+        let state = match round::state(round.intent, window, now_ms) {
+            State::Paused | State::Closed if redeems => State::Open,
+            state => state,
+        };
+        let refusal = match state {
             State::Scheduled => Some(Refusal::NotOpen {
                 opens_at_ms: window.opens_at_ms,
             }),
@@ -438,7 +452,7 @@ impl Model {
         actor: Uuid,
     ) -> Option<Cancelled> {
         let round = self.rounds.get_mut(&id)?;
-        let settled = matches!(round.intent, Intent::Settled | Intent::Archived);
+        let settled = round.intent.is_final();
         let Some(order) = self.sales.get_mut(&id.sale)?.orders.get_mut(&order) else {
             return Some(if settled {
                 Cancelled::Settled
@@ -455,10 +469,7 @@ impl Model {
         order.status = Status::Cancelled;
         let order = *order;
         round.counters.seq += 1;
-        round.counters.remaining += order.quantity;
-        round.counters.sold -= order.quantity;
-        round.buyers.get_mut(&order.buyer)?.0 -= order.quantity;
-        round.board.remove(&order.seq);
+        round.give_back(&order)?;
         let event = Event {
             round: Some(id),
             seq: round.counters.seq,
@@ -527,7 +538,7 @@ impl Model {
 
     fn settle(&mut self, now_ms: i64, id: RoundId) -> Option<Settled> {
         let round = self.rounds.get(&id)?;
-        if matches!(round.intent, Intent::Settled | Intent::Archived) {
+        if round.intent.is_final() {
             return Some(Settled::Already);
         }
         if round::state(round.intent, round.terms.window, now_ms) != State::Closed {
@@ -544,9 +555,7 @@ impl Model {
         match self.rounds.get(&id)?.intent {
             Intent::Settled => {
                 self.turn(now_ms, id, Intent::Archived, EventKind::Archive, None)?;
-                let round = self.rounds.get_mut(&id)?;
-                round.buyers.clear();
-                round.board.clear();
+                self.rounds.get_mut(&id)?.leave();
                 self.sales.get_mut(&id.sale)?.archived_rounds += 1;
             }
             Intent::Archived => {}
@@ -615,6 +624,117 @@ impl Model {
         };
         self.append(now_ms, &[id], vec![], vec![event]);
         Some(Restocked::Done)
+    }
+
+    /// Takes over what a journal entry says, whoever decided it. `terms` are those of the rounds
+    /// that it may provision. Of a round that it archives nothing is left here.
+    ///
+    /// `None` when the entry does not follow from what is here; the model is then of no use.
+    pub fn replay(&mut self, entry: &Entry, terms: &BTreeMap<RoundId, Terms>) -> Option<()> {
+        for order in &entry.orders {
+            let round = self.rounds.get(&order.round)?;
+            if order.seq != round.counters.seq + 1 || order.quantity > round.counters.remaining {
+                return None;
+            }
+            self.accept(order)?;
+        }
+        for event in &entry.events {
+            let Some(id) = event.round else { continue };
+            if event.kind == EventKind::Provision {
+                self.insert(id, *terms.get(&id)?);
+                continue;
+            }
+            let round = self.rounds.get_mut(&id)?;
+            let sale = self.sales.get_mut(&id.sale)?;
+            round.counters.seq += 1;
+            match event.kind {
+                EventKind::Epoch | EventKind::Provision => return None,
+                EventKind::Cancel => {
+                    let order = sale.orders.get_mut(&event.order?)?;
+                    order.status = Status::Cancelled;
+                    round.give_back(order)?;
+                }
+                EventKind::Restock => {
+                    round.counters.allocation += event.units;
+                    round.counters.remaining += event.units;
+                    if let Some(operation) = event.operation {
+                        let asked = Fingerprint::restock(event.units);
+                        sale.operations.insert(operation, (asked, event.seq));
+                    }
+                }
+                EventKind::Pause => round.intent = Intent::Paused,
+                EventKind::Resume => round.intent = Intent::Live,
+                EventKind::Close => round.intent = Intent::Closed,
+                EventKind::Settle => round.intent = Intent::Settled,
+                EventKind::Archive => {
+                    round.leave();
+                    sale.archived_rounds += 1;
+                    let before = sale.orders.len();
+                    sale.orders.retain(|_, order| order.round != id);
+                    sale.archived_orders += (before - sale.orders.len()) as u64;
+                }
+            }
+        }
+        for (id, counters) in &entry.rounds {
+            if self.rounds.get(id)?.counters != *counters {
+                return None;
+            }
+        }
+        self.epoch = entry.id.epoch;
+        self.pseq = entry.id.pseq;
+        self.last_ms = self.last_ms.max(entry.at_ms);
+        Some(())
+    }
+
+    /// Puts a round back as it is remembered, with all its orders.
+    pub fn restore(
+        &mut self,
+        id: RoundId,
+        terms: Terms,
+        intent: Intent,
+        counters: Counters,
+        orders: Vec<Order>,
+    ) {
+        self.insert(id, terms);
+        let sale = self.sales.entry(id.sale).or_default();
+        let Some(round) = self.rounds.get_mut(&id) else {
+            return;
+        };
+        (round.intent, round.counters) = (intent, counters);
+        for order in orders {
+            let (units, acceptances) = round.buyers.entry(order.buyer).or_default();
+            *acceptances += 1;
+            if matches!(order.status, Status::Held | Status::Confirmed) {
+                *units += order.quantity;
+            }
+            if order.status == Status::Confirmed {
+                round.board.insert(order.seq, order.id);
+            }
+            sale.orders.insert(order.id, order);
+        }
+    }
+
+    /// Puts an archived round back, of which so many orders have left.
+    pub fn restore_archived(&mut self, id: RoundId, terms: Terms, counters: Counters, orders: u64) {
+        self.restore(id, terms, Intent::Archived, counters, Vec::new());
+        let sale = self.sales.entry(id.sale).or_default();
+        sale.archived_rounds += 1;
+        sale.archived_orders += orders;
+    }
+
+    fn insert(&mut self, id: RoundId, terms: Terms) {
+        self.rounds.insert(
+            id,
+            Round {
+                terms,
+                intent: Intent::Live,
+                counters: Counters::fresh(terms.allocation),
+                buyers: BTreeMap::new(),
+                board: BTreeMap::new(),
+            },
+        );
+        let sale = self.sales.entry(id.sale).or_default();
+        sale.round = sale.round.max(id.round);
     }
 
     fn append(&mut self, at_ms: i64, rounds: &[RoundId], orders: Vec<Order>, events: Vec<Event>) {

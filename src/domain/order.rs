@@ -25,6 +25,24 @@ pub enum Status {
 }
 
 impl Status {
+    const ALL: [Self; 5] = [
+        Self::Held,
+        Self::Confirmed,
+        Self::Expired,
+        Self::Cancelled,
+        Self::Refunded,
+    ];
+
+    /// The byte of packed records and receipts.
+    pub fn byte(self) -> u8 {
+        self as u8
+    }
+
+    /// Reads the byte.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(byte)).copied()
+    }
+
     /// The word that the API and PostgreSQL use.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -38,15 +56,7 @@ impl Status {
 
     /// Reads the word.
     pub fn parse(word: &str) -> Option<Self> {
-        [
-            Self::Held,
-            Self::Confirmed,
-            Self::Expired,
-            Self::Cancelled,
-            Self::Refunded,
-        ]
-        .into_iter()
-        .find(|status| status.as_str() == word)
+        Self::ALL.into_iter().find(|status| status.as_str() == word)
     }
 }
 
@@ -67,6 +77,18 @@ pub enum Durability {
 }
 
 impl Durability {
+    const ALL: [Self; 4] = [Self::Fast, Self::Fsync, Self::Replicated, Self::Committed];
+
+    /// The byte of packed records and receipts.
+    pub fn byte(self) -> u8 {
+        self as u8
+    }
+
+    /// Reads the byte.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(byte)).copied()
+    }
+
     /// The word that the API and PostgreSQL use.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -79,9 +101,55 @@ impl Durability {
 
     /// Reads the word.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Fast, Self::Fsync, Self::Replicated, Self::Committed]
+        Self::ALL
             .into_iter()
             .find(|durability| durability.as_str() == word)
+    }
+}
+
+/// What a sale asks of its acceptances.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = DurabilityMode)]
+pub enum Mode {
+    /// What Redis' own settings give: `fsync` or `fast`.
+    #[default]
+    Default,
+    /// A 201 only when enough replicas have it, too.
+    Replicated,
+    /// A 201 only when PostgreSQL has it, too.
+    Committed,
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Default, Self::Replicated, Self::Committed];
+
+    /// The word that the API and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Replicated => "replicated",
+            Self::Committed => "committed",
+        }
+    }
+
+    /// Reads the word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == word)
     }
 }
 
@@ -142,6 +210,9 @@ pub struct Purchase {
     pub fingerprint: Fingerprint,
     /// What an acceptance will survive.
     pub durability: Durability,
+    /// Whether a receipt proves that a lost epoch accepted it: then neither pause nor end of the
+    /// round is in its way.
+    pub redeem: bool,
     /// Archived rounds of the sale in which PostgreSQL does not have the order; 0 if nobody asked.
     pub archive: u32,
 }
@@ -214,6 +285,7 @@ mod tests {
         ] {
             assert_eq!(Status::parse(status.as_str()), Some(status));
             assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());
+            assert_eq!(Status::from_byte(status.byte()), Some(status));
         }
         for durability in [
             Durability::Fast,
@@ -222,10 +294,15 @@ mod tests {
             Durability::Committed,
         ] {
             assert_eq!(Durability::parse(durability.as_str()), Some(durability));
+            assert_eq!(Durability::from_byte(durability.byte()), Some(durability));
             assert_eq!(
                 serde_json::to_value(durability).unwrap(),
                 durability.as_str()
             );
+        }
+        for mode in Mode::ALL {
+            assert_eq!(Mode::parse(mode.as_str()), Some(mode));
+            assert_eq!(serde_json::to_value(mode).unwrap(), mode.as_str());
         }
         assert_eq!(Status::parse("lost"), None);
     }

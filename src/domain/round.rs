@@ -52,7 +52,12 @@ impl Intent {
 
     /// Whether it is the end, whatever the window says.
     pub fn is_over(self) -> bool {
-        matches!(self, Self::Closed | Self::Settled | Self::Archived)
+        self == Self::Closed || self.is_final()
+    }
+
+    /// Whether its orders can change no more.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Settled | Self::Archived)
     }
 }
 

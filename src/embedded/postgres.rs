@@ -40,6 +40,8 @@ pub struct PostgresOptions {
     pub log: Option<PathBuf>,
     /// Settings after ours, so they win: `("max_connections", "300")`.
     pub settings: Vec<(String, String)>,
+    /// Variables of its environment, which is empty otherwise: for tests.
+    pub environment: Vec<(String, String)>,
     /// Nobody needs its data once we are gone: nothing is synced to disk, and it ends at once when dropped
     /// and when we die.
     pub throwaway: bool,
@@ -54,6 +56,7 @@ impl PostgresOptions {
             password: secrets::random(),
             log: None,
             settings: Vec::new(),
+            environment: Vec::new(),
             throwaway: false,
         }
     }
@@ -211,6 +214,7 @@ impl Service for Postgres {
             arguments,
             directory: self.dir.clone(),
             user: self.user.clone(),
+            environment: self.options.environment.clone(),
             log: self
                 .options
                 .log

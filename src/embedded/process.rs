@@ -33,6 +33,8 @@ pub(super) struct Recipe {
     pub(super) directory: PathBuf,
     /// Whom it runs as, if not as we do.
     pub(super) user: Option<User>,
+    /// Variables of its environment, besides ours.
+    pub(super) environment: Vec<(String, String)>,
     /// What its output is appended to.
     pub(super) log: PathBuf,
     /// What the kernel sends it when we die, however we die.
@@ -76,6 +78,7 @@ impl Process {
             .env_clear()
             .env("PATH", "/usr/local/bin:/usr/bin:/bin")
             .env("LC_ALL", "C.UTF-8")
+            .envs(recipe.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(io_error("open", &recipe.log))?)
             .stderr(log)

@@ -46,6 +46,8 @@ pub struct RedisOptions {
     pub log: Option<PathBuf>,
     /// Lines of `redis.conf` after ours, so they win: `("maxmemory", "1mb")`.
     pub settings: Vec<(String, String)>,
+    /// Variables of its environment, which is empty otherwise: for tests.
+    pub environment: Vec<(String, String)>,
     /// Nobody needs its data once we are gone: it is killed when dropped, and when we die.
     pub throwaway: bool,
 }
@@ -60,6 +62,7 @@ impl RedisOptions {
             password: secrets::random(),
             log: None,
             settings: Vec::new(),
+            environment: Vec::new(),
             throwaway: false,
         }
     }
@@ -205,6 +208,7 @@ impl Service for Redis {
             arguments: vec![file.into_os_string()],
             directory: self.dir.clone(),
             user: None,
+            environment: self.options.environment.clone(),
             log: self
                 .options
                 .log

@@ -34,6 +34,16 @@ pub struct Inspection {
     raw_epoch: String,
 }
 
+impl Inspection {
+    pub(super) fn incarnation(&self) -> &str {
+        &self.incarnation
+    }
+
+    pub(super) fn raw_epoch(&self) -> &str {
+        &self.raw_epoch
+    }
+}
+
 /// Why an epoch could not begin.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InstallError {

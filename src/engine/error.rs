@@ -1,5 +1,7 @@
 //! Why an operation of the engine has no answer.
 
+use crate::faults;
+
 /// An operation that was not decided, or whose decision did not come back.
 ///
 /// Business refusals are not errors: they are answers.
@@ -41,7 +43,7 @@ impl EngineError {
             | Self::Damaged(_)
             | Self::Refused(_)
             | Self::Expired => false,
-            Self::Unknown(_) | Self::Protocol(_) => true,
+            Self::Unknown(_) | Self::Protocol(_) => !faults::bug("unknown_told_as_refused"),
         }
     }
 }

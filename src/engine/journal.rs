@@ -107,11 +107,34 @@ impl Engine {
 
 impl JournalReader {
     /// The entries after `after`, at most `entries_max`. Read in one script that also checks that
-    /// Redis is in `epoch`, and is the server that the epoch began on.
+    /// Redis is in `epoch`, and is the server that the epoch began on. Entries go by their number:
+    /// they are found also if `after` has a later epoch than they have.
     ///
     /// # Errors
     /// [`JournalError`].
     pub async fn read(
+        &self,
+        epoch: Epoch,
+        after: JournalId,
+        entries_max: usize,
+    ) -> Result<JournalPage, JournalError> {
+        let page = self.page(epoch, after, entries_max).await;
+        if let Err(JournalError::Missing { .. }) = page {
+            for older in (0..after.epoch.0).rev().map(Epoch) {
+                let after = JournalId {
+                    epoch: older,
+                    ..after
+                };
+                match self.page(epoch, after, entries_max).await {
+                    Err(JournalError::Missing { .. }) => {}
+                    found => return found,
+                }
+            }
+        }
+        page
+    }
+
+    async fn page(
         &self,
         epoch: Epoch,
         after: JournalId,
@@ -171,7 +194,7 @@ impl JournalReader {
 }
 
 /// Takes one entry of `XRANGE` apart; `None` when it is not even shaped like one.
-fn raw_entry(value: Value) -> Option<RawEntry> {
+pub(super) fn raw_entry(value: Value) -> Option<RawEntry> {
     let mut parts = value.into_array().into_iter();
     let id = journal_id(&parts.next()?.as_string()?)?;
     let mut fields = parts.next()?.into_array().into_iter();

@@ -13,11 +13,14 @@ use std::{
 };
 
 use super::packed::Standing;
-use crate::domain::{
-    id::{BuyerId, Epoch, OrderId, RoundId},
-    limits::MEMORY_MS,
-    order::{Purchase, Refusal},
-    round::State,
+use crate::{
+    domain::{
+        id::{BuyerId, Epoch, OrderId, RoundId},
+        limits::MEMORY_MS,
+        order::{Purchase, Refusal},
+        round::State,
+    },
+    faults,
 };
 
 /// Orders of a sale above which no proof is loaded: 8 MB of ids per round is enough.
@@ -186,13 +189,18 @@ impl Memory {
         at: Instant,
         redis_ms: i64,
     ) -> Option<Refusal> {
+        // Of lost acceptances there are few, and each deserves to be looked at.
+        if purchase.redeem {
+            return None;
+        }
         let (standing, proof) = {
             let rounds = self.rounds();
             let known = rounds.get(&purchase.round)?;
             let age = at.saturating_duration_since(known.at);
             // Orders that have left Redis are in no proof.
             let archived = known.standing.archived_rounds > 0;
-            if age > MEMORY || known.standing.epoch != epoch || archived {
+            let stale = age > MEMORY && !faults::bug("memory_for_ever");
+            if stale || known.standing.epoch != epoch || archived {
                 return None;
             }
             (known.standing, known.proof.clone())
@@ -217,6 +225,9 @@ impl Memory {
             State::Open if standing.sold_out() => Refusal::SoldOut,
             State::Scheduled | State::Paused | State::Open => return None,
         };
+        if faults::bug("memory_without_proof") {
+            return Some(refusal);
+        }
         let proof = proof.filter(|proof| proof.covers(&standing))?;
         let Known { orders, buyers } = &proof.known;
         // The limits come before the stock: who could be at one gets to hear of it from Redis.
@@ -285,6 +296,7 @@ mod tests {
             quantity: 1,
             fingerprint: Fingerprint([0; 8]),
             durability: Durability::Fsync,
+            redeem: false,
             archive: 0,
         }
     }
@@ -303,6 +315,11 @@ mod tests {
         known.add(purchase("accepted").order, BuyerId(Uuid::from_u128(8)));
         memory.prove(sold_out.round, Some(Proof::new(&sold_out, known)));
         assert_eq!(refuse("new", at), Some(Refusal::SoldOut));
+        let redeemed = Purchase {
+            redeem: true,
+            ..purchase("new")
+        };
+        assert_eq!(memory.refuse(&redeemed, EPOCH, at, 20_000), None);
         let limited = [
             Purchase {
                 buyer: BuyerId(Uuid::from_u128(8)),

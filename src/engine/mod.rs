@@ -23,6 +23,7 @@ mod partition;
 mod provision;
 mod purchase;
 mod queue;
+mod rebuild;
 mod records;
 mod release;
 mod reply;
@@ -34,7 +35,7 @@ mod trim;
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Instant,
 };
 
@@ -50,6 +51,7 @@ pub use self::{
     packed::Standing,
     partition::Fence,
     purchase::Answer,
+    rebuild::SaleImage,
     records::Kept,
 };
 use self::{
@@ -58,7 +60,7 @@ use self::{
 };
 use crate::{
     domain::{
-        id::{Partition, RoundId},
+        id::{JournalId, Partition, RoundId},
         order::Durability,
     },
     metrics::EngineMetrics,
@@ -80,6 +82,8 @@ pub struct EngineOptions {
     pub url: RedisUrl,
     /// Purchases that may wait for a call.
     pub queue_capacity: usize,
+    /// The key that signs the receipts of what it accepts; 0 for none.
+    pub receipt_key: u8,
 }
 
 /// What sells the rounds of one partition.
@@ -127,9 +131,13 @@ impl Shared {
         }
     }
 
+    fn damaged(&self) -> MutexGuard<'_, BTreeSet<RoundId>> {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Says aloud when a round becomes damaged and when it is whole again, not at each purchase.
     fn note_damage(&self, round: RoundId, is_damaged: bool) {
-        let mut damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut damaged = self.damaged();
         if is_damaged && damaged.insert(round) {
             tracing::error!(%round, "round damaged: nothing of it is sold until it is rebuilt");
         } else if !is_damaged && damaged.remove(&round) {
@@ -167,6 +175,7 @@ impl Engine {
         let purchases = PurchaseLane {
             shared: Arc::clone(&shared),
             connection: crowd,
+            receipt_key: options.receipt_key,
         };
         let snapshots = SnapshotLane {
             shared: Arc::clone(&shared),
@@ -236,9 +245,20 @@ impl Engine {
             .await;
     }
 
-    /// The highest pseq that any reply has shown.
-    pub fn floor(&self) -> u64 {
+    /// The last timeline that this node sold in, and the highest pseq that any reply has shown it
+    /// there.
+    pub fn floor(&self) -> JournalId {
         self.shared.view.floor()
+    }
+
+    /// Whether keys of a round were missing or not whole when a call last saw them.
+    pub fn is_damaged(&self) -> bool {
+        !self.shared.damaged().is_empty()
+    }
+
+    /// Every round has been made whole.
+    pub fn forget_damage(&self) {
+        self.shared.damaged().clear();
     }
 
     /// Purchases that wait for a call.

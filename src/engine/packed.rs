@@ -26,7 +26,7 @@ pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
 /// Bytes of the counters of a round.
 pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
 /// Bytes of one purchase in the arguments of its script.
-pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 4;
+pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 1 + 4;
 
 /// Bytes of an acceptance in a journal entry of this version: index of its round, id, record.
 pub(super) fn acceptance_bytes(version: u8) -> usize {
@@ -108,9 +108,9 @@ impl<'a> Unpack<'a> {
         if !(VERSION_MIN..=VERSION).contains(&version) {
             return None;
         }
-        let status = status(self.byte()?)?;
-        let accepted_as = self::status(self.byte()?)?;
-        let durability = durability(self.byte()?)?;
+        let status = Status::from_byte(self.byte()?)?;
+        let accepted_as = Status::from_byte(self.byte()?)?;
+        let durability = Durability::from_byte(self.byte()?)?;
         let receipt_key = if version == VERSION_MIN {
             0
         } else {
@@ -244,35 +244,57 @@ impl<'a> Unpack<'a> {
     }
 }
 
-fn status(byte: u8) -> Option<Status> {
-    match byte {
-        0 => Some(Status::Held),
-        1 => Some(Status::Confirmed),
-        2 => Some(Status::Expired),
-        3 => Some(Status::Cancelled),
-        4 => Some(Status::Refunded),
-        _ => None,
+/// `RECORD`: an order, as its script would have written it. One without the key of a receipt is
+/// written in the version that had none.
+pub(super) fn record(order: &Order) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(RECORD_BYTES);
+    let version = if order.receipt_key == 0 {
+        VERSION_MIN
+    } else {
+        VERSION
+    };
+    bytes.extend([
+        version,
+        order.status.byte(),
+        order.accepted_as.byte(),
+        order.durability.byte(),
+    ]);
+    if version == VERSION {
+        bytes.push(order.receipt_key);
     }
+    bytes.extend(order.round.round.to_be_bytes());
+    bytes.extend(order.epoch.0.to_be_bytes());
+    push_u48(&mut bytes, order.seq);
+    push_u48(&mut bytes, order.pseq);
+    bytes.extend(
+        u32::try_from(order.quantity)
+            .unwrap_or(u32::MAX)
+            .to_be_bytes(),
+    );
+    bytes.extend(price(order.unit_price));
+    push_u48(&mut bytes, order.accepted_at_ms.unsigned_abs());
+    bytes.extend(order.fingerprint.0);
+    bytes.extend(order.buyer.0.as_bytes());
+    bytes
 }
 
-fn durability(byte: u8) -> Option<Durability> {
-    match byte {
-        0 => Some(Durability::Fast),
-        1 => Some(Durability::Fsync),
-        2 => Some(Durability::Replicated),
-        3 => Some(Durability::Committed),
-        _ => None,
-    }
+/// `OPERATION`: what an operation asked for, and the seq it took.
+pub(super) fn operation(fingerprint: Fingerprint, seq: u64) -> Vec<u8> {
+    let mut bytes = fingerprint.0.to_vec();
+    push_u48(&mut bytes, seq);
+    bytes
 }
 
-/// The byte of a durability.
-fn durability_byte(durability: Durability) -> u8 {
-    match durability {
-        Durability::Fast => 0,
-        Durability::Fsync => 1,
-        Durability::Replicated => 2,
-        Durability::Committed => 3,
-    }
+/// `BUYER`: the units that a buyer has, and the acceptances that the buyer ever got.
+pub(super) fn buyer(units: u64, acceptances: u64) -> Vec<u8> {
+    [units, acceptances]
+        .into_iter()
+        .flat_map(|count| u32::try_from(count).unwrap_or(u32::MAX).to_be_bytes())
+        .collect()
+}
+
+fn push_u48(bytes: &mut Vec<u8>, number: u64) {
+    bytes.extend_from_slice(&number.to_be_bytes()[2..]);
 }
 
 /// The eleven bytes of a price.
@@ -291,7 +313,8 @@ pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchas
     let quantity = u32::try_from(purchase.quantity).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&quantity.to_be_bytes());
     bytes.extend_from_slice(&purchase.fingerprint.0);
-    bytes.push(durability_byte(purchase.durability));
+    bytes.push(purchase.durability.byte());
+    bytes.push(purchase.redeem.into());
     bytes.extend_from_slice(&purchase.archive.to_be_bytes());
 }
 

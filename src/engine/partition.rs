@@ -14,7 +14,7 @@ use super::{
     reply::{Head, Reply},
 };
 use crate::domain::{
-    id::{Epoch, Partition},
+    id::{Epoch, JournalId, Partition},
     limits::{CALL_DEADLINE_MS, CLOCK_JUMP_MS},
 };
 
@@ -43,7 +43,9 @@ pub(super) struct PartitionView {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// The highest pseq in any reply.
+    /// The last timeline that was open.
+    epoch: Epoch,
+    /// The highest pseq in any reply of it.
     pseq: u64,
     /// Redis' clock at an instant of ours.
     clock: Option<(i64, Instant)>,
@@ -94,9 +96,14 @@ impl PartitionView {
         }
     }
 
-    /// The highest pseq that any reply has shown: Redis must never be behind it.
-    pub(super) fn floor(&self) -> u64 {
-        self.seen().pseq
+    /// The last timeline that was open, and the highest pseq that any reply of it has shown: Redis
+    /// must never be behind it.
+    pub(super) fn floor(&self) -> JournalId {
+        let seen = self.seen();
+        JournalId {
+            epoch: seen.epoch,
+            pseq: seen.pseq,
+        }
     }
 
     /// Redis' clock now, as far as this node can tell.
@@ -109,7 +116,13 @@ impl PartitionView {
     /// Redis' clock showed `now_ms` at our instant `at`.
     pub(super) fn open(&self, epoch: Epoch, pseq: u64, now_ms: i64, at: Instant) {
         let mut seen = self.seen();
-        seen.pseq = seen.pseq.max(pseq);
+        // A later timeline may begin below what an older one had reached.
+        seen.pseq = if epoch > seen.epoch {
+            pseq
+        } else {
+            seen.pseq.max(pseq)
+        };
+        seen.epoch = epoch;
         seen.clock = Some((now_ms, at));
         drop(seen);
         self.fence.send_replace(Fence::Open(epoch));
@@ -155,7 +168,9 @@ impl PartitionView {
                     pseq: reply.number()?,
                 };
                 let mut seen = self.seen();
-                seen.pseq = seen.pseq.max(head.pseq);
+                if epoch == seen.epoch {
+                    seen.pseq = seen.pseq.max(head.pseq);
+                }
                 seen.learn_clock(head.now_ms, at);
                 Ok(head)
             }
@@ -216,9 +231,17 @@ mod tests {
         assert!(matches!(view.caller(), Err(EngineError::Fenced(_))));
         view.open(Epoch(3), 7, 1_000, Instant::now());
         assert_eq!(view.epoch(), Ok(Epoch(3)));
-        assert_eq!(view.floor(), 7);
+        let floor = |epoch, pseq| JournalId {
+            epoch: Epoch(epoch),
+            pseq,
+        };
+        assert_eq!(view.floor(), floor(3, 7));
+        view.open(Epoch(3), 5, 1_000, Instant::now());
+        assert_eq!(view.floor(), floor(3, 7));
         view.close("first");
         view.close("second");
         assert_eq!(view.epoch(), Err(EngineError::Fenced("first".to_owned())));
+        view.open(Epoch(4), 2, 1_000, Instant::now());
+        assert_eq!(view.floor(), floor(4, 2));
     }
 }

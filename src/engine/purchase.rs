@@ -13,10 +13,13 @@ use super::{
     packed::{self, ITEM_BYTES, Unpack},
     reply::Reply,
 };
-use crate::domain::{
-    id::RoundId,
-    limits::{CALL_ARGUMENT_BYTES_MAX, CALL_ITEMS_MAX, CALL_ROUNDS_MAX},
-    order::{Decision, Purchase, Refusal},
+use crate::{
+    domain::{
+        id::RoundId,
+        limits::{CALL_ARGUMENT_BYTES_MAX, CALL_ITEMS_MAX, CALL_ROUNDS_MAX},
+        order::{Decision, Purchase, Refusal},
+    },
+    faults,
 };
 
 // The caps of a call fit together.
@@ -38,6 +41,8 @@ pub struct Answer {
 pub(super) struct PurchaseLane {
     pub(super) shared: Arc<Shared>,
     pub(super) connection: Arc<Connection>,
+    /// The key that signs the receipts of what it accepts; 0 for none.
+    pub(super) receipt_key: u8,
 }
 
 impl Lane for PurchaseLane {
@@ -89,16 +94,18 @@ impl Lane for PurchaseLane {
                 keys.orders(round.sale),
             ]);
         }
-        let arguments = vec![Bytes::from_static(b"0"), packed_items.into()];
+        let arguments = vec![self.receipt_key.to_string().into(), packed_items.into()];
 
         metrics.calls.inc();
         #[expect(clippy::cast_precision_loss, reason = "at most 128")]
         metrics.call_items.observe(items.len() as f64);
         let sent_at = Instant::now();
+        faults::point("purchase.before_script");
         let called = self
             .shared
             .call(&self.connection, &scripts.purchase, names, arguments)
             .await;
+        faults::point("purchase.after_script");
         metrics
             .call_seconds
             .observe(sent_at.elapsed().as_secs_f64());

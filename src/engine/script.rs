@@ -2,6 +2,8 @@
 
 use sha1::{Digest, Sha1};
 
+use crate::faults;
+
 /// A script, ready to be called by its hash.
 #[derive(Debug)]
 pub(super) struct Script {
@@ -15,6 +17,7 @@ pub(super) struct Script {
 
 impl Script {
     fn new(name: &'static str, text: &'static str) -> Self {
+        let text = faults::script(name, text);
         let sha = Sha1::digest(text.as_bytes())
             .iter()
             .fold(String::new(), |mut hex, byte| {
@@ -55,9 +58,11 @@ pub(super) struct Scripts {
     pub(super) install: Script,
     pub(super) journal: Script,
     pub(super) leaderboard: Script,
+    pub(super) load: Script,
     pub(super) order: Script,
     pub(super) provision: Script,
     pub(super) purchase: Script,
+    pub(super) rebuild: Script,
     pub(super) release: Script,
     pub(super) restock: Script,
     pub(super) settle: Script,
@@ -77,9 +82,11 @@ impl Scripts {
             install: script!("", "install"),
             journal: script!(" flags=no-writes", "journal"),
             leaderboard: script!(" flags=no-writes", "leaderboard"),
+            load: script!("", "load"),
             order: script!(" flags=no-writes", "order"),
             provision: script!("", "provision"),
             purchase: script!("", "purchase"),
+            rebuild: script!("", "rebuild"),
             release: script!(" flags=allow-oom", "release"),
             restock: script!("", "restock"),
             settle: script!(" flags=allow-oom", "settle"),

@@ -20,6 +20,7 @@ mod page;
 mod probes;
 pub mod problem;
 mod products;
+mod receipts;
 mod routes;
 mod sales;
 mod version;
@@ -138,6 +139,7 @@ fn resources() -> Vec<routes::Routes> {
         products::routes(),
         sales::routes(),
         orders::routes(),
+        receipts::routes(),
         leaderboard::routes(),
         events::routes(),
         audit::routes(),

@@ -156,6 +156,18 @@ codes! {
         fix "Repeat the first request exactly to get its answer, or take a new key for a new one."
         curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"quantity\": 2}'"
 
+    /// Not signed here.
+    ReceiptInvalid "receipt_invalid" UNPROCESSABLE_ENTITY "Not a receipt of this server" Never NotApplied
+        cause "The text is no receipt, was changed, or is signed with a key that this server does not have (any more). `errors` says which."
+        fix "Send `receipt` exactly as the 201 had it. If the key is missing, the operator has to configure it again (`STOCKADE_RECEIPT_KEYS`)."
+        curl "curl -X POST $STOCKADE/v1/receipts -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' -d \"{\\\"receipt\\\": \\\"$RECEIPT\\\"}\""
+
+    /// Genuine, but its order is neither there nor reported lost.
+    NotRedeemable "not_redeemable" CONFLICT "No reported loss covers this receipt" SameKey NotApplied
+        cause "The receipt is genuine, but there is no such order, and no recovery has reported a loss that it could be part of. That should not happen: the server's log has it."
+        fix "Keep the receipt, and show it to the operator. While a loss is still being worked up, the same request may succeed later."
+        curl "curl $STOCKADE/v1/orders/$ORDER_ID -H \"Authorization: Bearer $TOKEN\""
+
     /// Cannot be read (400), or is out of range (422).
     Validation "validation" BAD_REQUEST "The request is not valid" Never NotApplied
         cause "Status 400: the request cannot be read, because of its syntax, a wrong type, an unknown field or a bad query. Status 422: it can be read, but a value is out of range. `errors` points to each place."
@@ -362,6 +374,13 @@ impl Problem {
         let mut problem = Self::new(Code::Internal, "Something went wrong inside the server.");
         problem.0.cause = Some(cause.to_string());
         problem
+    }
+
+    /// With a place in the request that is wrong.
+    #[must_use]
+    pub fn at(mut self, error: FieldError) -> Self {
+        self.0.errors.push(error);
+        self
     }
 
     /// Nothing was done; the same request may succeed in a second.
@@ -621,6 +640,8 @@ mod tests {
         ("order_limit", 422),
         ("idempotency_key_missing", 400),
         ("idempotency_key_mismatch", 422),
+        ("receipt_invalid", 422),
+        ("not_redeemable", 409),
         ("validation", 400),
         ("unauthenticated", 401),
         ("invalid_credentials", 401),

@@ -32,6 +32,7 @@ use crate::{
         id::{Fingerprint, OperationId, ProductId, SaleId, SaleNumber},
         limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
         money::Money,
+        order::Mode,
         round::{self, Intent, Terms, TermsError, Window},
     },
     sales::{SaleError, Shop},
@@ -169,8 +170,9 @@ struct SaleView {
     server_time_ms: i64,
     #[schema(example = "none")]
     payment: &'static str,
-    #[schema(example = "default")]
-    durability: &'static str,
+    /// What its acceptances survive; each order says what its own does.
+    #[schema(inline)]
+    durability: Mode,
     created_at: Timestamp,
     updated_at: Timestamp,
 }
@@ -198,7 +200,7 @@ impl From<crate::sales::SaleView> for SaleView {
             closes_at: standing.window.closes_at_ms.map(Timestamp::from_ms),
             server_time_ms: standing.now_ms,
             payment: "none",
-            durability: "default",
+            durability: facts.durability,
             created_at: Timestamp(facts.created_at),
             updated_at: Timestamp(facts.updated_at),
         }
@@ -330,6 +332,7 @@ async fn create(
         product: offer.product,
         name: offer.name.unwrap_or(product.content.name),
         small_print: offer.small_print,
+        durability: offer.durability,
         terms,
         created_by: operator.user,
     };
@@ -420,6 +423,7 @@ struct Offer {
     per_buyer_limit: u64,
     per_order_limit: u64,
     window: Window,
+    durability: Mode,
 }
 
 impl SaleRequest {
@@ -467,13 +471,17 @@ impl SaleRequest {
                 check.refuse(pointer, "not supported");
             }
         }
-        for (pointer, given, only) in [
-            ("#/payment", &self.payment, "none"),
-            ("#/durability", &self.durability, "default"),
-        ] {
-            if given.as_ref().is_some_and(|given| given != only) {
-                check.refuse(pointer, format!("not supported; only {only} is"));
-            }
+        if self.payment.as_ref().is_some_and(|given| given != "none") {
+            check.refuse("#/payment", "not supported; only none is");
+        }
+        let durability = self.durability.as_deref().map(Mode::parse);
+        if durability == Some(None) {
+            check.refuse("#/durability", "must be default, replicated or committed");
+        } else if durability
+            .flatten()
+            .is_some_and(|mode| mode != Mode::Default)
+        {
+            check.refuse("#/durability", "not supported; only default is");
         }
         check.done().map(|()| Offer {
             product: ProductId(self.product_id),
@@ -484,6 +492,7 @@ impl SaleRequest {
             per_buyer_limit,
             per_order_limit,
             window,
+            durability: durability.flatten().unwrap_or_default(),
         })
     }
 }
@@ -665,7 +674,9 @@ mod tests {
             (json!({"schedule": {}}), 422, "#/schedule"),
             (json!({"payment": "stripe"}), 422, "#/payment"),
             (json!({"payment": 1}), 400, "#/payment"),
+            (json!({"durability": "fsync"}), 422, "#/durability"),
             (json!({"durability": "committed"}), 422, "#/durability"),
+            (json!({"durability": null}), 400, "#/durability"),
             (json!({"product_id": "{p0}"}), 400, "#/product_id"),
             (json!({"stock": 1}), 400, "#/stock"),
         ] {

@@ -37,6 +37,7 @@ use crate::{
         },
     },
     clock,
+    domain::receipt::ReceiptKeys,
     engine::Engines,
     metrics::Metrics,
     ops::auditor::Auditor,
@@ -44,9 +45,9 @@ use crate::{
     realtime::Hub,
     sales::{Pseudonyms, Shop},
     store::{
-        endings::Endings,
-        Database, DatabaseSettings, directory::Directory, journal::Positions, orders::Orders,
-        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+        Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
+        journal::Positions, orders::Orders, products::Products, rounds::Rounds, sales::Sales,
+        sessions::Sessions, users::Users,
     },
 };
 
@@ -117,9 +118,11 @@ fn closed_shop(database: Database) -> Shop {
         sales: Sales::new(database.clone()),
         rounds: Rounds::new(database.clone()),
         orders: Orders::new(database.clone()),
+        epochs: Epochs::new(database.clone()),
         positions: Positions::new(database),
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+        receipts: ReceiptKeys::new(&[(1, SECRET)]).unwrap(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::frame::{Frame, FrameId};
-use crate::{domain::id::SaleId, engine::Standing};
+use crate::{domain::id::SaleId, engine::Standing, faults};
 
 /// The latest that is known of a sale, and what of it has been told.
 ///
@@ -72,7 +72,7 @@ impl Latest {
 
     /// The frame of what waits, if it may go out now.
     pub(super) fn flush(&mut self, now: Instant, interval: Duration) -> Option<Frame> {
-        if self.due(interval)? > now {
+        if self.due(interval)? > now || faults::bug("last_frame_lost") {
             return None;
         }
         let standing = self.waiting.take()?;

@@ -2,24 +2,32 @@
 
 mod provisioning;
 mod pseudonym;
+mod receipts;
 
 use std::{collections::HashMap, sync::Arc};
 
 use uuid::Uuid;
 
-pub use self::{provisioning::provision_rounds, pseudonym::Pseudonyms};
+pub use self::{
+    provisioning::provision_rounds,
+    pseudonym::Pseudonyms,
+    receipts::{Redemption, StoredReplay},
+};
 use crate::{
     clock,
     domain::{
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
         model::{Cancelled, Controlled, Restocked},
         order::{Decision, Order, Purchase, Refusal, Status},
+        receipt::ReceiptKeys,
         round::Intent,
     },
     engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
+    faults,
     store::{
         StoreError,
         directory::Directory,
+        epochs::Epochs,
         journal::Positions,
         orders::{self, Orders},
         rounds::Rounds,
@@ -111,6 +119,10 @@ pub struct Shop {
     pub stored: HashMap<Partition, StoredPosition>,
     /// What buyers are called on a leaderboard.
     pub pseudonyms: Pseudonyms,
+    /// What was lost when an epoch began.
+    pub epochs: Epochs,
+    /// Signs receipts, and knows its own.
+    pub receipts: ReceiptKeys,
 }
 
 impl Shop {
@@ -241,47 +253,52 @@ impl Shop {
     ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
         let facts = self.facts(id).await?;
         let engine = self.engine(facts.partition)?;
-        let mut purchase = Purchase {
-            archive: engine.archived_rounds(facts.round_id()),
+        let owner = if faults::bug("key_of_everybody") {
+            BuyerId(Uuid::nil())
+        } else {
+            buyer
+        };
+        let purchase = Purchase {
             round: facts.round_id(),
-            order: OrderId::derive(facts.number, buyer, key),
+            order: OrderId::derive(facts.number, owner, key),
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
             durability: engine.durability(),
+            redeem: false,
+            archive: engine.archived_rounds(facts.round_id()),
         };
+        Ok((self.decide(engine, purchase).await?, facts))
+    }
+
+    /// Lets Redis decide, after PostgreSQL has said whether an archived round has the order.
+    async fn decide(&self, engine: &Engine, mut purchase: Purchase) -> Result<Answer, SaleError> {
         // Each further turn means that one more round was archived meanwhile.
         for _ in 0..ARCHIVED_MEANWHILE_MAX {
-            if purchase.archive > 0
-                && let Some(decision) = self.replay_stored(&purchase).await?
-            {
-                let answer = Answer {
-                    decision,
-                    looked_up: true,
-                    now_ms: engine.redis_ms().unwrap_or_default(),
-                };
-                return Ok((answer, facts));
+            if purchase.archive > 0 {
+                let Purchase {
+                    order,
+                    buyer,
+                    fingerprint,
+                    ..
+                } = purchase;
+                let stored = self.replay_stored(order, buyer, fingerprint).await?;
+                if let Some(decision) = stored.decision() {
+                    return Ok(Answer {
+                        decision,
+                        looked_up: true,
+                        now_ms: engine.redis_ms().unwrap_or_default(),
+                    });
+                }
             }
             let answer = engine.purchase(purchase).await?;
             match answer.decision {
                 Decision::Refused(Refusal::Archived { rounds }) => purchase.archive = rounds,
-                _ => return Ok((answer, facts)),
+                _ => return Ok(answer),
             }
         }
         let reason = "rounds of the sale are being archived".to_owned();
         Err(SaleError::Engine(EngineError::Damaged(reason)))
-    }
-
-    /// What an order that PostgreSQL has makes of a purchase with its key; `None` when it has none.
-    async fn replay_stored(&self, purchase: &Purchase) -> Result<Option<Decision>, SaleError> {
-        let order = self.orders.by_id(purchase.order).await?;
-        Ok(order.map(|order| {
-            if (order.buyer, order.fingerprint) == (purchase.buyer, purchase.fingerprint) {
-                Decision::Replayed(order)
-            } else {
-                Decision::Refused(Refusal::Mismatch)
-            }
-        }))
     }
 
     /// The order with this id, if it is `buyer`'s; `None` may see every order.
@@ -409,7 +426,7 @@ impl Shop {
     ) -> Result<(SaleView, bool), SaleError> {
         let facts = self.facts(id).await?;
         let operation = OperationId::derive(&format!("restock {id}"), actor, key);
-        let fingerprint = Fingerprint::of(&[b"restock", &units.to_be_bytes()]);
+        let fingerprint = Fingerprint::restock(units);
         let engine = self.engine(facts.partition)?;
         let round = facts.round_id();
         let (restocked, standing) = engine

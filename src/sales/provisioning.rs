@@ -13,6 +13,7 @@ use crate::{
     clock,
     domain::{id::RoundId, model::Provisioned, round::Terms},
     engine::{Engine, EngineError, Engines},
+    faults,
     store::rounds::Rounds,
 };
 
@@ -29,8 +30,10 @@ pub(super) async fn provision(
     round: RoundId,
     terms: &Terms,
 ) -> Result<(), SaleError> {
+    faults::point("provision.before_redis");
     match engine.provision(round, terms).await? {
         Provisioned::Created | Provisioned::Exists => {
+            faults::point("provision.after_redis");
             rounds.set_provisioned(round, clock::now()).await?;
             Ok(())
         }

@@ -132,7 +132,7 @@ impl RoundSums {
 /// One snapshot of the database. Use it in a task that nobody drops half-way.
 #[derive(Debug)]
 pub struct Snapshot {
-    transaction: Transaction<'static, Postgres>,
+    pub(super) transaction: Transaction<'static, Postgres>,
 }
 
 impl Snapshot {

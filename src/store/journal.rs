@@ -10,11 +10,14 @@ use sqlx::{
 use uuid::Uuid;
 
 use super::{Database, StoreError};
-use crate::domain::{
-    id::{Epoch, JournalId, OrderId, Partition, RoundId, SaleNumber},
-    journal::{Event, EventKind},
-    order::{Order, Status},
-    round::{Counters, Intent},
+use crate::{
+    domain::{
+        id::{Epoch, JournalId, OrderId, Partition, RoundId, SaleNumber},
+        journal::{Event, EventKind},
+        order::{Order, Status},
+        round::{Counters, Intent},
+    },
+    faults,
 };
 
 /// Up to where PostgreSQL has the journal of a partition, and in which epoch Redis must be.
@@ -206,7 +209,8 @@ impl Positions {
     }
 
     /// Begins the epoch after `present`: from now on no writer inserts what an older one left.
-    /// `None` when another node was faster.
+    /// `recovered_to` is the last entry of all earlier epochs that it has. `None` when another node
+    /// was faster.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -214,17 +218,28 @@ impl Positions {
         &self,
         partition: Partition,
         present: Epoch,
+        recovered_to: u64,
     ) -> Result<Option<Position>, StoreError> {
         self.of(partition).await?;
         self.database
             .run(async move |pool| {
                 let row = sqlx::query_as!(
                     PositionColumns,
-                    "UPDATE journal_positions SET epoch = epoch + 1, updated_at = now()
-                     WHERE partition = $1 AND epoch = $2
-                     RETURNING epoch, installed_epoch, position, position_epoch",
+                    r#"WITH raised AS (
+                           UPDATE journal_positions SET epoch = epoch + 1, updated_at = now()
+                           WHERE partition = $1 AND epoch = $2
+                           RETURNING epoch, installed_epoch, position, position_epoch
+                       ), noted AS (
+                           INSERT INTO epochs (partition, epoch, recovered_to)
+                           SELECT $1, epoch, $3 FROM raised
+                           ON CONFLICT (partition, epoch) DO NOTHING
+                       )
+                       SELECT epoch AS "epoch!", installed_epoch AS "installed_epoch!",
+                              position AS "position!", position_epoch AS "position_epoch!"
+                       FROM raised"#,
                     partition.0.cast_signed(),
-                    present.0.cast_signed()
+                    present.0.cast_signed(),
+                    recovered_to.cast_signed()
                 )
                 .fetch_optional(&pool)
                 .await?;
@@ -687,8 +702,9 @@ impl BatchTransaction<'_> {
         sqlx::query!(
             "INSERT INTO orders (id, buyer_id, seq, pseq, last_seq, quantity, unit_price,
                                  accepted_at, updated_at, sale, round, epoch, currency, status,
-                                 accepted_as, durability, fingerprint, receipt_key, sale_id)
-             SELECT new.*, sales.id
+                                 accepted_as, durability, fingerprint, receipt_key, sale_id,
+                                 body_version)
+             SELECT new.*, sales.id, CASE WHEN new.receipt_key = 0 THEN 1 ELSE 2 END
              FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[],
                          $6::bigint[], $7::bigint[], $8::timestamptz[], $9::timestamptz[],
                          $10::int[], $11::int[], $12::int[], $13::text[], $14::text[],
@@ -884,11 +900,12 @@ impl BatchTransaction<'_> {
              SET position = $2, position_epoch = $3, updated_at = now()
              WHERE partition = $1",
             self.partition.0.cast_signed(),
-            stored.pseq.cast_signed(),
+            stored.pseq.cast_signed() + i64::from(faults::bug("position_too_far")),
             stored.epoch.0.cast_signed()
         )
         .execute(&mut *self.transaction)
         .await?;
+        faults::point("writer.before_commit");
         Ok(self.transaction.commit().await?)
     }
 

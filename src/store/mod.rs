@@ -3,9 +3,12 @@
 pub mod audit;
 pub mod directory;
 pub mod endings;
+pub mod epochs;
+pub mod floors;
 pub mod journal;
 pub mod orders;
 pub mod products;
+pub mod rebuild;
 pub mod rounds;
 pub mod sales;
 pub mod sessions;

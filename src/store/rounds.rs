@@ -56,6 +56,26 @@ impl Rounds {
             .await
     }
 
+    /// The price of one unit of a round; `None` when there is no such round.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unit_price(&self, round: RoundId) -> Result<Option<Money>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query!(
+                    "SELECT unit_price, currency FROM rounds WHERE sale = $1 AND round = $2",
+                    round.sale.0.cast_signed(),
+                    round.round.cast_signed()
+                )
+                .fetch_optional(&pool)
+                .await?;
+                row.map(|row| money(row.unit_price, &row.currency))
+                    .transpose()
+            })
+            .await
+    }
+
     /// Rounds of a partition that Redis must have.
     ///
     /// # Errors

@@ -8,9 +8,11 @@ use uuid::Uuid;
 use super::{
     Database, StoreError,
     rounds::{intent, money, window},
+    unreadable,
 };
 use crate::domain::{
     id::{Fingerprint, Partition, ProductId, RoundId, SaleId, SaleNumber},
+    order::Mode,
     round::{Counters, Intent, State, Terms},
 };
 
@@ -29,6 +31,8 @@ pub struct SaleFacts {
     pub name: String,
     /// The small print, if it has any.
     pub small_print: Option<String>,
+    /// What it asks of its acceptances; fixed when it is made.
+    pub durability: Mode,
     /// The current round: 1, 2, 3 ….
     pub round: u32,
     /// The rules of the current round.
@@ -81,6 +85,8 @@ pub struct NewSale {
     pub name: String,
     /// 1 … 10,000 characters.
     pub small_print: Option<String>,
+    /// What it asks of its acceptances.
+    pub durability: Mode,
     /// The rules of its first round, checked.
     pub terms: Terms,
     /// Which operator makes it.
@@ -134,6 +140,7 @@ struct Columns {
     product_id: Uuid,
     name: String,
     terms: Option<String>,
+    durability: String,
     round: i32,
     version: i64,
     created_by: Uuid,
@@ -167,6 +174,8 @@ impl TryFrom<Columns> for Sale {
             product: ProductId(row.product_id),
             name: row.name,
             small_print: row.terms,
+            durability: Mode::parse(&row.durability)
+                .ok_or_else(|| unreadable(format!("durability of sale {}", row.id)))?,
             round: row.round.cast_unsigned(),
             terms: Terms {
                 window: window(row.opens_at, row.closes_at),
@@ -201,7 +210,7 @@ macro_rules! select {
         sqlx::query_as!(
             Columns,
             "SELECT sales.id, sales.number, sales.partition, sales.product_id, sales.name,
-                    sales.terms, sales.round, sales.version, sales.created_by, sales.created_at,
+                    sales.terms, sales.durability, sales.round, sales.version, sales.created_by, sales.created_at,
                     sales.updated_at, sales.request_fingerprint, rounds.unit_price, rounds.currency,
                     rounds.initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
                     rounds.opens_at, rounds.closes_at, rounds.provisioned_at, rounds.intent,
@@ -245,8 +254,8 @@ impl Sales {
                                             price_currency, allocation, per_buyer_limit,
                                             per_order_limit, opens_at, closes_at, durability,
                                             payment, created_by, request_fingerprint)
-                         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 'default',
-                                 'none', $13, $14)
+                         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
+                                 'none', $14, $15)
                          ON CONFLICT (id) DO NOTHING
                          RETURNING number, round
                      )
@@ -266,6 +275,7 @@ impl Sales {
                     terms.per_order_limit.cast_signed(),
                     opens_at,
                     closes_at,
+                    sale.durability.as_str(),
                     sale.created_by,
                     sale.fingerprint.0.as_slice(),
                 )

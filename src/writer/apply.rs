@@ -12,6 +12,7 @@ use crate::{
         order::Order,
     },
     engine::RawEntry,
+    faults,
     store::{
         StoreError,
         journal::{
@@ -59,9 +60,12 @@ pub(super) async fn apply(
     let mut refused = Refused::default();
     let mut compare = false;
     loop {
+        faults::point("writer.before_begin");
         let (mut transaction, locked) = ledger.begin().await?;
-        let same =
-            |locked: Position| locked.epoch == position.epoch && locked.stored == position.stored;
+        let same = |locked: Position| {
+            (locked.epoch == position.epoch || faults::bug("writer_ignores_epoch"))
+                && locked.stored == position.stored
+        };
         if !locked.is_some_and(same) {
             transaction.rollback().await?;
             return Ok(Applied::Moved);
@@ -82,9 +86,15 @@ pub(super) async fn apply(
                 return Err(halt);
             }
         };
+        if faults::bug("position_before_rows") {
+            transaction.commit(batch.to).await?;
+            (transaction, _) = ledger.begin().await?;
+        }
         match write(&mut transaction, &batch, entries).await {
             Ok(()) => {
+                faults::point("writer.after_rows");
                 transaction.commit(batch.to).await?;
+                faults::point("writer.after_commit");
                 return Ok(Applied::Stored(batch));
             }
             Err(error) => {
@@ -209,6 +219,7 @@ fn reconcile(batch: &mut Batch, known: &Known, ground: &Ground) -> Result<(), Ha
                     });
                 }
             }
+            Some(_) if faults::bug("conflict_ignored") => {}
             Some(stored) => {
                 let detail = format!("the journal has {order:?}, PostgreSQL has {stored:?}");
                 return Err(Halt::Conflict(detail));
@@ -271,6 +282,9 @@ async fn write(
     transaction.update_statuses(&batch.statuses).await?;
     transaction.update_rounds(&batch.rounds).await?;
     for letter in &batch.letters {
+        if faults::bug("dead_letter_dropped") {
+            continue;
+        }
         let entry = entries.iter().find(|entry| entry.id == letter.id);
         let payload = entry
             .map(|entry| entry.payload.as_slice())

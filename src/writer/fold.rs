@@ -4,12 +4,13 @@ use std::collections::{HashMap, HashSet};
 
 use crate::{
     domain::{
-        id::{JournalId, OrderId, RoundId},
+        id::{Epoch, JournalId, OrderId, RoundId},
         journal::{Entry, Event, EventKind},
         order::{Order, Status},
         round::{Counters, Intent},
     },
     engine::{EntryError, RawEntry},
+    faults,
     store::journal::{
         DataError, EventRow, Fate, Letter, OrderRow, RoundRow, RoundState, StatusRow,
     },
@@ -142,7 +143,16 @@ struct Folding<'a> {
 
 impl Folding<'_> {
     fn entry(&mut self, raw: &RawEntry) -> Result<(), Halt> {
-        let before = self.batch.to;
+        let mut before = self.batch.to;
+        // Somebody who sets a position back may leave a later epoch beside its number: the number
+        // says what comes next, and what is stored is compared.
+        if before == self.batch.from
+            && raw.id.epoch <= before.epoch
+            && !faults::bug("epoch_of_position_believed")
+        {
+            let first = raw.entry.as_ref().is_ok_and(starts_with_epoch);
+            before.epoch = Epoch(raw.id.epoch.0.saturating_sub(u32::from(first)));
+        }
         if raw.id.pseq != before.pseq + 1 || raw.id.epoch < before.epoch {
             return Err(Halt::Gap {
                 position: before,
@@ -160,6 +170,7 @@ impl Folding<'_> {
                 }
                 self.readable(raw.id, entry)?;
             }
+            Err(EntryError::UnknownVersion(_)) if faults::bug("unknown_version_skipped") => {}
             Err(EntryError::UnknownVersion(version)) => {
                 return Err(Halt::UnknownVersion {
                     entry: raw.id,
@@ -311,7 +322,7 @@ impl Folding<'_> {
             }
             let mut counters = expected.get(round).copied().unwrap_or_default();
             counters.seq = before + seqs.len() as u64;
-            if counters != *after || !after.balanced() {
+            if (counters != *after || !after.balanced()) && !faults::bug("counters_believed") {
                 let detail = format!("the counters should be {counters:?} and are {after:?}");
                 return Err(halt(*round, &detail));
             }
@@ -351,7 +362,11 @@ impl Folding<'_> {
                 round: order.round,
                 seq_from: order.seq,
                 seq_to: order.seq,
-                units: order.quantity.cast_signed(),
+                units: if faults::bug("dead_units_not_counted") {
+                    0
+                } else {
+                    order.quantity.cast_signed()
+                },
                 allocated: 0,
                 order: Some(order.id),
                 error: error.clone(),
@@ -631,6 +646,7 @@ mod tests {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            redeem: false,
             archive: 0,
         }
     }

@@ -14,7 +14,7 @@ use stockade::{
         },
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Durability, Purchase},
+        order::{Decision, Durability, Mode, Purchase},
         round::{Intent, Terms, Window},
     },
     engine::{Engine, EngineError, EngineOptions, Engines},
@@ -63,7 +63,7 @@ impl Stall {
         let mut sql = PgConnection::connect(url).await.unwrap();
         let positions = Positions::new(database.clone());
         positions
-            .raise_epoch(PARTITION, Epoch::default())
+            .raise_epoch(PARTITION, Epoch::default(), 0)
             .await
             .unwrap()
             .unwrap();
@@ -87,6 +87,7 @@ impl Stall {
             product: ProductId(product),
             name: "Kettle".to_owned(),
             small_print: None,
+            durability: Mode::Default,
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,
@@ -148,6 +149,7 @@ impl Stall {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            redeem: false,
             archive: 0,
         }
     }
@@ -659,6 +661,7 @@ async fn a_round_that_lacks_what_is_stored_is_stopped_on_every_node() {
     let options = EngineOptions {
         url: stall.redis.url(),
         queue_capacity: 16,
+        receipt_key: 0,
     };
     let other = Engine::connect(&options, PARTITION, EngineMetrics::default());
     let other = other.await.unwrap();
@@ -685,7 +688,10 @@ async fn a_round_that_lacks_what_is_stored_is_stopped_on_every_node() {
     timeout(PATIENCE, stopped).await.unwrap();
     for engine in [stall.engines.of(PARTITION).unwrap(), &other] {
         let refused = engine.purchase(stall.purchase(1, 0, 2)).await;
-        assert!(matches!(refused, Err(EngineError::Damaged(_))), "{refused:?}");
+        assert!(
+            matches!(refused, Err(EngineError::Damaged(_))),
+            "{refused:?}"
+        );
     }
     stop.cancel();
     timeout(PATIENCE, task).await.unwrap().unwrap();

@@ -1,6 +1,6 @@
 //! The scripts against their specification: random commands, on a real Redis.
 
-use super::support::Redis;
+use super::support::{RECEIPT_KEY, Redis};
 use proptest::{
     prelude::*,
     strategy::ValueTree,
@@ -9,10 +9,10 @@ use proptest::{
 use stockade::{
     domain::{
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, RoundId, SaleNumber},
-        model::{Command, Model, Reply},
+        model::{Command, Model, Reply, Round},
         money::{Currency, Money},
-        order::{Durability, Purchase},
-        round::{Intent, Terms, Window},
+        order::{Decision, Durability, Purchase},
+        round::{self, Intent, State, Terms, Window},
     },
     engine::{Engine, EngineError},
 };
@@ -48,6 +48,7 @@ struct RandomPurchase {
     buyer: u8,
     key: u8,
     quantity: u64,
+    redeem: bool,
     /// Whether PostgreSQL was asked about archived rounds.
     asks: bool,
 }
@@ -88,15 +89,19 @@ fn step() -> impl Strategy<Value = Step> {
         0..6_u8,
         0..5_u8,
         prop_oneof![4 => 1..3_u64, 1 => 3..9_u64],
+        prop::bool::weighted(0.1),
         prop::bool::weighted(0.9),
     )
-        .prop_map(|(round, buyer, key, quantity, asks)| RandomPurchase {
-            round,
-            buyer,
-            key,
-            quantity,
-            asks,
-        });
+        .prop_map(
+            |(round, buyer, key, quantity, redeem, asks)| RandomPurchase {
+                round,
+                buyer,
+                key,
+                quantity,
+                redeem,
+                asks,
+            },
+        );
     let intent = prop_oneof![
         3 => Just(Intent::Live),
         3 => Just(Intent::Paused),
@@ -122,6 +127,8 @@ struct Conformance {
     model: Model,
     operations: usize,
     from_memory: usize,
+    /// Redemptions that were accepted while nobody could buy.
+    redeemed: usize,
 }
 
 impl Conformance {
@@ -133,6 +140,7 @@ impl Conformance {
             model,
             operations: 0,
             from_memory: 0,
+            redeemed: 0,
         }
     }
 
@@ -293,6 +301,7 @@ impl Conformance {
                     quantity: item.quantity,
                     fingerprint: Fingerprint::of(&[&item.quantity.to_be_bytes()]),
                     durability: Durability::Fsync,
+                    redeem: item.redeem,
                     archive: match self.model.sales.get(&round.sale) {
                         Some(sale) if item.asks => sale.archived_rounds,
                         _ => 0,
@@ -323,10 +332,16 @@ impl Conformance {
         }
         batches.extend(now_ms.map(|now_ms| (now_ms, called)));
         for (now_ms, pairs) in batches {
-            let (items, decisions): (Vec<_>, _) = pairs.into_iter().unzip();
+            let (items, decisions): (Vec<Purchase>, Vec<_>) = pairs.into_iter().unzip();
+            for (item, decision) in items.iter().zip(&decisions) {
+                let Round { terms, intent, .. } = &self.model.rounds[&item.round];
+                let state = round::state(*intent, terms.window, now_ms);
+                let accepted = matches!(decision, Decision::Accepted(_));
+                self.redeemed += usize::from(accepted && state != State::Open);
+            }
             self.operations += items.len();
             let command = Command::Purchase {
-                receipt_key: 0,
+                receipt_key: RECEIPT_KEY,
                 items,
             };
             self.apply(Some(now_ms), command, Reply::Decided(decisions))
@@ -382,7 +397,7 @@ async fn scripts_do_what_the_model_says() {
     rng_seed[..8].copy_from_slice(&seed.to_be_bytes());
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &rng_seed);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
-    let (mut operations, mut from_memory) = (0, 0);
+    let (mut operations, mut from_memory, mut redeemed) = (0, 0, 0);
     for case in 0..cases() {
         let steps = steps.new_tree(&mut runner).unwrap().current();
         let mut both = Conformance::new(&redis, Partition(case)).await;
@@ -406,8 +421,10 @@ async fn scripts_do_what_the_model_says() {
         both.compare().await;
         operations += both.operations;
         from_memory += both.from_memory;
+        redeemed += both.redeemed;
     }
     println!("{operations} operations agreed, {from_memory} of them answered from memory");
+    assert!(redeemed > 0, "nothing was redeemed while nobody could buy");
     assert!(
         from_memory > 0,
         "nothing was refused from memory: the test no longer covers it"

@@ -5,32 +5,28 @@
 use std::{fs, path::Path, time::Duration};
 
 use futures::StreamExt;
-use reqwest::{Method, RequestBuilder, Url};
-use secrecy::ExposeSecret;
+use reqwest::{Method, RequestBuilder};
 use serde_json::json;
 use stockade::clock;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
-    net::TcpStream,
-    sync::watch,
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use uuid::Uuid;
 
 use super::{
     selling::{OrderRow, acceptances, assert_replays, refused, rows, stored, strangers},
-    support::app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
+    support::{
+        app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
+        wire::Wire,
+    },
 };
 
 /// A crowd of whom thirty-two at a time insist on an answer.
-struct Crowd {
+pub(crate) struct Crowd {
     answers: JoinHandle<Vec<Answer>>,
-    served: watch::Receiver<usize>,
+    pub(crate) served: watch::Receiver<usize>,
 }
 
 impl Crowd {
-    fn send(requests: Vec<RequestBuilder>, doors: Vec<watch::Receiver<String>>) -> Self {
+    pub(crate) fn send(requests: Vec<RequestBuilder>, doors: Vec<watch::Receiver<String>>) -> Self {
         let (sender, served) = watch::channel(0);
         let answers = tokio::spawn(async move {
             futures::stream::iter(requests)
@@ -44,19 +40,19 @@ impl Crowd {
     }
 
     /// Returns once so many have their answer.
-    async fn served(&mut self, count: usize) {
+    pub(crate) async fn served(&mut self, count: usize) {
         let served = self.served.wait_for(|served| *served >= count);
         timeout(PATIENCE, served).await.unwrap().unwrap();
     }
 
     /// Everybody's answers.
-    async fn done(self) -> Vec<Answer> {
+    pub(crate) async fn done(self) -> Vec<Answer> {
         self.answers.await.unwrap()
     }
 }
 
 /// Exactly so many were accepted, and PostgreSQL has exactly them.
-async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
+pub(crate) async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
     for answer in answers.iter().filter(|answer| answer.status != 201) {
         refused(answer, 409, "sold_out");
     }
@@ -67,7 +63,7 @@ async fn assert_sold(app: &App, sale: &str, answers: &[Answer], units: usize) {
 }
 
 /// A sale of units of which every buyer gets one.
-async fn drop_of(app: &App, units: u64) -> String {
+pub(crate) async fn drop_of(app: &App, units: u64) -> String {
     let sale = app
         .sale(json!({ "allocation": units, "per_buyer_limit": 1 }))
         .await;
@@ -76,35 +72,10 @@ async fn drop_of(app: &App, units: u64) -> String {
 
 /// Nothing was done, and the answer says so.
 #[track_caller]
-fn assert_not_applied(answer: &Answer) {
+pub(crate) fn assert_not_applied(answer: &Answer) {
     let problem = refused(answer, 503, "unavailable");
     assert_eq!(problem["outcome"], "not_applied", "{answer:?}");
     assert!(answer.header("retry-after").is_some());
-}
-
-/// A plain connection to Redis, for what no operator should do.
-struct Wire(BufReader<TcpStream>);
-
-impl Wire {
-    async fn connect(app: &App) -> Self {
-        let url = Url::parse(app.redis.server.url().expose_secret()).unwrap();
-        let stream = TcpStream::connect(("127.0.0.1", url.port().unwrap())).await;
-        let mut wire = Self(BufReader::new(stream.unwrap()));
-        wire.run(&["AUTH", url.password().unwrap()]).await;
-        wire
-    }
-
-    /// Runs a command that answers with one line, and gives it.
-    async fn run(&mut self, words: &[&str]) -> String {
-        let bulk = |word: &&str| format!("${}\r\n{word}\r\n", word.len());
-        let bulks: String = words.iter().map(bulk).collect();
-        let command = format!("*{}\r\n{bulks}", words.len());
-        self.0.write_all(command.as_bytes()).await.unwrap();
-        let mut line = String::new();
-        self.0.read_line(&mut line).await.unwrap();
-        assert!(line.starts_with(['+', ':']), "{words:?}: {line}");
-        line.trim_end()[1..].to_owned()
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -189,7 +160,7 @@ async fn a_stopping_application_answers_whole_or_not_at_all() {
 async fn redis_forgets_its_scripts_again_and_again() {
     let app = App::start().await;
     let sale = drop_of(&app, 100).await;
-    let mut wire = Wire::connect(&app).await;
+    let mut wire = Wire::connect(&app.redis).await;
     let (stop, stopping) = watch::channel(false);
     let flushing = tokio::spawn(async move {
         let mut flushes = 0;
@@ -213,10 +184,11 @@ async fn redis_forgets_its_scripts_again_and_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_round_that_lost_a_key_sells_nothing_and_others_go_on() {
+async fn a_round_that_lost_a_key_sells_nothing_until_it_is_whole_again() {
     let app = App::start().await;
     let other = drop_of(&app, 1_000).await;
-    let mut wire = Wire::connect(&app).await;
+    let mut others = 0;
+    let mut wire = Wire::connect(&app.redis).await;
     let mut sql = sql(&app).await;
     let one = r#"{"quantity":1}"#;
     for key in [
@@ -229,7 +201,8 @@ async fn a_round_that_lost_a_key_sells_nothing_and_others_go_on() {
         for overwritten in [false, true] {
             let sale = drop_of(&app, 10).await;
             let buyers = [clock::new_id(), clock::new_id()];
-            let bought = crowd(buyers.map(|buyer| app.purchase(&sale, buyer, "k", one))).await;
+            let requests = buyers.map(|buyer| app.purchase(&sale, buyer, "k", one));
+            let (_, bought) = bought(requests.into()).await;
             let bought = acceptances(&bought);
             let expected: Vec<_> = bought.iter().map(OrderRow::of).collect();
             assert_eq!(stored(&app, &sale).await, expected);
@@ -247,34 +220,36 @@ async fn a_round_that_lost_a_key_sells_nothing_and_others_go_on() {
             };
             assert!(["OK", "1"].contains(&done.as_str()));
 
-            // In one call with those of another sale, and by themselves.
+            // In one call with those of another sale: nothing of the damaged round is sold, until
+            // it has been made anew from what is stored.
             let mut requests = strangers(&app, &sale, 8);
             requests.extend(buyers.map(|buyer| app.purchase(&sale, buyer, "k", one)));
-            let refusals = requests.len();
             requests.extend(strangers(&app, &other, 8));
-            let answers = crowd(requests).await;
-            let mut damaged = 0;
-            for answer in &answers {
+            for answer in crowd(requests).await {
                 if answer.status != 201 {
-                    assert_not_applied(answer);
-                    damaged += 1;
+                    assert_not_applied(&answer);
+                } else if answer.json()["sale_id"] == json!(other) {
+                    others += 1;
                 }
             }
-            assert_eq!(damaged, refusals, "{key}");
-            let others = acceptances(&answers);
-            assert!(others.iter().all(|body| body["sale_id"] == json!(other)));
-
-            let cancel = format!("/v1/orders/{}/cancel", id(&bought[0]));
-            let answer = send(app.operate(Method::POST, &cancel)).await;
-            refused(&answer, 503, "unavailable");
-            assert_eq!(rows(&app, &sale).await, expected, "{key}");
+            let doors = [app.door()];
+            for (buyer, first) in buyers.into_iter().zip(&bought) {
+                let again = insist(app.purchase(&sale, buyer, "k", one), &doors).await;
+                assert_eq!(again.header("idempotency-replayed"), Some("true"));
+                assert_eq!(again.expect(201).json()["seq"], first["seq"], "{key}");
+            }
+            for request in strangers(&app, &sale, 12) {
+                insist(request, &doors).await;
+            }
+            let now = stored(&app, &sale).await;
+            assert_eq!((now.len(), &now[..2]), (10, &expected[..]), "{key}");
         }
     }
-    assert_eq!(stored(&app, &other).await.len(), 80);
-    app.abandon().await;
+    assert_eq!(stored(&app, &other).await.len(), others);
+    app.finish().await;
 }
 
-fn copy_files(from: &Path, to: &Path) {
+pub(crate) fn copy_files(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -283,7 +258,7 @@ fn copy_files(from: &Path, to: &Path) {
 }
 
 /// `/readyz` says that the partition cannot sell.
-async fn until_fenced(app: &App) {
+pub(crate) async fn until_fenced(app: &App) {
     let fenced = |answer: &Answer| {
         answer.status == 503
             && answer.json()["checks"]
@@ -298,56 +273,173 @@ async fn until_fenced(app: &App) {
     app.until("/readyz", fenced).await;
 }
 
+/// Sends requests one after the other, and gives each with its answer.
+async fn bought(requests: Vec<RequestBuilder>) -> (Vec<RequestBuilder>, Vec<Answer>) {
+    let mut answers = Vec::new();
+    for request in &requests {
+        answers.push(send(request.try_clone().unwrap()).await.expect(201));
+    }
+    (requests, answers)
+}
+
+/// The epochs in which the orders of a sale were accepted, oldest first.
+async fn epochs(app: &App, sale: &str) -> Vec<i32> {
+    sqlx::query_scalar("SELECT epoch FROM orders WHERE sale_id = $1 ORDER BY epoch, seq")
+        .bind(sale.parse::<Uuid>().unwrap())
+        .fetch_all(&mut sql(app).await)
+        .await
+        .unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_of_the_past_sells_nothing() {
+async fn a_redis_of_the_past_is_made_anew_before_it_sells() {
     let mut app = App::start().await;
     let sale = drop_of(&app, 10).await;
     let aof = app.redis.dir().join("appendonlydir");
     let past = app.redis.dir().join("past");
     // Every write is in the file before it is answered.
     copy_files(&aof, &past);
-    let bought = crowd(strangers(&app, &sale, 10)).await;
+    let (again, bought) = bought(strangers(&app, &sale, 10)).await;
     assert_sold(&app, &sale, &bought, 10).await;
 
     app.redis.server.kill().await;
     fs::remove_dir_all(&aof).unwrap();
     copy_files(&past, &aof);
     app.redis.server.restart().await.unwrap();
+    // Its stock is untouched, but none of it is for sale: all ten have been sold.
     for answer in crowd(strangers(&app, &sale, 50)).await {
-        refused(&answer, 503, "unavailable");
+        assert_not_applied(&answer);
     }
+    let doors = [app.door()];
+    for request in strangers(&app, &sale, 20) {
+        refused(&insist(request, &doors).await, 409, "sold_out");
+    }
+    for (request, first) in again.into_iter().zip(&bought) {
+        assert_replays(&insist(request, &doors).await, first);
+    }
+    assert_sold(&app, &sale, &bought, 10).await;
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_emptied_redis_is_made_anew_from_what_is_stored() {
+    let app = App::start().await;
+    let sale = drop_of(&app, 10).await;
+    let other = drop_of(&app, 10).await;
+    let restock = |app: &App| {
+        app.operate(Method::POST, &format!("/v1/sales/{other}/restock"))
+            .header("Idempotency-Key", "more")
+            .json(&json!({"units": 5}))
+    };
+    send(restock(&app)).await.expect(200);
+    let (again, bought) = bought(strangers(&app, &sale, 5)).await;
+    let expected: Vec<_> = acceptances(&bought).iter().map(OrderRow::of).collect();
+    assert_eq!(stored(&app, &sale).await, expected);
+    let returned = id(&bought[0].json()).to_owned();
+    let cancel = app.operate(Method::POST, &format!("/v1/orders/{returned}/cancel"));
+    send(cancel).await.expect(200);
+    app.audit(&sale).await;
+    let before = epochs(&app, &sale).await;
+
+    assert_eq!(
+        Wire::connect(&app.redis).await.run(&["FLUSHALL"]).await,
+        "OK"
+    );
+    let doors = [app.door()];
+    let mut answers = Vec::new();
+    for request in strangers(&app, &sale, 20) {
+        answers.push(insist(request, &doors).await);
+    }
+    // Five were sold and one of them came back: six are left.
+    assert_eq!(acceptances(&answers).len(), 6);
+    for (request, first) in again.into_iter().zip(&bought) {
+        assert_replays(&insist(request, &doors).await, first);
+    }
+    let replayed = insist(restock(&app), &doors).await.expect(200);
+    assert_eq!(replayed.json()["allocation"], 15);
+    assert_eq!(app.audit(&sale).await["verdict"], "pass");
+    let after = epochs(&app, &sale).await;
+    let first = before[0];
+    assert_eq!(after.iter().filter(|epoch| **epoch == first).count(), 5);
+    assert_eq!(after.iter().filter(|epoch| **epoch > first).count(), 6);
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
+    let app = App::start().await;
+    let sale = drop_of(&app, 10).await;
+    let mut sql = sql(&app).await;
+    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    bought(strangers(&app, &sale, 1)).await;
+    // The writer has read the first, and waits for the lock.
+    let mut other = self::sql(&app).await;
+    let blocked = async {
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+            WHERE wait_event_type = 'Lock' AND datname = current_database()";
+        while sqlx::query_scalar::<_, i64>(waiting)
+            .fetch_one(&mut other)
+            .await
+            .unwrap()
+            == 0
+        {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, blocked).await.unwrap();
+    bought(strangers(&app, &sale, 5)).await;
+    assert_eq!(
+        Wire::connect(&app.redis).await.run(&["FLUSHALL"]).await,
+        "OK"
+    );
+    for answer in crowd(strangers(&app, &sale, 50)).await {
+        assert_not_applied(&answer);
+    }
+    sqlx::raw_sql("COMMIT").execute(&mut sql).await.unwrap();
     until_fenced(&app).await;
     for answer in crowd(strangers(&app, &sale, 50)).await {
         assert_not_applied(&answer);
     }
-    // A node that has seen nothing of it learns it from PostgreSQL.
+    // A node that has seen nothing of it does not know better.
     let node = app.node().await;
     let requests = strangers(&app, &sale, 50);
     for answer in crowd(requests.into_iter().map(|request| node.ask(request))).await {
         assert_not_applied(&answer);
     }
     node.stop().await;
-    assert_eq!(rows(&app, &sale).await.len(), 10);
+    assert_eq!(rows(&app, &sale).await.len(), 1);
     app.abandon().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_emptied_redis_sells_nothing() {
+async fn two_nodes_agree_on_what_was_sold_before_redis_is_made_anew() {
     let app = App::start().await;
-    let sale = drop_of(&app, 10).await;
-    let bought = crowd(strangers(&app, &sale, 5)).await;
-    let expected: Vec<_> = acceptances(&bought).iter().map(OrderRow::of).collect();
-    assert_eq!(stored(&app, &sale).await, expected);
-    assert_eq!(Wire::connect(&app).await.run(&["FLUSHALL"]).await, "OK");
-    for answer in crowd(strangers(&app, &sale, 50)).await {
-        assert_not_applied(&answer);
-    }
-    until_fenced(&app).await;
-    for answer in crowd(strangers(&app, &sale, 50)).await {
-        assert_not_applied(&answer);
-    }
-    assert_eq!(rows(&app, &sale).await, expected);
-    app.abandon().await;
+    let node = app.node().await;
+    let sale = drop_of(&app, 100).await;
+    let requests = strangers(&app, &sale, 40);
+    let split = requests.into_iter().enumerate().map(|(turn, request)| {
+        if turn % 2 == 0 {
+            request
+        } else {
+            node.ask(request)
+        }
+    });
+    let mut answers = crowd(split).await;
+    assert_eq!(acceptances(&answers).len(), 40);
+    stored(&app, &sale).await;
+    assert_eq!(
+        Wire::connect(&app.redis).await.run(&["FLUSHALL"]).await,
+        "OK"
+    );
+    let doors = [app.door(), node.door()];
+    let crowd = Crowd::send(strangers(&app, &sale, 100), doors.to_vec());
+    answers.extend(crowd.done().await);
+    assert_sold(&app, &sale, &answers, 100).await;
+    node.stop().await;
+    app.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,8 +3,9 @@
 use std::{fs, path::Path};
 
 /// Modules of the library and their layer. Neighbours in a layer do not know each other.
-const LAYERS: [(&str, u8); 19] = [
+const LAYERS: [(&str, u8); 20] = [
     ("domain", 0),
+    ("faults", 0),
     ("clock", 1),
     ("config", 1),
     ("metrics", 1),

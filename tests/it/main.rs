@@ -8,12 +8,23 @@
 
 mod accounts;
 mod audit;
+#[cfg(feature = "faults")]
+mod crash;
+mod documents;
 mod embedded;
 mod engine;
 mod events;
 mod faults;
+mod fence;
+mod idempotency;
 mod layers;
+mod machine;
+mod outage;
+mod power;
+mod processes;
+mod receipts;
 mod refusals;
+mod replica;
 mod rounds_end;
 mod selling;
 mod support;

@@ -114,23 +114,23 @@ async fn leaderboard(app: &App, sale: &str) -> Vec<Value> {
     app.pages(&format!("/v1/sales/{sale}/leaderboard")).await
 }
 
-async fn steer(app: &App, sale: &str, what: &str) -> Answer {
+pub(crate) async fn steer(app: &App, sale: &str, what: &str) -> Answer {
     send(app.operate(Method::POST, &format!("/v1/sales/{sale}/{what}"))).await
 }
 
-fn restock(app: &App, sale: &str, units: u64, key: &str) -> RequestBuilder {
+pub(crate) fn restock(app: &App, sale: &str, units: u64, key: &str) -> RequestBuilder {
     app.operate(Method::POST, &format!("/v1/sales/{sale}/restock"))
         .header("Idempotency-Key", key)
         .json(&json!({ "units": units }))
 }
 
 /// A request of a buyer about an order.
-fn ask(app: &App, method: Method, buyer: Uuid, path: &str) -> RequestBuilder {
+pub(crate) fn ask(app: &App, method: Method, buyer: Uuid, path: &str) -> RequestBuilder {
     app.request(method, path)
         .bearer_auth(app.token(buyer, Role::Buyer))
 }
 
-async fn cancel(app: &App, buyer: Uuid, order: &str) -> Answer {
+pub(crate) async fn cancel(app: &App, buyer: Uuid, order: &str) -> Answer {
     let path = format!("/v1/orders/{order}/cancel");
     send(ask(app, Method::POST, buyer, &path)).await
 }

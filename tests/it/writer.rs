@@ -14,7 +14,7 @@ use stockade::{
         },
         model::Provisioned,
         money::{Currency, Money},
-        order::{Decision, Durability, Purchase},
+        order::{Decision, Durability, Mode, Purchase},
         round::{Intent, Terms, Window},
     },
     embedded::{PostgresOptions, PostgresServer},
@@ -33,23 +33,23 @@ use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-const PARTITION: Partition = Partition(0);
+pub(crate) const PARTITION: Partition = Partition(0);
 const ACTOR: Uuid = Uuid::from_u128(0xac);
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A sale on its own stores, with nobody draining its journal.
-struct Shop {
-    engine: Engine,
-    round: RoundId,
-    database: Database,
+pub(crate) struct Shop {
+    pub(crate) engine: Engine,
+    pub(crate) round: RoundId,
+    pub(crate) database: Database,
     sql: PgConnection,
     postgres: PostgresServer,
-    _redis: Redis,
+    pub(crate) redis: Redis,
     _dir: TempDir,
 }
 
 impl Shop {
-    async fn open() -> Self {
+    pub(crate) async fn open() -> Self {
         let dir = TempDir::new().unwrap();
         let options = PostgresOptions {
             throwaway: true,
@@ -65,7 +65,7 @@ impl Shop {
         let positions = Positions::new(database.clone());
         assert_eq!(
             positions
-                .raise_epoch(PARTITION, Epoch::default())
+                .raise_epoch(PARTITION, Epoch::default(), 0)
                 .await
                 .unwrap()
                 .unwrap()
@@ -92,6 +92,7 @@ impl Shop {
             product: ProductId(product),
             name: "Kettle".to_owned(),
             small_print: None,
+            durability: Mode::Default,
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,
@@ -117,12 +118,12 @@ impl Shop {
             database,
             sql,
             postgres,
-            _redis: redis,
+            redis,
             _dir: dir,
         }
     }
 
-    fn item(&self, buyer: u128, key: u32, quantity: u64) -> Purchase {
+    pub(crate) fn item(&self, buyer: u128, key: u32, quantity: u64) -> Purchase {
         let buyer = BuyerId(Uuid::from_u128(buyer));
         Purchase {
             round: self.round,
@@ -131,11 +132,12 @@ impl Shop {
             quantity,
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
+            redeem: false,
             archive: 0,
         }
     }
 
-    async fn buy(&self, buyer: u128, key: u32, quantity: u64) -> OrderId {
+    pub(crate) async fn buy(&self, buyer: u128, key: u32, quantity: u64) -> OrderId {
         let answer = self
             .engine
             .purchase(self.item(buyer, key, quantity))
@@ -148,7 +150,7 @@ impl Shop {
     }
 
     /// Ten buyers buy and give back, and the operator does what operators do.
-    async fn busy_day(&self, first_buyer: u128) {
+    pub(crate) async fn busy_day(&self, first_buyer: u128) {
         for buyer in first_buyer..first_buyer + 10 {
             let orders = futures::future::join_all(
                 (0..8).map(|key| self.buy(buyer, key, u64::from(key % 3) + 1)),
@@ -175,24 +177,25 @@ impl Shop {
             .unwrap();
     }
 
-    async fn sql(&mut self, statement: &str) {
+    pub(crate) async fn sql(&mut self, statement: &str) {
         sqlx::raw_sql(AssertSqlSafe(statement.to_owned()))
             .execute(&mut self.sql)
             .await
             .unwrap();
     }
 
-    async fn end(&self) -> JournalId {
-        let inspection = self.engine.inspect().await.unwrap();
-        JournalId {
-            epoch: inspection.epoch.unwrap(),
-            pseq: inspection.pseq,
-        }
+    pub(crate) async fn end(&self) -> JournalId {
+        end_of(&self.engine).await
     }
 
-    async fn write(&self) -> Running {
+    pub(crate) async fn write(&self) -> Running {
+        self.write_from(&self.engine).await
+    }
+
+    /// A writer of another Redis into the same PostgreSQL.
+    pub(crate) async fn write_from(&self, engine: &Engine) -> Running {
         let ledger = Ledger::new(&self.database, PARTITION);
-        let writer = Writer::new(ledger, self.engine.journal_reader().await.unwrap());
+        let writer = Writer::new(ledger, engine.journal_reader().await.unwrap());
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         Running {
             status: writer.status(),
@@ -204,14 +207,14 @@ impl Shop {
     }
 
     /// A writer drains everything and stops.
-    async fn drain(&self) {
+    pub(crate) async fn drain(&self) {
         let mut writer = self.write().await;
         writer.reach(self.end().await).await;
         writer.stop().await;
     }
 
     /// Both stores agree, and every invariant holds.
-    async fn audit(&self) -> RoundSums {
+    pub(crate) async fn audit(&self) -> RoundSums {
         let mut snapshot = Snapshot::take(&self.database).await.unwrap();
         let sums = snapshot.round(self.round).await.unwrap().unwrap();
         let keys = self.engine.audit(self.round).await.unwrap().keys.unwrap();
@@ -225,20 +228,29 @@ impl Shop {
     }
 }
 
-struct Running {
-    status: watch::Receiver<WriterStatus>,
-    stored: StoredPosition,
+/// The last entry of a journal.
+pub(crate) async fn end_of(engine: &Engine) -> JournalId {
+    let inspection = engine.inspect().await.unwrap();
+    JournalId {
+        epoch: inspection.epoch.unwrap(),
+        pseq: inspection.pseq,
+    }
+}
+
+pub(crate) struct Running {
+    pub(crate) status: watch::Receiver<WriterStatus>,
+    pub(crate) stored: StoredPosition,
     task: JoinHandle<()>,
     stop: CancellationToken,
     abort: CancellationToken,
 }
 
 impl Running {
-    async fn reach(&mut self, id: JournalId) {
+    pub(crate) async fn reach(&mut self, id: JournalId) {
         assert!(timeout(PATIENCE, self.stored.reached(id)).await.unwrap());
     }
 
-    async fn halt(&mut self) -> Halt {
+    pub(crate) async fn halt(&mut self) -> Halt {
         let halted = self
             .status
             .wait_for(|status| matches!(status.state, State::Halted(_)));
@@ -248,7 +260,7 @@ impl Running {
         }
     }
 
-    async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.stop.cancel();
         self.task.await.unwrap();
     }
@@ -263,6 +275,8 @@ async fn a_position_set_back_or_deleted_doubles_nothing() {
     let damages = [
         "UPDATE journal_positions SET position = 0, position_epoch = 0",
         "UPDATE journal_positions SET position = 5, position_epoch = 1",
+        // A number by hand, and the epoch left as it was.
+        "UPDATE journal_positions SET position = 0",
         "UPDATE journal_positions SET position = 0, position_epoch = 0;
          DELETE FROM orders WHERE seq IN (2, 30);
          DELETE FROM round_events WHERE seq BETWEEN 20 AND 40;
@@ -273,6 +287,27 @@ async fn a_position_set_back_or_deleted_doubles_nothing() {
         shop.sql(damage).await;
         // The order tells when the writer is through: it is behind everything that is known.
         shop.buy(900, key, 1).await;
+        shop.drain().await;
+        shop.audit().await;
+    }
+    // The same with more than one epoch behind it.
+    let positions = Positions::new(shop.database.clone());
+    for epoch in [2, 3] {
+        let present = Epoch(epoch - 1);
+        let raised = positions.raise_epoch(PARTITION, present, 0).await.unwrap();
+        assert_eq!(raised.unwrap().epoch, Epoch(epoch));
+        let inspection = shop.engine.inspect().await.unwrap();
+        let begun = shop.engine.install(Epoch(epoch), &inspection).await;
+        begun.unwrap();
+        shop.buy(901, epoch, 1).await;
+        shop.drain().await;
+    }
+    for position in [0, 1, 7] {
+        shop.sql(&format!(
+            "UPDATE journal_positions SET position = {position}"
+        ))
+        .await;
+        shop.buy(902, position, 1).await;
         shop.drain().await;
         shop.audit().await;
     }
@@ -337,7 +372,7 @@ async fn a_writer_of_an_old_epoch_stores_nothing() {
     writer.reach(shop.end().await).await;
     // Redis goes on in the old timeline, as an old primary would.
     Positions::new(shop.database.clone())
-        .raise_epoch(PARTITION, Epoch(1))
+        .raise_epoch(PARTITION, Epoch(1), 0)
         .await
         .unwrap();
     let order = shop.buy(900, 1, 1).await;

@@ -68,8 +68,11 @@ async fn a_sale_that_makes_no_sense_is_not_made() {
         ("schedule", json!(null), 422, "#/schedule"),
         ("payment", json!("sandbox"), 422, "#/payment"),
         ("payment", json!("stripe"), 422, "#/payment"),
+        // What an order can say, and what a sale can ask for, are not the same words.
+        ("durability", json!("fsync"), 422, "#/durability"),
         ("durability", json!("replicated"), 422, "#/durability"),
         ("durability", json!("committed"), 422, "#/durability"),
+        ("durability", json!("Committed"), 422, "#/durability"),
         // Cannot be read.
         ("allocation", json!(1.5), 400, "#/allocation"),
         ("allocation", json!("5"), 400, "#/allocation"),

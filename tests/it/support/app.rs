@@ -1,6 +1,6 @@
 //! A whole application on stores of its own, spoken to over HTTP.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use reqwest::{Client, Method, RequestBuilder, StatusCode, header::HeaderMap};
 use secrecy::{ExposeSecret, SecretString};
@@ -14,6 +14,7 @@ use stockade::{
     clock,
     config::{Config, Endpoints},
     lifecycle::Lifecycle,
+    sales::Shop,
 };
 use tokio::{
     sync::watch,
@@ -46,6 +47,7 @@ pub(crate) struct App {
 /// One process' worth of the application. Several may share the same stores.
 pub(crate) struct Node {
     url: String,
+    shop: Arc<Shop>,
     life: Lifecycle,
     running: JoinHandle<()>,
 }
@@ -68,7 +70,8 @@ impl Node {
     }
 }
 
-fn redirected(request: RequestBuilder, url: &str) -> RequestBuilder {
+/// The same request, to the port of this URL.
+pub(crate) fn redirected(request: RequestBuilder, url: &str) -> RequestBuilder {
     let (client, request) = request.build_split();
     let mut request = request.unwrap();
     let port = reqwest::Url::parse(url).unwrap().port();
@@ -109,12 +112,29 @@ impl App {
 
     /// Starts an application with settings of its own.
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
-        let (redis, database_url) = tokio::join!(Redis::start(), super::database());
+        Self::start_on(Redis::start().await, settings).await
+    }
+
+    /// Starts an application on a Redis, and waits until it is ready.
+    pub(crate) async fn start_on(redis: Redis, settings: &[(&str, &str)]) -> Self {
+        let mut app = Self::on(redis, settings).await;
+        app.run().await;
+        app
+    }
+
+    /// The stores of an application that does not run yet, and what is needed to speak to it.
+    pub(crate) async fn without_node(settings: &[(&str, &str)]) -> Self {
+        Self::on(Redis::start().await, settings).await
+    }
+
+    /// An application that does not run yet.
+    pub(crate) async fn on(redis: Redis, settings: &[(&str, &str)]) -> Self {
+        let database_url = super::database().await;
         let keys = [Secret {
             id: "1",
             bytes: SECRET.as_bytes(),
         }];
-        let mut app = Self {
+        Self {
             redis,
             database_url,
             client: Client::builder()
@@ -131,9 +151,32 @@ impl App {
             door: watch::Sender::default(),
             keys: TokenKeys::new(&keys, 600).unwrap(),
             audited: false,
-        };
-        app.run().await;
-        app
+        }
+    }
+
+    /// What every node is configured with, besides its stores.
+    pub(crate) fn environment(&self) -> Vec<(String, String)> {
+        let mut vars = vec![
+            ("STOCKADE_HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
+            ("STOCKADE_JWT_SECRET".to_owned(), SECRET.to_owned()),
+        ];
+        vars.extend(self.settings.iter().cloned());
+        vars
+    }
+
+    /// Where every node finds its stores.
+    pub(crate) fn endpoints(&self) -> Endpoints {
+        Endpoints {
+            redis_url: self.redis.address.clone(),
+            cache_redis_url: None,
+            database_url: self.database_url.clone(),
+        }
+    }
+
+    /// From now on speaks to this node, which is not the application's own.
+    pub(crate) fn speak_to(&mut self, url: String) {
+        self.url.clone_from(&url);
+        self.door.send_replace(url);
     }
 
     /// Starts the application on its stores, and waits until it is ready.
@@ -145,34 +188,31 @@ impl App {
         self.ready().await;
     }
 
-    /// Changes a setting for the applications that start from now on.
-    pub(crate) fn set(&mut self, name: &str, value: &str) {
-        self.settings.retain(|(known, _)| known != name);
-        self.settings.push((name.to_owned(), value.to_owned()));
-    }
-
     /// Starts one more application on the same stores.
     pub(crate) async fn node(&self) -> Node {
-        let mut vars = vec![
-            ("STOCKADE_HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
-            ("STOCKADE_JWT_SECRET".to_owned(), SECRET.to_owned()),
-        ];
-        vars.extend(self.settings.iter().cloned());
-        let config = Config::load(vars).unwrap();
-        let endpoints = Endpoints {
-            redis_url: self.redis.server.url().clone(),
-            cache_redis_url: None,
-            database_url: self.database_url.clone(),
-        };
+        let config = Config::load(self.environment()).unwrap();
+        let endpoints = self.endpoints();
         let life = Lifecycle::new();
         let started = app::start(&config, &endpoints, Role::ALL, &life)
             .await
             .unwrap();
         Node {
             url: format!("http://{}", started.http_addr.unwrap()),
+            shop: started.shop.unwrap(),
             life: life.clone(),
             running: tokio::spawn(async move { life.run().await.unwrap() }),
         }
+    }
+
+    /// Changes a setting for the next start; an empty value unsets it.
+    pub(crate) fn set(&mut self, name: &str, value: &str) {
+        self.settings.retain(|(known, _)| known != name);
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// What the running application sells with, for questions that HTTP does not answer.
+    pub(crate) fn shop(&self) -> &Shop {
+        &self.node.as_ref().unwrap().shop
     }
 
     /// Where the application answers, also after the next start.

@@ -1,6 +1,10 @@
 //! What the tests share: real services and a whole application, each test its own.
 
 pub(crate) mod app;
+pub(crate) mod link;
+pub(crate) mod process;
+pub(crate) mod shim;
+pub(crate) mod wire;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
@@ -20,19 +24,48 @@ use tokio::sync::{Mutex, OnceCell};
 /// A Redis of one's own, as durable as in production.
 pub(crate) struct Redis {
     pub(crate) server: RedisServer,
+    /// Where an application finds it.
+    pub(crate) address: SecretString,
     dir: TempDir,
 }
 
 impl Redis {
     pub(crate) async fn start() -> Self {
+        Self::start_with(|_| ()).await
+    }
+
+    /// Starts one with options of its own.
+    pub(crate) async fn start_with(change: impl FnOnce(&mut RedisOptions)) -> Self {
+        Self::start_in(TempDir::new().unwrap(), change).await
+    }
+
+    /// Another server with what this one has by now, as a replica that is promoted.
+    pub(crate) async fn copy(&self) -> Self {
         let dir = TempDir::new().unwrap();
+        let (from, to) = (self.dir(), dir.path().join("redis"));
+        fs::create_dir_all(to.join("appendonlydir")).unwrap();
+        // Every write is in the file before it is answered.
+        for file in fs::read_dir(from.join("appendonlydir")).unwrap() {
+            let file = file.unwrap();
+            let copy = to.join("appendonlydir").join(file.file_name());
+            fs::copy(file.path(), copy).unwrap();
+        }
+        Self::start_in(dir, |_| ()).await
+    }
+
+    async fn start_in(dir: TempDir, change: impl FnOnce(&mut RedisOptions)) -> Self {
         let mut options = RedisOptions::new(dir.path().join("redis"), RedisRole::Journal);
         options.throwaway = true;
         options
             .settings
             .push(("appendfsync".to_owned(), "always".to_owned()));
+        change(&mut options);
         let server = RedisServer::start(options).await.unwrap();
-        Self { server, dir }
+        Self {
+            address: server.url().clone(),
+            server,
+            dir,
+        }
     }
 
     /// Where it keeps its data.
@@ -41,22 +74,31 @@ impl Redis {
     }
 
     pub(crate) fn url(&self) -> RedisUrl {
-        RedisUrl(self.server.url().clone())
+        RedisUrl(self.address.clone())
     }
 }
 
+/// The key of receipts that an engine of the tests notes in its orders.
+pub(crate) const RECEIPT_KEY: u8 = 7;
+
 /// An engine on a fresh partition, in its first epoch.
 pub(crate) async fn engine(redis: &Redis, partition: Partition) -> Engine {
-    let options = EngineOptions {
-        url: redis.url(),
-        queue_capacity: 16_384,
-    };
-    let engine = Engine::connect(&options, partition, EngineMetrics::default())
-        .await
-        .unwrap();
+    let engine = connect(redis, partition).await;
     let inspection = engine.inspect().await.unwrap();
     engine.install(Epoch(1), &inspection).await.unwrap();
     engine
+}
+
+/// An engine that nobody has let in yet.
+pub(crate) async fn connect(redis: &Redis, partition: Partition) -> Engine {
+    let options = EngineOptions {
+        url: redis.url(),
+        queue_capacity: 16_384,
+        receipt_key: RECEIPT_KEY,
+    };
+    Engine::connect(&options, partition, EngineMetrics::default())
+        .await
+        .unwrap()
 }
 
 /// A directory that PostgreSQL may enter: it runs as another user when we are root.

@@ -1,0 +1,196 @@
+//! What PostgreSQL has of a partition, as of one snapshot: enough to make its Redis anew.
+
+use std::collections::BTreeMap;
+
+use super::{
+    StoreError,
+    audit::Snapshot,
+    rounds::{intent, money, window},
+};
+use crate::domain::{
+    id::{Epoch, JournalId, OperationId, Partition, RoundId, SaleNumber},
+    round::{Counters, Intent, Terms},
+};
+
+/// A round as it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredRound {
+    /// Its rules.
+    pub terms: Terms,
+    /// What the operator wants.
+    pub intent: Intent,
+    /// Where its units are, dead letters included.
+    pub counters: Counters,
+    /// The last entry that touched it; number 0 before its first.
+    pub entry: JournalId,
+    /// Whether Redis has had it.
+    pub provisioned: bool,
+    /// Units of its dead letters, which count as sold.
+    pub dead_units: i64,
+}
+
+/// A restock that had a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredOperation {
+    /// Of which sale.
+    pub sale: SaleNumber,
+    /// Which.
+    pub operation: OperationId,
+    /// Units that it added.
+    pub units: u64,
+    /// The seq that it took.
+    pub seq: u64,
+}
+
+/// What the orders of an archived round add up to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArchivedOrders {
+    /// How many there are.
+    pub orders: u64,
+    /// Units of those that are confirmed.
+    pub sold: u64,
+}
+
+impl Snapshot {
+    /// Up to where the journal of a partition is stored, and the epoch that Redis must be in.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn position(
+        &mut self,
+        partition: Partition,
+    ) -> Result<(Epoch, JournalId), StoreError> {
+        let row = sqlx::query!(
+            "SELECT epoch, position, position_epoch FROM journal_positions WHERE partition = $1",
+            partition.0.cast_signed()
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        let stored = JournalId {
+            epoch: Epoch(row.position_epoch.cast_unsigned()),
+            pseq: row.position.cast_unsigned(),
+        };
+        Ok((Epoch(row.epoch.cast_unsigned()), stored))
+    }
+
+    /// All rounds of a partition.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn rounds_of(
+        &mut self,
+        partition: Partition,
+    ) -> Result<BTreeMap<RoundId, StoredRound>, StoreError> {
+        sqlx::query!(
+            r#"SELECT rounds.sale, rounds.round, unit_price, currency, initial_allocation,
+                      rounds.per_buyer_limit, rounds.per_order_limit, rounds.opens_at,
+                      rounds.closes_at, intent, rounds.allocation, remaining, held, sold, seq,
+                      rounds.epoch, pseq, provisioned_at IS NOT NULL AS "provisioned!",
+                      (SELECT coalesce(sum(units), 0)::bigint FROM dead_letters
+                       WHERE dead_letters.sale = rounds.sale AND dead_letters.round = rounds.round
+                         AND resolved_at IS NULL) AS "dead_units!"
+               FROM rounds JOIN sales ON sales.number = rounds.sale
+               WHERE partition = $1"#,
+            partition.0.cast_signed()
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?
+        .into_iter()
+        .map(|row| {
+            let id = RoundId {
+                sale: SaleNumber(row.sale.cast_unsigned()),
+                round: row.round.cast_unsigned(),
+            };
+            let round = StoredRound {
+                terms: Terms {
+                    window: window(row.opens_at, row.closes_at),
+                    per_buyer_limit: row.per_buyer_limit.cast_unsigned(),
+                    per_order_limit: row.per_order_limit.cast_unsigned(),
+                    unit_price: money(row.unit_price, &row.currency)?,
+                    allocation: row.initial_allocation.cast_unsigned(),
+                },
+                intent: intent(&row.intent)?,
+                counters: Counters {
+                    allocation: row.allocation.cast_unsigned(),
+                    remaining: row.remaining.cast_unsigned(),
+                    held: row.held.cast_unsigned(),
+                    sold: row.sold.cast_unsigned(),
+                    seq: row.seq.cast_unsigned(),
+                },
+                entry: JournalId {
+                    epoch: Epoch(row.epoch.cast_unsigned()),
+                    pseq: row.pseq.cast_unsigned(),
+                },
+                provisioned: row.provisioned || row.pseq > 0,
+                dead_units: row.dead_units,
+            };
+            Ok((id, round))
+        })
+        .collect()
+    }
+
+    /// All restocks with a key of a partition.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn operations(
+        &mut self,
+        partition: Partition,
+    ) -> Result<Vec<StoredOperation>, StoreError> {
+        let rows = sqlx::query!(
+            r#"SELECT round_events.sale, operation_id AS "operation!", units, seq
+               FROM round_events JOIN sales ON sales.number = round_events.sale
+               WHERE partition = $1 AND kind = 'restock' AND operation_id IS NOT NULL"#,
+            partition.0.cast_signed()
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| StoredOperation {
+                sale: SaleNumber(row.sale.cast_unsigned()),
+                operation: row.operation.into(),
+                units: row.units.cast_unsigned(),
+                seq: row.seq.cast_unsigned(),
+            })
+            .collect())
+    }
+
+    /// What the orders of each archived round of a partition add up to, in one query: they stay in
+    /// PostgreSQL. A round without orders is not in it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn archived(
+        &mut self,
+        partition: Partition,
+    ) -> Result<BTreeMap<RoundId, ArchivedOrders>, StoreError> {
+        let rows = sqlx::query!(
+            r#"SELECT orders.sale, orders.round, count(*) AS "orders!",
+                      coalesce(sum(quantity) FILTER (WHERE orders.status = 'confirmed'), 0)::bigint
+                          AS "sold!"
+               FROM orders
+               JOIN rounds ON rounds.sale = orders.sale AND rounds.round = orders.round
+               JOIN sales ON sales.number = orders.sale
+               WHERE partition = $1 AND intent = 'archived'
+               GROUP BY orders.sale, orders.round"#,
+            partition.0.cast_signed()
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let id = RoundId {
+                    sale: SaleNumber(row.sale.cast_unsigned()),
+                    round: row.round.cast_unsigned(),
+                };
+                let orders = ArchivedOrders {
+                    orders: row.orders.cast_unsigned(),
+                    sold: row.sold.cast_unsigned(),
+                };
+                (id, orders)
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,237 @@
+//! Nodes that die at the worst instants: real processes of a test build, ended as by SIGKILL at a
+//! fail point (`src/faults.rs`), again and again under load. Only built with the feature `faults`;
+//! `make mutants` runs it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use reqwest::{Method, RequestBuilder};
+use rustix::process::Signal;
+use serde_json::json;
+use stockade::clock;
+use tokio::{task::JoinSet, time::timeout};
+
+use super::{
+    faults::assert_sold,
+    selling::{assert_replays, strangers},
+    support::{
+        app::{Answer, App, PATIENCE, id, insist, send, sql, try_send},
+        process::Served,
+    },
+};
+
+const FAIL_POINT: &str = "STOCKADE_FAIL_POINT";
+/// Deaths at each point.
+const LIVES: usize = 8;
+const BUYERS: usize = 16;
+
+/// Buyers who come one after the other and insist on an answer, for as long as they are let.
+struct Load {
+    buying: JoinSet<Vec<(RequestBuilder, Answer)>>,
+    enough: Arc<AtomicBool>,
+}
+
+impl Load {
+    fn on(app: &Arc<App>, sale: &str, node: &Served) -> Self {
+        let enough = Arc::new(AtomicBool::new(false));
+        let mut buying = JoinSet::new();
+        for _ in 0..BUYERS {
+            let (app, sale, door) = (Arc::clone(app), sale.to_owned(), node.door());
+            let enough = Arc::clone(&enough);
+            buying.spawn(async move {
+                let mut bought = Vec::new();
+                while !enough.load(Ordering::Relaxed) {
+                    let request = strangers(&app, &sale, 1).remove(0);
+                    let again = request.try_clone().unwrap();
+                    let answer = insist(request, std::slice::from_ref(&door)).await;
+                    bought.push((again, answer.expect(201)));
+                }
+                bought
+            });
+        }
+        Self { buying, enough }
+    }
+
+    async fn end(self) -> Vec<(RequestBuilder, Answer)> {
+        self.enough.store(true, Ordering::Relaxed);
+        let ended = timeout(PATIENCE, self.buying.join_all()).await;
+        ended.unwrap().into_iter().flatten().collect()
+    }
+}
+
+/// A node on stores of its own, and a sale with more than anybody buys.
+async fn shop() -> (App, Served, String) {
+    let mut app = App::without_node(&[]).await;
+    let node = Served::start(&app).await;
+    app.speak_to(node.url());
+    let sale = app
+        .sale(json!({ "allocation": 1_000_000, "per_buyer_limit": 1 }))
+        .await;
+    let sale = id(&sale).to_owned();
+    (app, node, sale)
+}
+
+/// Everybody has one order, gets the same bytes again, and nothing else is stored.
+async fn settle(mut app: App, mut node: Served, sale: &str, bought: Vec<(RequestBuilder, Answer)>) {
+    app.speak_to(node.url());
+    let mut answers = Vec::new();
+    for (request, first) in bought {
+        assert_replays(&send(node.ask(request)).await, &first);
+        answers.push(first);
+    }
+    assert_sold(&app, sale, &answers, answers.len()).await;
+    app.finish().await;
+    assert!(node.stop().await.success());
+}
+
+/// A node under load that dies at `point` in each of its lives.
+async fn dies_at(point: &str) {
+    let (app, mut node, sale) = shop().await;
+    node.stop().await;
+    let app = Arc::new(app);
+    let load = Load::on(&app, &sale, &node);
+    for life in 0..LIVES {
+        // Not always at the first chance.
+        let when = format!("{point}:{}", 1 + life % 3);
+        node.set(FAIL_POINT, Some(&when));
+        node.start_to_die().await;
+    }
+    node.set(FAIL_POINT, None);
+    node.start_again().await;
+    let bought = load.end().await;
+    settle(Arc::into_inner(app).unwrap(), node, &sale, bought).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_before_the_script() {
+    dies_at("purchase.before_script").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_after_the_script_and_before_its_answer() {
+    dies_at("purchase.after_script").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_dies_before_its_transaction() {
+    dies_at("writer.before_begin").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_dies_after_its_rows() {
+    dies_at("writer.after_rows").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_dies_before_its_commit() {
+    dies_at("writer.before_commit").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_dies_after_its_commit() {
+    dies_at("writer.after_commit").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_stands_still_inside_its_transaction_and_the_others_go_on() {
+    let (app, node, sale) = shop().await;
+    let mut sleeper = Served::start(&app).await;
+    sleeper.stop().await;
+    sleeper.set(FAIL_POINT, Some("writer.after_rows:3:stall"));
+    let app = Arc::new(app);
+    let load = Load::on(&app, &sale, &node);
+    sleeper.start_to_stall().await;
+    // It has the lock of the position; PostgreSQL takes it away from it after a while.
+    let mut sql = sql(&app).await;
+    let position = "SELECT sum(position)::bigint FROM journal_positions";
+    let stood: i64 = sqlx::query_scalar(position)
+        .fetch_one(&mut sql)
+        .await
+        .unwrap();
+    let moved = async {
+        loop {
+            let now: i64 = sqlx::query_scalar(position)
+                .fetch_one(&mut sql)
+                .await
+                .unwrap();
+            if now > stood {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, moved).await.unwrap();
+    sleeper.signal(Signal::CONT);
+    let bought = load.end().await;
+    assert!(sleeper.stop().await.success());
+    settle(Arc::into_inner(app).unwrap(), node, &sale, bought).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_while_it_makes_a_sale() {
+    let (mut app, mut node, sale) = shop().await;
+    let product = app.view(&sale).await["product_id"].clone();
+    for (turn, point) in ["provision.before_redis", "provision.after_redis"]
+        .into_iter()
+        .enumerate()
+    {
+        node.stop().await;
+        node.set(FAIL_POINT, Some(point));
+        node.start_again().await;
+        app.speak_to(node.url());
+        let body = json!({
+            "product_id": product, "allocation": 3, "per_buyer_limit": 1,
+            "opens_at": "2020-01-01T00:00:00Z",
+        });
+        let make = |app: &App| {
+            app.operate(Method::POST, "/v1/sales")
+                .header("Idempotency-Key", format!("sale-{turn}"))
+                .json(&body)
+        };
+        let answer = try_send(make(&app)).await;
+        assert!(answer.is_err(), "{answer:?}");
+        assert!(!node.ended().await.success());
+        node.set(FAIL_POINT, None);
+        node.start_again().await;
+        app.speak_to(node.url());
+        let made = send(make(&app)).await.expect(201).json();
+        let bought = app
+            .buy(id(&made), clock::new_id(), "k", 1)
+            .await
+            .expect(201);
+        assert_eq!(bought.json()["seq"], 1);
+        assert_eq!(app.view(id(&made)).await["remaining"], 2);
+    }
+    assert_eq!(app.pages("/v1/sales").await.len(), 3);
+    app.finish().await;
+    assert!(node.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_while_it_verifies_a_partition() {
+    let (mut app, mut node, sale) = shop().await;
+    let mut bought = Vec::new();
+    for point in ["recovery.after_raise", "recovery.after_install"] {
+        for _ in 0..3 {
+            app.speak_to(node.url());
+            for request in strangers(&app, &sale, 10) {
+                let first = send(request.try_clone().unwrap()).await.expect(201);
+                bought.push((request, first));
+            }
+            node.kill().await;
+            // Another run of the server, so that there is something to verify.
+            app.redis.server.kill().await;
+            app.redis.server.restart().await.unwrap();
+            node.set(FAIL_POINT, Some(point));
+            node.start_to_die().await;
+            if point == "recovery.after_raise" {
+                node.start_to_die().await;
+            }
+            node.set(FAIL_POINT, None);
+            node.start_again().await;
+        }
+    }
+    settle(app, node, &sale, bought).await;
+}

@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check sqlx conformance mutants power-loss
+.PHONY: help run test drop check sqlx conformance mutants power-loss torture kills
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -36,6 +36,16 @@ mutants: ## Switch on one seeded bug after the other, and see each noticed; then
 power-loss: ## Cut the power of Redis CYCLES times (20) in each mode, and print what was lost
 	@.ci/install
 	STOCKADE_TEST_CYCLES=$(or $(CYCLES),20) cargo test --locked --test it power:: -- --nocapture --test-threads=1
+
+torture: ## Break everything at random under a crowd, for SECONDS=600; SEED=… to do it again
+	@.ci/install
+	STOCKADE_TEST_SECONDS=$(or $(SECONDS),600) STOCKADE_TEST_SEED=$(SEED) \
+		cargo test --locked --test it torture::everything -- --nocapture
+
+kills: ## Kill application, Redis and PostgreSQL in turn under a crowd, CYCLES=200; SEED=… to do it again
+	@.ci/install
+	STOCKADE_TEST_CYCLES=$(or $(CYCLES),200) STOCKADE_TEST_SEED=$(SEED) \
+		cargo test --locked --test it torture::processes -- --nocapture
 
 sqlx: ## Write .sqlx/ anew, after a change of a query or of the schema
 	@.ci/install

@@ -1,6 +1,6 @@
 //! The scripts against their specification: random commands, on a real Redis.
 
-use super::support::{RECEIPT_KEY, Redis};
+use super::support::{RECEIPT_KEY, Redis, seed, variable};
 use proptest::{
     prelude::*,
     strategy::ValueTree,
@@ -373,18 +373,9 @@ impl Conformance {
     }
 }
 
-fn variable(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
 /// Sequences of commands; `STOCKADE_TEST_CASES` asks for more.
 fn cases() -> u16 {
     variable("STOCKADE_TEST_CASES").map_or(96, |cases| u16::try_from(cases).unwrap())
-}
-
-/// What the random commands come from; another one each time unless `STOCKADE_TEST_SEED` says.
-fn seed() -> u64 {
-    variable("STOCKADE_TEST_SEED").unwrap_or_else(|| stockade::clock::new_id().as_u64_pair().1)
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::Redis;
+use super::{Postgres, Redis, proxy::Proxy};
 
 pub(crate) const SECRET: &str = "a secret of the tests, 32 bytes!";
 
@@ -32,7 +32,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// An application, its stores, and what is needed to speak to it.
 pub(crate) struct App {
     pub(crate) redis: Redis,
+    /// Its own, if it is not in the one that all tests share.
+    pub(crate) postgres: Option<Postgres>,
+    /// Straight to PostgreSQL, for a test's own questions.
     pub(crate) database_url: SecretString,
+    /// What its nodes go through to Redis and to PostgreSQL, if anything.
+    pub(crate) proxies: Option<Proxies>,
     pub(crate) client: Client,
     pub(crate) url: String,
     pub(crate) operator: Uuid,
@@ -40,8 +45,14 @@ pub(crate) struct App {
     node: Option<Node>,
     /// Where it answers: another port after each start.
     door: watch::Sender<String>,
-    keys: TokenKeys,
+    keys: Arc<TokenKeys>,
     audited: bool,
+}
+
+/// The ways to the stores.
+pub(crate) struct Proxies {
+    pub(crate) redis: Proxy,
+    pub(crate) postgres: Proxy,
 }
 
 /// One process' worth of the application. Several may share the same stores.
@@ -68,6 +79,16 @@ impl Node {
         self.life.stop();
         self.running.await.unwrap();
     }
+}
+
+/// An access token.
+pub(crate) fn token(keys: &TokenKeys, user: Uuid, role: auth::Role) -> String {
+    let identity = Identity {
+        user,
+        role,
+        session: None,
+    };
+    keys.mint(identity, clock::new_id(), clock::now()).unwrap()
 }
 
 /// The same request, to the port of this URL.
@@ -124,19 +145,59 @@ impl App {
 
     /// The stores of an application that does not run yet, and what is needed to speak to it.
     pub(crate) async fn without_node(settings: &[(&str, &str)]) -> Self {
-        Self::on(Redis::start().await, settings).await
+        let (redis, database_url) = tokio::join!(Redis::start(), super::database());
+        Self::with(redis, None, database_url, settings)
     }
 
     /// An application that does not run yet.
     pub(crate) async fn on(redis: Redis, settings: &[(&str, &str)]) -> Self {
         let database_url = super::database().await;
+        Self::with(redis, None, database_url, settings)
+    }
+
+    /// Starts an application whose nodes go through proxies to their stores.
+    pub(crate) async fn start_behind_proxies(seed: u64) -> Self {
+        let mut app = Self::without_node(&[]).await;
+        app.put_behind_proxies(seed).await;
+        app.run().await;
+        app
+    }
+
+    /// As [`without_node`](Self::without_node), with a PostgreSQL of its own that may be killed, and
+    /// with proxies to both stores.
+    pub(crate) async fn to_be_tormented(seed: u64) -> Self {
+        // What is committed is written before it is told, as it must be in production.
+        let settings = [("synchronous_commit", "on")];
+        let (redis, postgres) = tokio::join!(Redis::start(), Postgres::start(&settings));
+        let database_url = postgres.server.url().clone();
+        let mut app = Self::with(redis, Some(postgres), database_url, &[]);
+        app.put_behind_proxies(seed).await;
+        app
+    }
+
+    async fn put_behind_proxies(&mut self, seed: u64) {
+        let url = reqwest::Url::parse(self.database_url.expose_secret()).unwrap();
+        self.proxies = Some(Proxies {
+            redis: Proxy::before(self.redis.server.port(), seed).await,
+            postgres: Proxy::before(url.port().unwrap(), !seed).await,
+        });
+    }
+
+    fn with(
+        redis: Redis,
+        postgres: Option<Postgres>,
+        database_url: SecretString,
+        settings: &[(&str, &str)],
+    ) -> Self {
         let keys = [Secret {
             id: "1",
             bytes: SECRET.as_bytes(),
         }];
         Self {
             redis,
+            postgres,
             database_url,
+            proxies: None,
             client: Client::builder()
                 .pool_max_idle_per_host(256)
                 .build()
@@ -149,7 +210,7 @@ impl App {
                 .collect(),
             node: None,
             door: watch::Sender::default(),
-            keys: TokenKeys::new(&keys, 600).unwrap(),
+            keys: Arc::new(TokenKeys::new(&keys, 600).unwrap()),
             audited: false,
         }
     }
@@ -166,11 +227,16 @@ impl App {
 
     /// Where every node finds its stores.
     pub(crate) fn endpoints(&self) -> Endpoints {
-        Endpoints {
+        let mut endpoints = Endpoints {
             redis_url: self.redis.address.clone(),
             cache_redis_url: None,
             database_url: self.database_url.clone(),
+        };
+        if let Some(proxies) = &self.proxies {
+            endpoints.redis_url = proxies.redis.url(&endpoints.redis_url);
+            endpoints.database_url = proxies.postgres.url(&endpoints.database_url);
         }
+        endpoints
     }
 
     /// From now on speaks to this node, which is not the application's own.
@@ -234,14 +300,12 @@ impl App {
 
     /// An access token.
     pub(crate) fn token(&self, user: Uuid, role: auth::Role) -> String {
-        let identity = Identity {
-            user,
-            role,
-            session: None,
-        };
-        self.keys
-            .mint(identity, clock::new_id(), clock::now())
-            .unwrap()
+        token(&self.keys, user, role)
+    }
+
+    /// What signs the access tokens.
+    pub(crate) fn keys(&self) -> Arc<TokenKeys> {
+        Arc::clone(&self.keys)
     }
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {

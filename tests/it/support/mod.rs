@@ -1,8 +1,11 @@
 //! What the tests share: real services and a whole application, each test its own.
 
 pub(crate) mod app;
+pub(crate) mod history;
 pub(crate) mod link;
+pub(crate) mod market;
 pub(crate) mod process;
+pub(crate) mod proxy;
 pub(crate) mod shim;
 pub(crate) mod wire;
 
@@ -20,6 +23,16 @@ use stockade::{
 };
 use tempfile::TempDir;
 use tokio::sync::{Mutex, OnceCell};
+
+/// A number from the environment.
+pub(crate) fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// What a test's random choices come from; another one each time unless `STOCKADE_TEST_SEED` says.
+pub(crate) fn seed() -> u64 {
+    variable("STOCKADE_TEST_SEED").unwrap_or_else(|| clock::new_id().as_u64_pair().1)
+}
 
 /// A Redis of one's own, as durable as in production.
 pub(crate) struct Redis {
@@ -110,12 +123,37 @@ pub(crate) fn open_dir() -> TempDir {
         .unwrap()
 }
 
-/// The PostgreSQL of this test binary, with a migrated database to copy.
+/// A PostgreSQL with a migrated database.
+pub(crate) struct Postgres {
+    pub(crate) server: PostgresServer,
+    _dir: TempDir,
+}
+
+impl Postgres {
+    pub(crate) async fn start(settings: &[(&str, &str)]) -> Self {
+        let dir = open_dir();
+        let options = PostgresOptions {
+            throwaway: true,
+            settings: settings
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
+            ..PostgresOptions::new(dir.path().join("postgres"))
+        };
+        let server = PostgresServer::start(options).await.unwrap();
+        let url = server.url().expose_secret();
+        let database = Database::new(url, DatabaseSettings::default()).unwrap();
+        database.migrate().await.unwrap();
+        database.close().await;
+        Self { server, _dir: dir }
+    }
+}
+
+/// The PostgreSQL of this test binary, whose database is there to be copied.
 struct Cluster {
-    server: PostgresServer,
+    postgres: Postgres,
     /// Only one copy at a time: the original must have no connections.
     copying: Mutex<()>,
-    _dir: TempDir,
 }
 
 static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
@@ -124,25 +162,13 @@ static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
 pub(crate) async fn database() -> SecretString {
     let cluster = CLUSTER
         .get_or_init(|| async {
-            let dir = open_dir();
-            let options = PostgresOptions {
-                throwaway: true,
-                settings: vec![("max_connections".to_owned(), "400".to_owned())],
-                ..PostgresOptions::new(dir.path().join("postgres"))
-            };
-            let server = PostgresServer::start(options).await.unwrap();
-            let url = server.url().expose_secret();
-            let database = Database::new(url, DatabaseSettings::default()).unwrap();
-            database.migrate().await.unwrap();
-            database.close().await;
             Cluster {
-                server,
+                postgres: Postgres::start(&[("max_connections", "400")]).await,
                 copying: Mutex::default(),
-                _dir: dir,
             }
         })
         .await;
-    let url = cluster.server.url().expose_secret();
+    let url = cluster.postgres.server.url().expose_secret();
     let (base, original) = url.rsplit_once('/').unwrap();
     let name = format!("test_{}", clock::new_id().simple());
     let copying = cluster.copying.lock().await;

@@ -177,7 +177,9 @@ fn all_operations() -> Vec<(Method, String, Access)> {
     {
         let access = route.access;
         for (path, item) in route.paths() {
-            let path = path.replace("{id}", &Uuid::nil().to_string());
+            let path = path
+                .replace("{id}", &Uuid::nil().to_string())
+                .replace("{round}", "1");
             for (method, operation) in [
                 (Method::GET, &item.get),
                 (Method::POST, &item.post),

@@ -181,7 +181,7 @@ impl Memory {
     /// Refuses a purchase, if it is certain that Redis would.
     ///
     /// `redis_ms` is the node's estimate of Redis' clock, which is never ahead of it by more than
-    /// the drift of two clocks within seconds.
+    /// the drift of two clocks within seconds, unless Redis' clock was set back.
     pub(super) fn refuse(
         &self,
         purchase: &Purchase,

@@ -49,6 +49,8 @@ struct Seen {
     pseq: u64,
     /// Redis' clock at an instant of ours.
     clock: Option<(i64, Instant)>,
+    /// The latest instant of Redis' clock that anybody has been told.
+    told_ms: i64,
 }
 
 impl Seen {
@@ -56,6 +58,13 @@ impl Seen {
         let (ms, anchor) = self.clock?;
         let elapsed = at.saturating_duration_since(anchor).as_millis();
         Some(ms.saturating_add(i64::try_from(elapsed).unwrap_or(i64::MAX)))
+    }
+
+    /// The estimate as a buyer may be told it: news that came late takes no time back, or the wait
+    /// for a start would grow from one answer to the next.
+    fn tell_ms(&mut self, at: Instant) -> Option<i64> {
+        self.told_ms = self.told_ms.max(self.redis_ms(at)?);
+        Some(self.told_ms)
     }
 
     /// Every reply is late by its way back, so the highest estimate is the best one.
@@ -66,6 +75,7 @@ impl Seen {
         if stale || self.redis_ms(at).is_none_or(|estimate| now_ms > estimate) {
             self.clock = Some((now_ms, at));
         }
+        self.told_ms = self.told_ms.max(now_ms);
     }
 }
 
@@ -106,6 +116,11 @@ impl PartitionView {
         }
     }
 
+    /// Redis' clock now, for whom no script answers: never less than anybody was told before.
+    pub(super) fn tell_ms(&self, at: Instant) -> Option<i64> {
+        self.seen().tell_ms(at)
+    }
+
     /// Redis' clock now, as far as this node can tell.
     pub(super) fn redis_ms(&self, at: Instant) -> Option<i64> {
         self.seen().redis_ms(at)
@@ -124,6 +139,8 @@ impl PartitionView {
         };
         seen.epoch = epoch;
         seen.clock = Some((now_ms, at));
+        // Recovery may have looked at a clock that was set anew.
+        seen.told_ms = now_ms;
         drop(seen);
         self.fence.send_replace(Fence::Open(epoch));
     }
@@ -223,6 +240,25 @@ mod tests {
         // Redis' clock is slow: after a while that is believed.
         seen.learn_clock(11_000, after(11_000));
         assert_eq!(seen.redis_ms(after(11_000)), Some(11_000));
+    }
+
+    #[test]
+    fn what_is_told_of_the_clock_never_goes_back() {
+        let start = Instant::now();
+        let after = |ms| start + Duration::from_millis(ms);
+        let mut seen = Seen::default();
+        assert_eq!(seen.tell_ms(start), None);
+        seen.learn_clock(1_000, start);
+        assert_eq!(seen.tell_ms(after(3_000)), Some(4_000));
+        // The old news is given up for this, which was 70 ms on its way.
+        seen.learn_clock(3_940, after(3_010));
+        assert_eq!(seen.redis_ms(after(3_010)), Some(3_940));
+        assert_eq!(seen.tell_ms(after(3_010)), Some(4_000));
+        assert_eq!(seen.tell_ms(after(3_110)), Some(4_040));
+        // Two replies that overtook each other.
+        seen.learn_clock(7_200, after(6_200));
+        seen.learn_clock(7_190, after(8_300));
+        assert_eq!(seen.tell_ms(after(8_300)), Some(7_200));
     }
 
     #[test]

@@ -240,7 +240,7 @@ impl Engine {
         if memory.wants_proof(purchase.round, at) {
             self.load_proof(purchase.round);
         }
-        let Some(now_ms) = view.redis_ms(at) else {
+        let Some(now_ms) = view.tell_ms(at) else {
             return Ok(None);
         };
         let refusal = memory.refuse(purchase, epoch, at, now_ms);

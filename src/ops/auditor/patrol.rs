@@ -36,7 +36,8 @@ const OTHERS_EVERY: u64 = 10;
 const LATELY: Duration = Duration::from_mins(1);
 /// The time between two full looks at a round that changes.
 const FULL_EVERY: Duration = Duration::from_mins(1);
-/// The time between two full looks at a round that is closed and not all stored, or that failed.
+/// The time between two full looks at a round that is closed and not all stored, that failed, or at
+/// which a store did not answer.
 const UNSETTLED_EVERY: Duration = Duration::from_secs(5);
 /// The time between two full looks at a round that does not change.
 const AT_REST_EVERY: Duration = Duration::from_mins(10);
@@ -91,7 +92,10 @@ struct Watched {
 #[derive(Clone, Copy, Debug)]
 struct Full {
     at: Instant,
+    /// The round's last entry then, if there was a verdict on it.
     entry: JournalId,
+    /// There was an answer.
+    seen: bool,
     /// The round was over and everything was stored: nothing is left to change but by a cancel.
     settled: bool,
 }
@@ -101,7 +105,8 @@ impl Watched {
     fn is_due(&self, now: Instant) -> bool {
         self.full.is_none_or(|full| {
             let age = now.duration_since(full.at);
-            let unsettled = (self.closed && !full.settled) || !self.failing.is_empty();
+            let unsettled =
+                !full.seen || (self.closed && !full.settled) || !self.failing.is_empty();
             age >= AT_REST_EVERY
                 || (full.entry != self.entry && age >= FULL_EVERY)
                 || (unsettled && age >= UNSETTLED_EVERY)
@@ -263,12 +268,12 @@ impl Patrol {
             .min_by_key(|watched| watched.full.map(|full| full.at));
         let Some(watched) = due else { return Ok(()) };
         let (subject, entry, closed) = (watched.subject, watched.entry, watched.closed);
+        let before = watched.full.map(|full| full.entry).unwrap_or_default();
         // Also when it cannot be done: others have their turn first.
         watched.full = Some(Full {
             at: now,
-            entry: watched
-                .full
-                .map_or_else(JournalId::default, |full| full.entry),
+            entry: before,
+            seen: false,
             settled: false,
         });
         let Some(seen) = self.auditor.look(subject).await? else {
@@ -276,10 +281,13 @@ impl Patrol {
         };
         let mut proved = None;
         if let Some(watched) = self.rounds.get_mut(&subject.round) {
+            let verdict = seen.report.verdict != Status::Pending;
             watched.full = Some(Full {
                 at: now,
-                entry,
-                settled: closed && seen.report.verdict != Status::Pending,
+                // Without a verdict it is looked at again, also if nothing more happens.
+                entry: if verdict { entry } else { before },
+                seen: true,
+                settled: closed && verdict,
             });
             proved = seen.lacking.clone().filter(|_| watched.lacking);
             watched.lacking = seen.lacking.is_some();

@@ -253,6 +253,51 @@ mod imp {
             )],
         ),
         (
+            "archive_not_asked",
+            &["purchase"],
+            &[(
+                "if item.archive < sale.archived_rounds then",
+                "if false then",
+            )],
+        ),
+        (
+            "settled_gives_back",
+            &["release"],
+            &[("elseif settled then", "elseif false then")],
+        ),
+        (
+            "settled_while_open",
+            &["settle"],
+            &[(
+                "elseif state_of(round, partition.now_ms) ~= 'closed' then",
+                "elseif false then",
+            )],
+        ),
+        (
+            "archived_unsettled",
+            &["archive"],
+            &[(
+                "if round.intent ~= 'settled' and round.intent ~= 'archived' then",
+                "if false then",
+            )],
+        ),
+        (
+            "trimmed_past_position",
+            &["trim"],
+            &[(
+                "if pseq <= position and at_ms and at_ms < before_ms then",
+                "if at_ms and at_ms < before_ms then",
+            )],
+        ),
+        (
+            "trimmed_too_young",
+            &["trim"],
+            &[(
+                "if pseq <= position and at_ms and at_ms < before_ms then",
+                "if pseq <= position then",
+            )],
+        ),
+        (
             "release_twice",
             &["release"],
             &[("if status ~= STATUS.confirmed then", "if false then")],

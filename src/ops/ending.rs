@@ -22,6 +22,7 @@ use crate::{
         round::Intent,
     },
     engine::{Engine, Engines},
+    faults,
     store::{
         endings::{Ending, Endings},
         orders::{Orders, Place},
@@ -183,6 +184,7 @@ impl RoundEnds {
             return Ok(step);
         }
         let (settled, standing) = engine.settle(ending.round).await?;
+        faults::point("end.after_settle");
         Ok(match settled {
             Settled::Done => {
                 tracing::info!(sale = %ending.sale, round = %ending.round,
@@ -211,7 +213,9 @@ impl RoundEnds {
         }
         match certificate::issue(key, ending, &seen) {
             Ok(Some(certificate)) => {
-                if self.endings.certify(ending.round, certificate).await? {
+                let first = self.endings.certify(ending.round, certificate).await?;
+                faults::point("end.after_certificate");
+                if first {
                     tracing::info!(sale = %ending.sale, round = %ending.round, key = key.id(),
                         "round certified");
                 }
@@ -226,7 +230,9 @@ impl RoundEnds {
         if let Err(step) = self.sound(ending, "archive").await? {
             return Ok(step);
         }
-        Ok(match engine.archive(ending.round, &[]).await? {
+        let archived = engine.archive(ending.round, &[]).await?;
+        faults::point("end.after_archive");
+        Ok(match archived {
             (Archived::Done(_), _) => Step::Done,
             (Archived::Unsettled, _) => {
                 Step::Later("Redis does not know that it is settled".to_owned())
@@ -252,8 +258,10 @@ impl RoundEnds {
                     return Ok(Step::Later(reason.to_owned()));
                 }
             }
+            faults::point("end.after_some_left");
             sleep(PAUSE).await;
         }
+        faults::point("end.after_all_left");
         self.endings
             .set_archived(ending.round, clock::now())
             .await?;

@@ -235,6 +235,9 @@ impl Stall {
             Some(statement) => self.sql(statement).await,
             None => self.redis(command),
         }
+        // As a node does all the time.
+        let engine = self.engines.of(PARTITION).unwrap();
+        engine.read_settings().await.unwrap();
     }
 
     /// The command line, as an operator calls it.
@@ -497,6 +500,16 @@ async fn every_seeded_corruption_is_found_and_forgotten_when_it_is_mended() {
                  '{\"orders_sha256\": \"00\"}', '')",
             "SQL DELETE FROM certificates",
             &[N::Certificate],
+        ),
+        (
+            "SQL UPDATE journal_positions SET epoch = 0, installed_epoch = 0, position_epoch = 0",
+            "SQL UPDATE journal_positions SET epoch = 1, installed_epoch = 1, position_epoch = 1",
+            &[N::PostgresPosition, N::Epoch],
+        ),
+        (
+            "CONFIG SET maxmemory-policy allkeys-lru",
+            "CONFIG SET maxmemory-policy noeviction",
+            &[N::Settings],
         ),
         (
             "XDEL {p0}:journal 1-4",

@@ -23,14 +23,14 @@ const HASH: &str = "SELECT encode(sha256(convert_to(coalesce(string_agg(concat_w
 const NEVER: &str = "31536000";
 
 /// What buyers got, to be held against what they get later.
-struct Bought {
+pub(crate) struct Bought {
     buyer: Uuid,
     key: String,
     answer: Answer,
 }
 
 impl Bought {
-    async fn some(app: &App, sale: &str, buyers: usize) -> Vec<Self> {
+    pub(crate) async fn some(app: &App, sale: &str, buyers: usize) -> Vec<Self> {
         let mut bought = Vec::new();
         for at in 0..buyers {
             let (buyer, key) = (clock::new_id(), format!("key-{at}"));
@@ -45,7 +45,7 @@ impl Bought {
     }
 
     /// The same request again: the same bytes, and nothing new.
-    async fn replays(&self, app: &App, sale: &str) {
+    pub(crate) async fn replays(&self, app: &App, sale: &str) {
         let again = app.buy(sale, self.buyer, &self.key, 1).await.expect(201);
         assert_eq!(again.text, self.answer.text);
         assert_eq!(again.header("idempotency-replayed"), Some("true"));
@@ -76,7 +76,7 @@ async fn operate(app: &App, path: &str, body: Option<Value>) -> Answer {
     .await
 }
 
-async fn close(app: &App, sale: &str) {
+pub(crate) async fn close(app: &App, sale: &str) {
     operate(app, &format!("/v1/sales/{sale}/close"), None)
         .await
         .expect(200);
@@ -87,7 +87,7 @@ async fn cancel(app: &App, order: &Value) -> Answer {
 }
 
 /// Waits until PostgreSQL says that the round has left Redis.
-async fn archived(sql: &mut PgConnection, sale: &str) {
+pub(crate) async fn archived(sql: &mut PgConnection, sale: &str) {
     let archived = async {
         loop {
             let done: bool = sqlx::query_scalar(
@@ -305,15 +305,7 @@ async fn a_key_of_an_archived_round_replays_in_the_next_round() {
     let mut sql = sql(&app).await;
     archived(&mut sql, &sale).await;
     app.stop().await;
-    sqlx::raw_sql(
-        "INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation, per_buyer_limit,
-                             per_order_limit, opens_at, allocation, remaining)
-         SELECT sale, 2, unit_price, currency, 2, 3, 3, opens_at, 2, 2 FROM rounds;
-         UPDATE sales SET round = 2",
-    )
-    .execute(&mut sql)
-    .await
-    .unwrap();
+    second_round(&mut sql, 2).await;
     app.run().await;
     app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
         .await;
@@ -334,6 +326,113 @@ async fn a_key_of_an_archived_round_replays_in_the_next_round() {
         bought[1].replays(&app, &sale).await;
     }
     assert_eq!(app.view(&sale).await["sold"], 2);
+    app.finish().await;
+}
+
+/// Gives the only sale its second round, which sells at once. No node may run.
+async fn second_round(sql: &mut PgConnection, allocation: u32) {
+    let statement = format!(
+        "INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation, per_buyer_limit,
+                             per_order_limit, opens_at, allocation, remaining)
+         SELECT sale, 2, unit_price, currency, {allocation}, per_buyer_limit, per_order_limit,
+                opens_at, {allocation}, {allocation}
+         FROM rounds;
+         UPDATE sales SET round = 2"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
+        .execute(sql)
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_emptied_redis_brings_no_archived_round_back_and_no_settled_one_to_life() {
+    let mut app = App::start_with(&[
+        ("STOCKADE_SETTLE_AFTER", "0"),
+        ("STOCKADE_ARCHIVE_AFTER", "0"),
+    ])
+    .await;
+    let sale = app
+        .sale(json!({ "allocation": 9, "per_buyer_limit": 3 }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let gone = Bought::some(&app, &sale, 4).await;
+    close(&app, &sale).await;
+    let mut sql = sql(&app).await;
+    archived(&mut sql, &sale).await;
+    let gone_certificate = certificate(&app, &sale).await;
+    app.stop().await;
+    second_round(&mut sql, 5).await;
+    app.set("STOCKADE_ARCHIVE_AFTER", NEVER);
+    app.run().await;
+    app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
+        .await;
+    let second = app.buy(&sale, gone[0].buyer, "second", 2).await.expect(201);
+    let other = app.sale(json!({ "allocation": 6 })).await;
+    let other = id(&other).to_owned();
+    let settled = Bought::some(&app, &other, 4).await;
+    cancel(&app, &settled[1].order()).await.expect(200);
+    close(&app, &other).await;
+    let other_certificate = certificate(&app, &other).await;
+    for sale in [&sale, &other] {
+        assert_eq!(app.audit(sale).await["verdict"], "pass");
+    }
+    let before = readings(&app, &other, &settled).await;
+
+    let url = app.redis.server.url().expose_secret().to_owned();
+    assert_eq!(redis(&url, "FLUSHALL"), "+OK");
+    // PostgreSQL answers what is in no round that sells; everything else waits until Redis is made
+    // anew.
+    app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
+        .await;
+    let doors = [app.door()];
+    let again = app.purchase(
+        &sale,
+        gone[0].buyer,
+        "second",
+        r#"{"quantity":2}"#.to_owned(),
+    );
+    let again = insist(again, &doors).await.expect(201);
+    assert_eq!(again.text, second.text);
+    let in_redis = |key: &str, field: &str| redis(&url, &format!("HGET {key} {field}"));
+    assert_eq!(redis(&url, "HLEN {p0}:sale:1:orders"), ":1");
+    assert_eq!(
+        redis(&url, "EXISTS {p0}:round:1.1:buyers {p0}:round:1.1:board"),
+        ":0"
+    );
+    for (field, value) in [
+        ("n_orders", "5"),
+        ("n_archived", "4"),
+        ("archived_rounds", "1"),
+    ] {
+        assert_eq!(in_redis("{p0}:sale:1", field), value, "{field}");
+    }
+    for bought in &gone {
+        bought.replays(&app, &sale).await;
+    }
+    let fourth = app.buy(&sale, gone[0].buyer, "fourth", 2).await.expect(409);
+    assert_eq!(fourth.json()["code"], "buyer_limit");
+    assert_eq!(app.view(&sale).await["remaining"], 3);
+    for bought in &settled {
+        bought.replays(&app, &other).await;
+    }
+    refuses(&app, &other, &settled[0].order(), &settled[1].order()).await;
+    assert_eq!(readings(&app, &other, &settled).await, before);
+    for sale in [&sale, &other] {
+        assert_eq!(app.audit(sale).await["verdict"], "pass");
+    }
+    assert_eq!(certificate(&app, &sale).await, gone_certificate);
+    assert_eq!(certificate(&app, &other).await, other_certificate);
+
+    // The settled one goes on to its archive from where it was.
+    app.stop().await;
+    app.set("STOCKADE_ARCHIVE_AFTER", "0");
+    app.run().await;
+    archived(&mut sql, &other).await;
+    for bought in &settled {
+        bought.replays(&app, &other).await;
+    }
+    assert_eq!(readings(&app, &other, &settled).await, before);
     app.finish().await;
 }
 

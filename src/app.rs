@@ -37,7 +37,7 @@ use crate::{
     },
     readiness::Readiness,
     realtime::Hub,
-    sales::{Pseudonyms, Shop, provision_rounds},
+    sales::{Archive, Pseudonyms, Shop, provision_rounds},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
@@ -378,6 +378,7 @@ async fn serve(
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
         epochs: Epochs::new(database.clone()),
+        archive: Archive::new(Orders::new(database.clone())),
         receipts: stores
             .receipts
             .clone()

@@ -43,7 +43,7 @@ use crate::{
     ops::auditor::Auditor,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Pseudonyms, Shop},
+    sales::{Archive, Pseudonyms, Shop},
     store::{
         Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
         journal::Positions, orders::Orders, products::Products, rounds::Rounds, sales::Sales,
@@ -122,6 +122,7 @@ fn closed_shop(database: Database) -> Shop {
         positions: Positions::new(database),
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+        archive: Archive::new(Orders::new(database.clone())),
         receipts: ReceiptKeys::new(&[(1, SECRET)]).unwrap(),
     }
 }

@@ -1,5 +1,6 @@
 //! What can be done with sales and their orders: the store and the engine together.
 
+mod archive;
 mod provisioning;
 mod pseudonym;
 mod receipts;
@@ -9,6 +10,7 @@ use std::{collections::HashMap, sync::Arc};
 use uuid::Uuid;
 
 pub use self::{
+    archive::Archive,
     provisioning::provision_rounds,
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
@@ -123,6 +125,8 @@ pub struct Shop {
     pub epochs: Epochs,
     /// Signs receipts, and knows its own.
     pub receipts: ReceiptKeys,
+    /// What has left Redis.
+    pub archive: Archive,
 }
 
 impl Shop {
@@ -275,13 +279,18 @@ impl Shop {
     async fn decide(&self, engine: &Engine, mut purchase: Purchase) -> Result<Answer, SaleError> {
         // Each further turn means that one more round was archived meanwhile.
         for _ in 0..ARCHIVED_MEANWHILE_MAX {
-            if purchase.archive > 0 {
-                let Purchase {
-                    order,
-                    buyer,
-                    fingerprint,
-                    ..
-                } = purchase;
+            let Purchase {
+                order,
+                buyer,
+                fingerprint,
+                archive,
+                ..
+            } = purchase;
+            if archive == 0 {
+                // Nothing has left, as far as this node knows; Redis says so otherwise.
+            } else if let Some(rounds) = self.archive.rounds_without(order, archive) {
+                purchase.archive = rounds;
+            } else {
                 let stored = self.replay_stored(order, buyer, fingerprint).await?;
                 if let Some(decision) = stored.decision() {
                     return Ok(Answer {

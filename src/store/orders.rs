@@ -239,6 +239,45 @@ impl Orders {
             .await
     }
 
+    /// How many rounds of a sale are archived, and the ids of at least all of their orders; `None`
+    /// when those are more than `max`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn archived(
+        &self,
+        sale: SaleNumber,
+        max: usize,
+    ) -> Result<(u32, Option<Vec<OrderId>>), StoreError> {
+        let number = sale.0.cast_signed();
+        self.database
+            .run(async move |pool| {
+                // The rounds first: one that is archived meanwhile has its orders in the answer, and
+                // is not counted.
+                let rounds = sqlx::query_scalar!(
+                    r#"SELECT count(*) AS "rounds!" FROM rounds
+                       WHERE sale = $1 AND intent = 'archived'"#,
+                    number
+                )
+                .fetch_one(&pool)
+                .await?;
+                let ids = sqlx::query_scalar!(
+                    "SELECT orders.id FROM orders
+                     JOIN rounds ON rounds.sale = orders.sale AND rounds.round = orders.round
+                     WHERE orders.sale = $1 AND intent = 'archived'
+                     LIMIT $2",
+                    number,
+                    i64::try_from(max).unwrap_or(i64::MAX).saturating_add(1)
+                )
+                .fetch_all(&pool)
+                .await?;
+                let rounds = u32::try_from(rounds).unwrap_or(u32::MAX);
+                let ids = (ids.len() <= max).then(|| ids.into_iter().map(OrderId).collect());
+                Ok((rounds, ids))
+            })
+            .await
+    }
+
     /// Orders of a round behind `after`, whatever their status, in order of acceptance: only their
     /// ids.
     ///

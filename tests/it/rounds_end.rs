@@ -305,7 +305,7 @@ async fn a_key_of_an_archived_round_replays_in_the_next_round() {
     let mut sql = sql(&app).await;
     archived(&mut sql, &sale).await;
     app.stop().await;
-    second_round(&mut sql, 2).await;
+    second_round(&mut sql, 3).await;
     app.run().await;
     app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
         .await;
@@ -314,6 +314,7 @@ async fn a_key_of_an_archived_round_replays_in_the_next_round() {
     }
     let view = app.view(&sale).await;
     assert_eq!((&view["round"], &view["sold"]), (&json!(2), &json!(0)));
+    sells_without_postgresql(&app, &sale).await;
     // The same buyer, another key: the limit counts in each round by itself.
     let fresh = async |key: &str| app.buy(&sale, bought[0].buyer, key, 1).await;
     let second = fresh("round-two").await.expect(201).json();
@@ -325,8 +326,30 @@ async fn a_key_of_an_archived_round_replays_in_the_next_round() {
         assert_eq!(late.json()["code"], "sold_out");
         bought[1].replays(&app, &sale).await;
     }
-    assert_eq!(app.view(&sale).await["sold"], 2);
+    assert_eq!(app.view(&sale).await["sold"], 3);
     app.finish().await;
+}
+
+/// One is sold while nobody can read the orders of PostgreSQL.
+async fn sells_without_postgresql(app: &App, sale: &str) {
+    let buyer = clock::new_id();
+    let sold = async {
+        loop {
+            // Which orders have left is read once, at a purchase that waits for nobody.
+            let mut sql = sql(app).await;
+            sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+                .execute(&mut sql)
+                .await
+                .unwrap();
+            let answer = app.buy(sale, buyer, "no-postgresql", 1).await;
+            sqlx::raw_sql("ROLLBACK").execute(&mut sql).await.unwrap();
+            if answer.status != 503 {
+                answer.expect(201);
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, sold).await.unwrap();
 }
 
 /// Gives the only sale its second round, which sells at once. No node may run.

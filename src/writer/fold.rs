@@ -672,7 +672,7 @@ mod tests {
                     round: round(sale),
                     units,
                     operation: OperationId::derive("restock", actor, &key.to_string()),
-                    fingerprint: Fingerprint::of(&[&units.to_be_bytes()]),
+                    fingerprint: Fingerprint::restock(units),
                     actor,
                 }
             }),

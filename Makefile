@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check sqlx conformance mutants power-loss torture kills
+.PHONY: help run test drop check sqlx conformance mutants power-loss torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -46,6 +46,10 @@ kills: ## Kill application, Redis and PostgreSQL in turn under a crowd, CYCLES=2
 	@.ci/install
 	STOCKADE_TEST_CYCLES=$(or $(CYCLES),200) STOCKADE_TEST_SEED=$(SEED) \
 		cargo test --locked --test it torture::processes -- --nocapture
+
+outage: ## Take PostgreSQL away for a minute while a crowd buys, and print what buyers noticed (ARGS="drop's options")
+	@.ci/install
+	.ci/outage $(ARGS)
 
 sqlx: ## Write .sqlx/ anew, after a change of a query or of the schema
 	@.ci/install

@@ -2,7 +2,7 @@
 --
 -- KEYS   1 meta, 2 journal
 -- Reply  { epoch, incarnation in meta, pseq, last_ms, this server's incarnation, now_ms,
---          length of the journal, its first id, its last id }
+--          its clock in ms, length of the journal, its first id, its last id }
 --        '' for what is missing; -1 for the length of a journal that is none
 -- Flags  no-writes
 
@@ -19,9 +19,9 @@ elseif length > 0 then
   last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1][1]
 end
 local time = redis.call('TIME')
-local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-now_ms = math.max(now_ms, tonumber(meta[4] or '0') or 0)
+local clock_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now_ms = math.max(clock_ms, tonumber(meta[4] or '0') or 0)
 return { meta[1] or '', meta[2] or '', meta[3] or '', meta[4] or '',
   string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)'),
-  whole(now_ms),
+  whole(now_ms), whole(clock_ms),
   whole(length), first, last }

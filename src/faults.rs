@@ -340,6 +340,52 @@ mod imp {
             )],
         ),
         (
+            "redeem_ignores_limit",
+            &["purchase"],
+            &[(
+                "if buyer.units + item.quantity > round.buyer_limit",
+                "if not item.redeem and buyer.units + item.quantity > round.buyer_limit",
+            )],
+        ),
+        (
+            "redeem_ignores_stock",
+            &["purchase"],
+            &[
+                (
+                    "if round.remaining == 0 then",
+                    "if round.remaining == 0 and not item.redeem then",
+                ),
+                (
+                    "elseif round.remaining < item.quantity then",
+                    "elseif round.remaining < item.quantity and not item.redeem then",
+                ),
+            ],
+        ),
+        (
+            "redeem_stops_with_the_sale",
+            &["purchase"],
+            &[(
+                "elseif round.state ~= 'open' and not (item.redeem and REDEEMS[round.intent]) then",
+                "elseif round.state ~= 'open' then",
+            )],
+        ),
+        (
+            "everybody_redeems",
+            &["purchase"],
+            &[(
+                "elseif round.state ~= 'open' and not (item.redeem and REDEEMS[round.intent]) then",
+                "elseif round.state ~= 'open' and not REDEEMS[round.intent] then",
+            )],
+        ),
+        (
+            "key_of_receipt_not_kept",
+            &["purchase"],
+            &[(
+                "receipt_key, round.number, partition.epoch, round.seq, pseq, item.quantity, round.price,",
+                "0, round.number, partition.epoch, round.seq, pseq, item.quantity, round.price,",
+            )],
+        ),
+        (
             "restock_not_idempotent",
             &["restock"],
             &[("if known then", "if false then")],

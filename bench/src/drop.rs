@@ -20,6 +20,7 @@ use crate::clock;
 use crate::crowd::{Arrivals, Crowd};
 use crate::host;
 use crate::operator::{self, Operator, Terms};
+use crate::outage::{self, Effect};
 use crate::outcome::{Next, Outcome, judge};
 use crate::report::{self, Generator, Live, Outcomes, Report, SCHEMA, Setup, Speed};
 use crate::sender::{Load, Pool, Record, Sending, Tally};
@@ -72,6 +73,12 @@ pub(crate) struct Args {
     /// Everybody at the instant of the opening; so it is without a rate.
     #[arg(long)]
     burst: bool,
+    /// How long the PostgreSQL of an embedded server stands still while the crowd buys.
+    #[arg(long, value_parser = humantime::parse_duration, requires = "rate")]
+    outage: Option<Duration>,
+    /// From the opening to the outage.
+    #[arg(long, default_value = "15s", value_parser = humantime::parse_duration, requires = "outage")]
+    outage_after: Duration,
     /// Kept-alive connections, and so requests in flight [default: 4096, or one per purchase].
     #[arg(long, value_parser = count(1_000_000))]
     connections: Option<u64>,
@@ -163,6 +170,11 @@ async fn drop(args: &Args) -> Result<Report> {
     };
     progress.set_message("signing tokens");
     let (ids, plan) = (crowd.ids(), crowd.plan());
+    if let (Some(lasts), Some(last)) = (args.outage, plan.last())
+        && last.due < args.outage_after + lasts
+    {
+        bail!("the crowd is over before the outage is: send more with --buyers or --tries");
+    }
     let bearers = signer.buyers(&ids)?;
     progress.set_message("opening connections");
     let pool = Pool::open(load.clone()).await?;
@@ -224,8 +236,18 @@ async fn drop(args: &Args) -> Result<Report> {
         let is_complete = audit.is_ok_and(|audit| audit.verdict != "pending");
         anyhow::Ok(is_complete.then(|| opening.elapsed()))
     };
-    let (cpu_before, (records, cpu_after, wall), stored_after) =
-        tokio::try_join!(opened_at, sent, stored)?;
+    let stands_still = async {
+        match args.outage {
+            Some(lasts) => {
+                let after = args.outage_after;
+                let outage = outage::run(&backstage, &operator, sale, opening, after, lasts);
+                outage.await.map(Some)
+            }
+            None => Ok(None),
+        }
+    };
+    let (cpu_before, (records, cpu_after, wall), stored_after, outage) =
+        tokio::try_join!(opened_at, sent, stored, stands_still)?;
     watch.abort();
     let cpu = cpu_after.saturating_sub(cpu_before);
     let generator = Generator::new(cpu, wall, load.threads);
@@ -296,6 +318,10 @@ async fn drop(args: &Args) -> Result<Report> {
             Some(Speed::of(&records, sold_out_after(&history), stored_after)?)
         } else {
             None
+        },
+        outage: match outage {
+            Some(outage) if passed => Some(Effect::of(&records, &outage)?),
+            _ => None,
         },
         live: history.frames.as_deref().map(live),
         generator,

@@ -9,6 +9,7 @@ mod crowd;
 mod drop;
 mod host;
 mod operator;
+mod outage;
 mod outcome;
 mod report;
 mod sender;

@@ -13,6 +13,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::operator::Audit;
+use crate::outage::Effect;
 use crate::outcome::Outcome;
 use crate::sender::Record;
 use crate::verdict::{Check, Status};
@@ -36,6 +37,8 @@ pub(crate) struct Report {
     pub(crate) outcomes: Outcomes,
     /// Absent when a promise was broken.
     pub(crate) speed: Option<Speed>,
+    /// Absent without an outage, and when a promise was broken.
+    pub(crate) outage: Option<Effect>,
     pub(crate) live: Option<Live>,
     pub(crate) generator: Generator,
     pub(crate) checks: Vec<Check>,
@@ -305,6 +308,9 @@ impl Display for Report {
         if let Some(speed) = &self.speed {
             speed.fmt(f)?;
         }
+        if let Some(outage) = &self.outage {
+            outage.fmt(f)?;
+        }
         if let Some(live) = &self.live {
             let show = |units: Option<u64>| units.map_or("?".to_owned(), grouped);
             writeln!(
@@ -433,6 +439,44 @@ impl Display for Speed {
         line(
             "last order stored",
             self.stored_after_ms.map_or("unknown".to_owned(), after),
+        )
+    }
+}
+
+impl Display for Effect {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\n  {:<22}{:>10}{:>10}{:>10}{:>10}",
+            "PostgreSQL away", "purchases", "p50", "p99", "max"
+        )?;
+        for (name, part) in [
+            ("before", &self.before_ms),
+            ("during", &self.during_ms),
+            ("while it catches up", &self.draining_ms),
+            ("after", &self.after_ms),
+        ] {
+            let Percentiles {
+                count,
+                p50,
+                p99,
+                max,
+                ..
+            } = part;
+            let count = grouped(count);
+            writeln!(
+                f,
+                "  {name:<22}{count:>10}{p50:>10.1}{p99:>10.1}{max:>10.1}"
+            )?;
+        }
+        writeln!(
+            f,
+            "\n  away for {:.1} s; {} orders were not stored then, and were {:.1} s later; \
+             p99 during it is {:.2} of that before\n",
+            self.outage_ms / 1e3,
+            grouped(self.backlog),
+            self.drained_ms / 1e3,
+            self.p99_ratio,
         )
     }
 }

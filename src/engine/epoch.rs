@@ -22,13 +22,15 @@ pub struct Inspection {
     pub same_incarnation: bool,
     /// Redis' clock, milliseconds since the Unix epoch; never before what was stamped last.
     pub now_ms: i64,
+    /// The same, as the server's clock shows it, whatever was stamped.
+    pub clock_ms: i64,
     /// Entries in the journal; `None` when the key is of another type.
     pub journal_length: Option<u64>,
     /// The oldest entry.
     pub journal_first: Option<JournalId>,
     /// The newest entry.
     pub journal_last: Option<JournalId>,
-    /// Our instant just before that.
+    /// Our instant just after the clock was read.
     at: Instant,
     incarnation: String,
     raw_epoch: String,
@@ -63,11 +65,12 @@ impl Engine {
     pub async fn inspect(&self) -> Result<Inspection, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![keys.meta(), keys.journal()];
-        let at = Instant::now();
         let reply = self
             .operations
             .call(&scripts.inspect, names, vec![])
             .await?;
+        // After the answer: an estimate of Redis' clock may be late, never ahead.
+        let at = Instant::now();
         let mut reply = Reply::new("inspect", reply);
         let raw_epoch = reply.text()?;
         let stored = reply.text()?;
@@ -75,6 +78,7 @@ impl Engine {
         let _last_ms = reply.text()?;
         let incarnation = reply.text()?;
         let now_ms = reply.number()?;
+        let clock_ms = reply.number()?;
         let length: i64 = reply.number()?;
         let (first, last) = (reply.text()?, reply.text()?);
         Ok(Inspection {
@@ -82,6 +86,7 @@ impl Engine {
             pseq: pseq.parse().unwrap_or(0),
             same_incarnation: stored == incarnation,
             now_ms,
+            clock_ms,
             journal_length: length.try_into().ok(),
             journal_first: journal_id(&first),
             journal_last: journal_id(&last),

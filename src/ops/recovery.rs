@@ -128,6 +128,7 @@ impl Recovery {
                     } else if let Err(error) = self.bury(engine).await {
                         tracing::debug!(%partition, %error, "nodes that are gone are not forgotten");
                     }
+                    self.compare(engine).await;
                     let due = mended.is_none_or(|at| at.elapsed() >= DAMAGE);
                     if due && engine.is_damaged() {
                         mended = Some(Instant::now());
@@ -190,8 +191,14 @@ impl Recovery {
             .map_err(|error| passing(&error))?;
         let inspection = engine.inspect().await.map_err(|error| passing(&error))?;
         let estimate_ms = engine.redis_ms();
-        if let Some(ahead_ms) = estimate_ms.map(|estimate| inspection.now_ms - estimate)
-            && inspection.same_incarnation
+        // Within one run of the server time stands still until a clock that was set back has caught
+        // up. A server that comes with another clock is believed neither ahead nor behind.
+        let clock_ms = if inspection.same_incarnation {
+            inspection.now_ms
+        } else {
+            inspection.clock_ms
+        };
+        if let Some(ahead_ms) = estimate_ms.map(|estimate| clock_ms - estimate)
             && ahead_ms.abs() > CLOCK_JUMP_MS
         {
             // In words that do not change from look to look, so that they are said once.
@@ -253,14 +260,19 @@ impl Recovery {
             engine.adopt(position.epoch, &inspection);
             return Ok(Verified::Adopted);
         }
-        let raised = self
-            .positions
-            .raise_epoch(partition, position.epoch, inspection.pseq)
-            .await
-            .map_err(|error| passing(&error))?
-            .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?;
+        let mut present = position.epoch;
+        // Beyond every epoch that there was, also those that PostgreSQL has forgotten.
+        while present <= inspection.epoch.unwrap_or_default().max(position.epoch) {
+            present = self
+                .positions
+                .raise_epoch(partition, present, inspection.pseq)
+                .await
+                .map_err(|error| passing(&error))?
+                .ok_or_else(|| StaysFenced::Passing("another node is at work".to_owned()))?
+                .epoch;
+        }
         faults::point("recovery.after_raise");
-        let entry = self.install(engine, raised.epoch, &inspection).await?;
+        let entry = self.install(engine, present, &inspection).await?;
         Ok(Verified::Begun(entry))
     }
 
@@ -290,6 +302,15 @@ impl Recovery {
             }
         }
         Ok(entry)
+    }
+
+    /// Stops a sale that PostgreSQL does not store any more, because it has forgotten the epoch: a
+    /// standby that was behind has taken over.
+    async fn compare(&self, engine: &Engine) {
+        let position = self.positions.of(engine.partition()).await;
+        if position.is_ok_and(|position| position.epoch < engine.floor().epoch) {
+            engine.fence_again("PostgreSQL has forgotten this epoch");
+        }
     }
 
     /// Says how far this node has seen.
@@ -454,7 +475,7 @@ impl Recovery {
             }
             dead += 1;
         }
-        if seen > survives.end {
+        if seen > survives.end && !faults::bug("rebuild_without_floor") {
             return Err(StaysFenced::Lost(format!(
                 "{reason}; entries {} to {seen} of the journal were acknowledged, and neither \
                  PostgreSQL nor the journal has them",
@@ -498,6 +519,10 @@ impl Recovery {
         }
         if survives.journal {
             for entry in engine.tail(stored).await.map_err(|error| passing(&error))? {
+                if faults::bug("rebuild_forgets_tail") {
+                    model.pseq = entry.id.pseq;
+                    continue;
+                }
                 model.replay(&entry, &terms).ok_or_else(|| {
                     StaysFenced::Lost(format!(
                         "entry {} does not follow from PostgreSQL",
@@ -616,6 +641,9 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
         model.restore(*id, stored.terms, stored.intent, stored.counters, orders);
     }
     for operation in snapshot.operations(partition).await? {
+        if faults::bug("rebuild_forgets_operations") {
+            break;
+        }
         if let Some(sale) = model.sales.get_mut(&operation.sale) {
             let asked = Fingerprint::restock(operation.units);
             sale.operations
@@ -665,7 +693,10 @@ fn matches(
             ))
         };
     };
-    if epoch > position.epoch || epoch < position.installed || epoch < stored.epoch {
+    // A server that has lost nothing since its epoch began may be ahead: then PostgreSQL has been
+    // set back, and the journal has what it forgot.
+    let ahead = epoch > position.epoch && !redis.same_incarnation;
+    if ahead || epoch < position.installed || epoch < stored.epoch {
         return Err(format!(
             "Redis is in epoch {}, PostgreSQL in {} (last installed {}, last stored {})",
             epoch.0, position.epoch.0, position.installed.0, stored.epoch.0

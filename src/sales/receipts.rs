@@ -11,6 +11,7 @@ use crate::{
         receipt::Receipt,
     },
     engine::Answer,
+    faults,
     store::sales::SaleFacts,
 };
 
@@ -74,7 +75,12 @@ impl Shop {
             .recovered_end(sale.partition, lost.epoch)
             .await?;
         let price = self.rounds.unit_price(lost.round).await?;
-        if end.is_none_or(|end| lost.pseq <= end) || price != Some(lost.unit_price) {
+        let is_lost = match end {
+            Some(end) => lost.pseq > end || faults::bug("redeem_of_what_was_kept"),
+            // Of the present epoch, or nobody noted what the next one began with.
+            None => faults::bug("redeem_of_present_epoch"),
+        };
+        if !is_lost || price != Some(lost.unit_price) {
             tracing::error!(
                 order = %lost.id,
                 round = %lost.round,

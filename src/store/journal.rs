@@ -698,7 +698,12 @@ impl BatchTransaction<'_> {
         let fingerprints: Vec<&[u8]> = orders()
             .map(|order| order.fingerprint.0.as_slice())
             .collect();
-        let keys: Vec<i16> = orders().map(|order| order.receipt_key.into()).collect();
+        let keys: Vec<i16> = orders()
+            .map(|order| match order.receipt_key {
+                _ if faults::bug("receipt_key_not_stored") => 0,
+                key => key.into(),
+            })
+            .collect();
         sqlx::query!(
             "INSERT INTO orders (id, buyer_id, seq, pseq, last_seq, quantity, unit_price,
                                  accepted_at, updated_at, sale, round, epoch, currency, status,

@@ -249,6 +249,45 @@ async fn a_round_that_lost_a_key_sells_nothing_until_it_is_whole_again() {
     app.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_round_is_made_anew_with_what_only_the_journal_has() {
+    let app = App::start().await;
+    let sale = drop_of(&app, 10).await;
+    let (again_stored, first_stored) = bought(strangers(&app, &sale, 2)).await;
+    assert_eq!(stored(&app, &sale).await.len(), 2);
+    // From here on nothing is stored, but what is can be read.
+    let mut sql = sql(&app).await;
+    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    let (again, first) = bought(strangers(&app, &sale, 3)).await;
+    let number: i32 = sqlx::query_scalar("SELECT number FROM sales WHERE id = $1")
+        .bind(sale.parse::<Uuid>().unwrap())
+        .fetch_one(&mut sql)
+        .await
+        .unwrap();
+    let mut wire = Wire::connect(&app.redis).await;
+    let orders = format!("{{p0}}:sale:{number}:orders");
+    assert_eq!(wire.run(&["DEL", &orders]).await, "1");
+
+    let doors = [app.door()];
+    let retries = again_stored.into_iter().chain(again);
+    let firsts = first_stored.into_iter().chain(first);
+    let mut answers = Vec::new();
+    for (request, first) in retries.zip(firsts) {
+        assert_replays(&insist(request, &doors).await, &first);
+        answers.push(first);
+    }
+    assert_eq!(rows(&app, &sale).await.len(), 2);
+    for request in strangers(&app, &sale, 12) {
+        answers.push(insist(request, &doors).await);
+    }
+    sqlx::raw_sql("COMMIT").execute(&mut sql).await.unwrap();
+    assert_sold(&app, &sale, &answers, 10).await;
+    app.finish().await;
+}
+
 pub(crate) fn copy_files(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {

@@ -239,6 +239,19 @@ async fn a_call_that_comes_late_has_no_effect() {
 }
 
 #[tokio::test]
+async fn the_estimate_of_redis_clock_is_never_ahead_of_it() {
+    let mut counter = Counter::open().await;
+    // Redis holds back what it is asked, and then answers with its clock.
+    counter.wire.run(&["CLIENT", "PAUSE", "500", "ALL"]).await;
+    counter.adopt(0).await;
+    let estimate_ms = counter.engine.redis_ms().unwrap();
+    let time = counter.wire.ask(&["TIME"]).await;
+    let [seconds, micros] = [0, 1].map(|at| time[at].parse::<i64>().unwrap());
+    let redis_ms = seconds * SECOND + micros / 1_000;
+    assert!(estimate_ms <= redis_ms, "{estimate_ms} {redis_ms}");
+}
+
+#[tokio::test]
 async fn redis_clock_decides_and_nobody_elses() {
     let mut counter = Counter::open().await;
     let opens_at_ms = counter.engine.inspect().await.unwrap().now_ms + 60 * SECOND;

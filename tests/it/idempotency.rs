@@ -1,9 +1,10 @@
 //! One key, one effect, one answer: where the tests of selling do not reach.
 
-use std::fmt::Write;
+use std::{fmt::Write, time::Duration};
 
 use futures::future::join_all;
 use reqwest::RequestBuilder;
+use secrecy::ExposeSecret;
 use serde_json::json;
 use stockade::{
     clock,
@@ -13,18 +14,26 @@ use stockade::{
         order::{Decision, Durability, Order, Purchase, Refusal},
         round::{Intent, Terms, Window},
     },
+    embedded::{PostgresOptions, PostgresServer},
     engine::Engine,
     sales::StoredReplay,
+    store::{Database, DatabaseSettings},
 };
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use uuid::Uuid;
 
 use super::{
     selling::{OrderRow, assert_replays, cancel, refused, restock, steer, stored, strangers, uuid},
     support::{
         Redis,
-        app::{App, crowd, id, send},
-        engine,
+        app::{Answer, App, PATIENCE, crowd, id, insist, redirected, send, sql},
+        engine, open_dir,
+        process::Served,
     },
 };
 
@@ -327,6 +336,170 @@ async fn what_only_postgresql_remembers_is_replayed_from_there() {
         .replay_stored(unknown, BuyerId(ada), fingerprint(2))
         .await;
     assert_eq!(none.unwrap(), StoredReplay::None);
+    app.finish().await;
+}
+
+/// Who bought, with which request, and the first answer.
+struct Sold(Vec<(RequestBuilder, Answer)>);
+
+impl Sold {
+    /// Everybody gets the same bytes again, and keeps his key to what he asked for.
+    async fn is_replayed(&self, app: &App, sale: &str) {
+        for (request, first) in &self.0 {
+            assert_replays(
+                &send(redirected(request.try_clone().unwrap(), &app.url)).await,
+                first,
+            );
+        }
+        let buyer = uuid(&self.0[0].1.json()["buyer_id"]);
+        let changed = app.buy(sale, buyer, "k", 2).await;
+        refused(&changed, 422, "idempotency_key_mismatch");
+        // Sixty-four devices of one buyer at once.
+        let (request, first) = &self.0[self.0.len() / 2];
+        let devices = (0..64).map(|_| redirected(request.try_clone().unwrap(), &app.url));
+        for again in crowd(devices).await {
+            assert_replays(&again, first);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_201_is_replayed_byte_by_byte_after_each_crash() {
+    let dir = open_dir();
+    let options = PostgresOptions {
+        throwaway: true,
+        ..PostgresOptions::new(dir.path().join("postgres"))
+    };
+    let mut postgres = PostgresServer::start(options).await.unwrap();
+    let url = postgres.url().clone();
+    let database = Database::new(url.expose_secret(), DatabaseSettings::default()).unwrap();
+    database.migrate().await.unwrap();
+    database.close().await;
+    let mut app = App::without_node(&[]).await;
+    app.database_url = url;
+    let mut node = Served::start(&app).await;
+    app.speak_to(node.url());
+    let sale = app
+        .sale(json!({ "allocation": 36, "per_buyer_limit": 2 }))
+        .await;
+    let sale = id(&sale).to_owned();
+
+    let mut sold = Sold(Vec::new());
+    for crash in ["application", "redis", "postgresql"] {
+        let buyers: Vec<_> = (0..12).map(|_| clock::new_id()).collect();
+        let requests = buyers
+            .iter()
+            .map(|buyer| app.purchase(&sale, *buyer, "k", r#"{"quantity":1}"#));
+        let mut insisting = JoinSet::new();
+        for request in requests {
+            let door = node.door();
+            insisting.spawn(async move {
+                let again = request.try_clone().unwrap();
+                let answer = insist(request, &[door]).await;
+                (again, answer.expect(201))
+            });
+        }
+        // At least one has an answer when it happens, and all get one afterwards.
+        sold.0.push(insisting.join_next().await.unwrap().unwrap());
+        match crash {
+            "application" => {
+                node.kill().await;
+                node.start_again().await;
+            }
+            "redis" => {
+                app.redis.server.kill().await;
+                app.redis.server.restart().await.unwrap();
+            }
+            _ => {
+                postgres.kill().await;
+                postgres.restart().await.unwrap();
+            }
+        }
+        app.speak_to(node.url());
+        sold.0
+            .extend(timeout(PATIENCE, insisting.join_all()).await.unwrap());
+        app.ready().await;
+        sold.is_replayed(&app, &sale).await;
+    }
+    let late = app.buy(&sale, clock::new_id(), "k", 1).await;
+    refused(&late, 409, "sold_out");
+    sold.is_replayed(&app, &sale).await;
+    steer(&app, &sale, "close").await.expect(200);
+    sold.is_replayed(&app, &sale).await;
+    let mut expected: Vec<_> = sold
+        .0
+        .iter()
+        .map(|(_, answer)| OrderRow::of(&answer.json()))
+        .collect();
+    expected.sort();
+    assert_eq!(stored(&app, &sale).await, expected);
+    app.finish().await;
+    assert!(node.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_turn_of_a_round_replays_what_the_last_one_sold() {
+    let mut app = App::start().await;
+    let sale = app
+        .sale(json!({ "allocation": 3, "per_buyer_limit": 2 }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let [ada, bob] = [clock::new_id(), clock::new_id()];
+    let first = app.buy(&sale, ada, "k", 2).await.expect(201);
+    let before = OrderRow::of(&first.json());
+    steer(&app, &sale, "close").await.expect(200);
+    refused(&app.buy(&sale, bob, "k", 1).await, 409, "closed");
+    assert_eq!(stored(&app, &sale).await, [before.clone()]);
+
+    // The next round, with the same rules.
+    let mut sql = sql(&app).await;
+    let turn = "WITH turned AS (UPDATE sales SET round = 2 WHERE id = $1 RETURNING number)
+        INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation, per_buyer_limit,
+                            per_order_limit, opens_at, allocation, remaining)
+        SELECT sale, 2, unit_price, currency, initial_allocation, per_buyer_limit, per_order_limit,
+               opens_at, initial_allocation, initial_allocation
+        FROM rounds JOIN turned ON sale = number WHERE round = 1";
+    sqlx::query(turn)
+        .bind(sale.parse::<Uuid>().unwrap())
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    app.stop().await;
+    app.run().await;
+    // It is sold as soon as Redis has it.
+    let provisioned = async {
+        loop {
+            let answer = app.buy(&sale, bob, "k", 1).await;
+            if answer.status == 201 {
+                return answer;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let other = timeout(PATIENCE, provisioned).await.unwrap();
+    assert_eq!(other.json()["round"], 2);
+    assert_eq!(other.header("idempotency-replayed"), None);
+    assert_replays(&app.buy(&sale, ada, "k", 2).await, &first);
+    refused(
+        &app.buy(&sale, ada, "k", 1).await,
+        422,
+        "idempotency_key_mismatch",
+    );
+    // With a new key she buys in this round.
+    let more = app.buy(&sale, ada, "new", 2).await.expect(201);
+    assert_eq!(
+        (&more.json()["round"], &more.json()["seq"]),
+        (&json!(2), &json!(2))
+    );
+    assert_eq!(app.view(&sale).await["sold_out"], true);
+    for (buyer, key, quantity, first) in [
+        (ada, "k", 2, &first),
+        (bob, "k", 1, &other),
+        (ada, "new", 2, &more),
+    ] {
+        assert_replays(&app.buy(&sale, buyer, key, quantity).await, first);
+    }
+    assert_eq!(stored(&app, &sale).await.len(), 3);
     app.finish().await;
 }
 

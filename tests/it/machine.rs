@@ -150,6 +150,34 @@ async fn a_clock_an_hour_ahead_closes_no_round() {
     app.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_comes_back_with_another_clock_sells_nothing_until_it_is_right() {
+    for ahead_ms in [3_600_000, -3_600_000] {
+        let shim = Shim::new();
+        let mut app = app_on(&shim).await;
+        let closes = (clock::now() + TimeDelta::minutes(30)).to_rfc3339();
+        let sale = app
+            .sale(json!({ "allocation": 50, "per_buyer_limit": 1, "closes_at": closes }))
+            .await;
+        let sale = id(&sale);
+        let mut answers = crowd(strangers(&app, sale, 20)).await;
+        app.redis.server.kill().await;
+        shim.set_clock_ahead(ahead_ms);
+        app.redis.server.restart().await.unwrap();
+        until_fenced(&app).await;
+        for answer in crowd(strangers(&app, sale, 20)).await {
+            assert_not_applied(&answer);
+        }
+        app.redis.server.kill().await;
+        shim.set_clock_ahead(0);
+        app.redis.server.restart().await.unwrap();
+        app.ready().await;
+        answers.extend(crowd(strangers(&app, sale, 40)).await);
+        assert_sold(&app, sale, &answers, 50).await;
+        app.finish().await;
+    }
+}
+
 /// The file that Redis appends to.
 fn journal_file(app: &App) -> PathBuf {
     let files = fs::read_dir(app.redis.dir().join("appendonlydir")).unwrap();

@@ -28,6 +28,7 @@ mod refusals;
 mod replica;
 mod rounds_end;
 mod selling;
+mod standby;
 mod support;
 mod torture;
 mod writer;

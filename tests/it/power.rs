@@ -1,14 +1,24 @@
 //! Power loss: what was not synced is gone. `kill -9` proves nothing about that, since what was
-//! written survives in the kernel; here every file is cut to what its server had synced (`shim.c`).
+//! written survives in the kernel; here every file is set back to what its server had synced
+//! (`shim.c`).
 
-use std::collections::{BTreeSet, HashSet};
+use std::{
+    collections::{BTreeSet, HashSet},
+    fs,
+};
 
 use chrono::{DateTime, Utc};
 use rand::Rng;
 use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::Value;
-use stockade::clock;
+use sqlx::{Connection, PgConnection};
+use stockade::{
+    clock,
+    embedded::{PostgresOptions, PostgresServer},
+    store::{Database, DatabaseSettings},
+};
+use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 use uuid::Uuid;
 
@@ -18,7 +28,8 @@ use super::{
     support::{
         Redis,
         app::{App, PATIENCE, crowd, send, try_send},
-        shim::Shim,
+        open_dir,
+        shim::{Shim, power_loss},
         wire::Wire,
     },
 };
@@ -254,6 +265,101 @@ async fn what_is_synced_always_survives_every_power_loss() {
         });
     }
     print("always", &done);
+    app.finish().await;
+}
+
+/// A PostgreSQL that syncs as in production, with the schema, and the directory that it is below.
+async fn postgres_that_syncs(shim: &Shim, fsync: &str) -> (PostgresServer, TempDir) {
+    let dir = open_dir();
+    let settings = [
+        ("fsync", fsync),
+        ("synchronous_commit", "on"),
+        ("full_page_writes", "on"),
+        ("wal_sync_method", "fdatasync"),
+        // A table that is vacuumed and a small log have more to lose in between.
+        ("autovacuum_naptime", "1s"),
+        ("max_wal_size", "32MB"),
+    ];
+    let options = PostgresOptions {
+        throwaway: true,
+        environment: shim.environment_with_undo(),
+        settings: settings
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .to_vec(),
+        ..PostgresOptions::new(dir.path().join("postgres"))
+    };
+    (PostgresServer::start(options).await.unwrap(), dir)
+}
+
+async fn run(server: &PostgresServer, statement: &'static str) {
+    let url = server.url().expose_secret();
+    let mut sql = PgConnection::connect(url).await.unwrap();
+    sqlx::raw_sql(statement).execute(&mut sql).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_power_loss_takes_from_postgresql_what_it_did_not_sync() {
+    for (fsync, left) in [("off", false), ("on", true)] {
+        let shim = Shim::new();
+        let (mut server, dir) = postgres_that_syncs(&shim, fsync).await;
+        let is_there = async |server: &PostgresServer| {
+            let mut sql = PgConnection::connect(server.url().expose_secret())
+                .await
+                .unwrap();
+            let there = sqlx::query_scalar("SELECT to_regclass('kept') IS NOT NULL");
+            let there: bool = there.fetch_one(&mut sql).await.unwrap();
+            there
+        };
+        run(&server, "CREATE TABLE kept (row integer)").await;
+        server.kill().await;
+        server.restart().await.unwrap();
+        assert!(is_there(&server).await, "a crash took it");
+        let lost = power_loss(&server, dir.path(), &shim, &mut || false).await;
+        assert!(lost > 0);
+        // Without its content it would have to be removed by hand; `serve` does so.
+        fs::remove_file(dir.path().join("postgres/postmaster.pid")).unwrap();
+        // One that syncs nothing may be past starting.
+        let is_left = server.restart().await.is_ok() && is_there(&server).await;
+        assert_eq!(is_left, left, "fsync {fsync}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_power_loss_of_both_stores_loses_nothing_and_doubles_nothing() {
+    let (under_redis, under_postgres) = (Shim::new(), Shim::new());
+    let (mut postgres, dir) = postgres_that_syncs(&under_postgres, "on").await;
+    let url = postgres.url().expose_secret();
+    let database = Database::new(url, DatabaseSettings::default()).unwrap();
+    database.migrate().await.unwrap();
+    database.close().await;
+    let mut app = App::on(redis_that_syncs(&under_redis, "always").await, &[]).await;
+    app.database_url = postgres.url().clone();
+    app.run().await;
+    let mut done = Vec::new();
+    for _ in 0..cycles() {
+        let sale = drop_of(&app, UNITS).await;
+        let mut load = Load::on(&app, &sale);
+        load.more(rand::rng().random_range(20..200)).await;
+        run(&postgres, "CHECKPOINT").await;
+        load.more(rand::rng().random_range(20..200)).await;
+        app.redis.power_loss(&under_redis).await;
+        let early: f64 = [0.0, 0.5, 0.9][rand::rng().random_range(0..3)];
+        let mut keep = || rand::rng().random_bool(early);
+        let lost = power_loss(&postgres, dir.path(), &under_postgres, &mut keep).await;
+        assert!(lost > 0, "PostgreSQL had nothing to lose");
+        // What it had committed it still has, and a position that fits to it.
+        postgres.restart().await.unwrap();
+        app.redis.server.restart().await.unwrap();
+        load.more(50).await;
+        let bought = load.stop().await;
+        bought.is_stored(&app, &sale).await;
+        done.push(Cycle {
+            acknowledged: bought.accepted.len(),
+            lost: 0,
+            window_ms: 0,
+        });
+    }
+    print("both", &done);
     app.finish().await;
 }
 

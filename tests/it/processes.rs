@@ -1,16 +1,28 @@
 //! Nodes as real processes: what only `kill` can do to them.
 
+use std::{collections::BTreeMap, time::Duration};
+
+use reqwest::Client;
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use stockade::clock;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 use super::{
-    selling::{OrderRow, assert_replays, stored},
+    faults::{Crowd, assert_sold, drop_of},
+    selling::{OrderRow, assert_replays, stored, strangers},
     support::{
-        app::{App, id, insist, send},
+        app::{App, PATIENCE, id, insist, send},
         process::Served,
     },
 };
+
+/// Subscribers to the live stock while nodes are restarted.
+const SUBSCRIBERS: usize = 1_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_is_stopped_killed_and_started_again_and_its_acceptance_stays() {
@@ -45,4 +57,132 @@ async fn a_node_is_stopped_killed_and_started_again_and_its_acceptance_stays() {
 
 async fn send_fails(request: reqwest::RequestBuilder) -> bool {
     request.send().await.is_err()
+}
+
+/// How one stream ended.
+enum Ended {
+    /// In order, with this many milliseconds to wait before the next one.
+    Retry(u64),
+    /// It has shown that the sale is sold out.
+    SoldOut,
+}
+
+/// Reads a stream to its end, and says when it has shown its first value.
+async fn follow(client: &Client, url: &str, connected: &mpsc::Sender<()>) -> Option<Ended> {
+    let mut response = client.get(url).send().await.ok()?;
+    if response.status() != 200 {
+        return None;
+    }
+    let (mut text, mut retry, mut seen) = (String::new(), None, false);
+    loop {
+        let piece = timeout(PATIENCE, response.chunk()).await.unwrap();
+        // A stream that breaks instead of ending is one that was not told to come again.
+        let Some(piece) = piece.unwrap() else {
+            assert_eq!(text, "", "the stream ends between events");
+            return Some(Ended::Retry(retry.unwrap()));
+        };
+        text.push_str(std::str::from_utf8(&piece).unwrap());
+        while let Some((said, rest)) = text.split_once("\n\n") {
+            let said = said.to_owned();
+            text = rest.to_owned();
+            retry = said.strip_prefix("retry: ").map(|ms| ms.parse().unwrap());
+            if let Some((_, data)) = said.split_once("\ndata: ") {
+                let data: Value = serde_json::from_str(data).unwrap();
+                if !seen {
+                    seen = true;
+                    connected.send(()).await.unwrap();
+                }
+                if data["sold_out"] == true {
+                    return Some(Ended::SoldOut);
+                }
+            }
+        }
+    }
+}
+
+/// Follows a sale until it is sold out, at whichever node there is. Gives what each stream that
+/// ended told it to wait.
+async fn subscribe(
+    client: Client,
+    path: String,
+    mut doors: Vec<watch::Receiver<String>>,
+    connected: mpsc::Sender<()>,
+) -> Vec<u64> {
+    let mut retries = Vec::new();
+    loop {
+        let url = format!("{}{path}", doors[0].borrow().clone());
+        match follow(&client, &url, &connected).await {
+            Some(Ended::SoldOut) => return retries,
+            Some(Ended::Retry(ms)) => {
+                retries.push(ms);
+                // A tenth of what a browser would wait.
+                sleep(Duration::from_millis(ms / 10)).await;
+            }
+            None => sleep(Duration::from_millis(20)).await,
+        }
+        doors.rotate_left(1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_loses_no_acceptance_and_every_stream_comes_back() {
+    let mut app = App::without_node(&[]).await;
+    let mut nodes = [Served::start(&app).await, Served::start(&app).await];
+    app.speak_to(nodes[0].url());
+    let sale = drop_of(&app, 300).await;
+    let doors = [nodes[0].door(), nodes[1].door()];
+    let (connected, mut arrivals) = mpsc::channel(SUBSCRIBERS);
+    let mut subscribers = JoinSet::new();
+    for n in 0..SUBSCRIBERS {
+        let mut doors = doors.to_vec();
+        doors.rotate_left(n % 2);
+        let path = format!("/v1/sales/{sale}/events");
+        subscribers.spawn(subscribe(
+            app.client.clone(),
+            path,
+            doors,
+            connected.clone(),
+        ));
+    }
+    let mut all_arrive = async |count| {
+        for _ in 0..count {
+            timeout(PATIENCE, arrivals.recv()).await.unwrap().unwrap();
+        }
+    };
+    all_arrive(SUBSCRIBERS).await;
+
+    let mut buying = Crowd::send(strangers(&app, &sale, 200), doors.to_vec());
+    buying.served(30).await;
+    assert!(nodes[0].stop().await.success());
+    // They are at the other node now, and it sells.
+    all_arrive(SUBSCRIBERS / 2).await;
+    nodes[0].start_again().await;
+    app.speak_to(nodes[0].url());
+    let mut answers = buying.done().await;
+    let mut buying = Crowd::send(strangers(&app, &sale, 50), doors.to_vec());
+    buying.served(10).await;
+    assert!(nodes[1].stop().await.success());
+    all_arrive(SUBSCRIBERS).await;
+    nodes[1].start_again().await;
+    answers.extend(buying.done().await);
+    let requests = strangers(&app, &sale, 100);
+    answers.extend(Crowd::send(requests, doors.to_vec()).done().await);
+
+    // Nobody came back more often than nodes were stopped, and not all at once.
+    let retries: Vec<_> = timeout(PATIENCE, subscribers.join_all()).await.unwrap();
+    let mut moments = BTreeMap::<u64, usize>::new();
+    for ms in retries.iter().flatten() {
+        assert!((2_000..=8_000).contains(ms), "{ms}");
+        *moments.entry(ms / 1_000).or_default() += 1;
+    }
+    assert!(retries.iter().all(|retries| retries.len() <= 2));
+    let most = moments.values().max().unwrap();
+    let all: usize = moments.values().sum();
+    assert!(all >= SUBSCRIBERS * 3 / 2 && *most < all / 3, "{moments:?}");
+
+    assert_sold(&app, &sale, &answers, 300).await;
+    app.finish().await;
+    for node in &mut nodes {
+        assert!(node.stop().await.success());
+    }
 }

@@ -14,7 +14,10 @@ use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::Row;
 use stockade::{auth::Role, clock};
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use uuid::Uuid;
 
 use super::support::app::{Answer, App, PATIENCE, crowd, id, send, sql};
@@ -232,7 +235,11 @@ async fn a_retry_gets_its_201_whatever_has_happened_since() {
     let sale = id(&sale).to_owned();
     let [ada, bob] = [clock::new_id(), clock::new_id()];
     let first = app.buy(&sale, ada, "k", 2).await.expect(201);
-    let retried = async |app: &App| assert_replays(&app.buy(&sale, ada, "k", 2).await, &first);
+    let retried = async |app: &App| {
+        assert_replays(&app.buy(&sale, ada, "k", 2).await, &first);
+        let changed = app.buy(&sale, ada, "k", 1).await;
+        refused(&changed, 422, "idempotency_key_mismatch");
+    };
     retried(&app).await;
 
     let other = app.buy(&sale, bob, "k", 1).await.expect(201);
@@ -252,7 +259,7 @@ async fn a_retry_gets_its_201_whatever_has_happened_since() {
     app.redis.server.restart().await.unwrap();
     let back = async {
         while app.buy(&sale, ada, "k", 2).await.status != 201 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            sleep(Duration::from_millis(10)).await;
         }
     };
     timeout(PATIENCE, back).await.unwrap();
@@ -457,14 +464,14 @@ struct Seen {
     turns: Vec<String>,
     accepted: Vec<(Uuid, Answer)>,
     /// How long it said that it takes until the sale opens.
-    starts_in_ms: Vec<i64>,
+    starts_in_ms: Vec<u64>,
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_accepted_outside_the_window() {
     let app = App::start().await;
-    let opens_at = clock::now() + TimeDelta::milliseconds(900);
-    let closes_at = opens_at + TimeDelta::milliseconds(1_200);
+    let opens_at = clock::now() + TimeDelta::seconds(4);
+    let closes_at = opens_at + TimeDelta::milliseconds(1_500);
     let sale = app
         .sale(json!({
             "allocation": 1_000_000, "per_buyer_limit": 1,
@@ -494,7 +501,13 @@ async fn nothing_is_accepted_outside_the_window() {
                 if seen.turns.last().is_none_or(|last| last != turn) {
                     seen.turns.push(turn.to_owned());
                 }
-                seen.starts_in_ms.extend(body["starts_in_ms"].as_i64());
+                if let Some(starts_in_ms) = body["starts_in_ms"].as_u64() {
+                    seen.starts_in_ms.push(starts_in_ms);
+                    // Long before the start there is nothing to see.
+                    if starts_in_ms > 600 {
+                        sleep(Duration::from_millis(starts_in_ms / 4)).await;
+                    }
+                }
                 match turn {
                     "201" => seen.accepted.push((buyer, answer)),
                     "closed" => return seen,

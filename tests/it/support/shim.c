@@ -5,7 +5,12 @@
  * The state is a small file that the server and the test share (shim.rs has the same layout); it
  * outlives the process. For each file it has the size that was synced last. A file is known by its
  * inode, so renaming it changes nothing. That is the whole truth for files that grow at their end
- * only, as those of Redis do; not for PostgreSQL, which writes its log into files that are there before.
+ * only, as those of Redis do.
+ *
+ * PostgreSQL writes into the middle of its files. Where STOCKADE_SHIM_UNDO names a directory, each
+ * file of the same file system has a list there of what its writes since its last sync replaced:
+ * records of struct undo, each followed by the old bytes, the first of a list with the old size. A
+ * lock on the list keeps a write and its record together against a sync in another process.
  *
  * A directory entry counts as durable as soon as it is made: a rename is never lost.
  */
@@ -14,11 +19,15 @@
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,6 +46,16 @@ struct state {
 
 static struct state *state;
 
+/* What a write replaced. */
+struct undo {
+    uint64_t offset;
+    uint64_t size;   /* of the file, before the write */
+    uint64_t length; /* of the old bytes, which follow */
+};
+
+static const char *undo_dir;
+static dev_t undo_device;
+
 __attribute__((constructor)) static void begin(void) {
     const char *path = getenv("STOCKADE_SHIM_STATE");
     int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
@@ -45,6 +64,13 @@ __attribute__((constructor)) static void begin(void) {
         if (map != MAP_FAILED)
             state = map;
         close(fd);
+    }
+    struct stat about;
+    const char *undo = getenv("STOCKADE_SHIM_UNDO");
+    if (undo && stat(undo, &about) == 0) {
+        /* PostgreSQL writes its titles over its environment. */
+        undo_dir = strdup(undo);
+        undo_device = about.st_dev;
     }
 }
 
@@ -75,12 +101,67 @@ static void wait_for_the_disk(void) {
         ;
 }
 
+/* Opens the list of a file, locked; -1 for one without. A disk that we cannot follow proves nothing. */
+static int open_list(const struct stat *about) {
+    char path[512];
+    if (!undo_dir || about->st_dev != undo_device || about->st_nlink == 0)
+        return -1;
+    snprintf(path, sizeof path, "%s/%llu", undo_dir, (unsigned long long)about->st_ino);
+    int list = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (list < 0)
+        abort();
+    while (flock(list, LOCK_EX) != 0)
+        if (errno != EINTR)
+            abort();
+    return list;
+}
+
+/* Everything of the file is safe now, or it is gone. */
+static void close_list(int list, int forget) {
+    if (list < 0)
+        return;
+    if (forget && syscall(SYS_ftruncate, list, 0) != 0)
+        abort();
+    close(list);
+}
+
+/* Notes what is about to be replaced. */
+static void note(int list, int fd, const struct stat *about, uint64_t offset, uint64_t length) {
+    if (list < 0)
+        return;
+    uint64_t size = (uint64_t)about->st_size;
+    uint64_t old = offset >= size ? 0 : size - offset < length ? size - offset : length;
+    char *record = malloc(sizeof(struct undo) + old);
+    if (!record)
+        abort();
+    struct undo head = {offset, size, old};
+    memcpy(record, &head, sizeof head);
+    if (old > 0) {
+        /* A file that is open for writing only is read through another descriptor. */
+        char path[64];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        int reader = open(path, O_RDONLY | O_CLOEXEC);
+        if (reader < 0
+            || pread(reader, record + sizeof head, old, (off_t)offset) != (ssize_t)old)
+            abort();
+        close(reader);
+    }
+    size_t all = sizeof head + old;
+    if (syscall(SYS_write, list, record, all) != (ssize_t)all)
+        abort();
+    free(record);
+}
+
 static int sync_file(long call, int fd) {
     struct stat before;
     int known = regular(fd, &before);
     if (known)
         wait_for_the_disk();
+    int list = known ? open_list(&before) : -1;
+    if (list >= 0)
+        fstat(fd, &before);
     int failed = (int)syscall(call, fd);
+    close_list(list, !failed);
     if (failed || !known)
         return failed;
     /* What was written while it was syncing may not be among it. One that is deleted is nobody's. */
@@ -105,7 +186,14 @@ static void cut(const struct stat *about, off_t length) {
 int ftruncate(int fd, off_t length) {
     struct stat about;
     int known = regular(fd, &about);
+    int list = known ? open_list(&about) : -1;
+    if (list >= 0) {
+        fstat(fd, &about);
+        uint64_t size = (uint64_t)about.st_size, to = (uint64_t)length;
+        note(list, fd, &about, to < size ? to : size, to < size ? size - to : 0);
+    }
     int failed = (int)syscall(SYS_ftruncate, fd, length);
+    close_list(list, 0);
     if (!failed && known)
         cut(&about, length);
     return failed;
@@ -132,7 +220,9 @@ static int doomed(const char *path, struct stat *about) {
 int unlink(const char *path) {
     struct stat about;
     int known = doomed(path, &about);
+    int list = known ? open_list(&about) : -1;
     int failed = (int)syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+    close_list(list, !failed);
     if (!failed && known)
         atomic_store(synced(identity(&about)), 0);
     return failed;
@@ -141,24 +231,84 @@ int unlink(const char *path) {
 int rename(const char *from, const char *to) {
     struct stat about;
     int known = doomed(to, &about);
+    int list = known ? open_list(&about) : -1;
     int failed = (int)syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
+    close_list(list, !failed);
     if (!failed && known)
         atomic_store(synced(identity(&about)), 0);
     return failed;
 }
 
+/* How much of a write fits on the disk; -1 when nothing does. */
+static ssize_t fits(const struct stat *about, uint64_t offset, size_t length) {
+    int64_t most = state ? atomic_load(&state->file_size_max) : 0;
+    uint64_t end = offset + length;
+    /* What is there already can be written over. */
+    if (most <= 0 || length == 0 || end <= (uint64_t)about->st_size || end <= (uint64_t)most)
+        return (ssize_t)length;
+    if (offset >= (uint64_t)most) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return (ssize_t)((uint64_t)most - offset);
+}
+
 ssize_t write(int fd, const void *bytes, size_t length) {
     struct stat about;
-    int64_t most = state ? atomic_load(&state->file_size_max) : 0;
-    if (most > 0 && length > 0 && regular(fd, &about)) {
-        if (about.st_size >= most) {
-            errno = ENOSPC;
-            return -1;
-        }
-        if ((int64_t)length > most - about.st_size)
-            length = (size_t)(most - about.st_size);
+    /* Logs are written there. */
+    if (fd <= 2 || !regular(fd, &about))
+        return syscall(SYS_write, fd, bytes, length);
+    int list = open_list(&about);
+    if (list >= 0)
+        fstat(fd, &about);
+    int appends = (fcntl(fd, F_GETFL) & O_APPEND) != 0;
+    off_t at = appends ? about.st_size : lseek(fd, 0, SEEK_CUR);
+    ssize_t fit = fits(&about, (uint64_t)at, length);
+    ssize_t written = -1;
+    if (fit >= 0) {
+        note(list, fd, &about, (uint64_t)at, (uint64_t)fit);
+        written = syscall(SYS_write, fd, bytes, (size_t)fit);
     }
-    return syscall(SYS_write, fd, bytes, length);
+    int why = errno;
+    close_list(list, 0);
+    errno = why;
+    return written;
+}
+
+ssize_t pwritev(int fd, const struct iovec *pieces, int count, off_t offset) {
+    struct stat about;
+    if (!regular(fd, &about))
+        return syscall(SYS_pwritev, fd, pieces, (long)count, (long)offset, 0L);
+    size_t length = 0;
+    for (int i = 0; i < count; i++)
+        length += pieces[i].iov_len;
+    int list = open_list(&about);
+    if (list >= 0)
+        fstat(fd, &about);
+    ssize_t written = -1;
+    if (fits(&about, (uint64_t)offset, length) == (ssize_t)length) {
+        note(list, fd, &about, (uint64_t)offset, length);
+        written = syscall(SYS_pwritev, fd, pieces, (long)count, (long)offset, 0L);
+    } else {
+        errno = ENOSPC;
+    }
+    int why = errno;
+    close_list(list, 0);
+    errno = why;
+    return written;
+}
+
+ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) {
+    struct iovec piece = {(void *)bytes, length};
+    return pwritev(fd, &piece, 1, offset);
+}
+
+ssize_t pwrite64(int fd, const void *bytes, size_t length, off_t offset) {
+    return pwrite(fd, bytes, length, offset);
+}
+
+ssize_t pwritev64(int fd, const struct iovec *pieces, int count, off_t offset) {
+    return pwritev(fd, pieces, count, offset);
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {

@@ -2,12 +2,13 @@
 
 use std::{
     fs::{self, File},
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, Mutex, Weak},
 };
 
+use stockade::embedded::PostgresServer;
 use tempfile::TempDir;
 
 use super::{Redis, open_dir};
@@ -54,6 +55,11 @@ pub(crate) struct Shim {
     state: File,
 }
 
+/// What a disk writes whole.
+const SECTOR: u64 = 512;
+/// The length of `struct undo`.
+const UNDO_HEAD: usize = 24;
+
 // The layout of `struct state`.
 const CLOCK_OFFSET: u64 = 0;
 const SYNC_DELAY: u64 = 8;
@@ -88,6 +94,78 @@ impl Shim {
         ]
         .map(|(name, path)| (name.to_owned(), path.to_str().unwrap().to_owned()))
         .to_vec()
+    }
+
+    /// What puts a server onto this machine that writes into the middle of its files, and may run as
+    /// another user.
+    pub(crate) fn environment_with_undo(&self) -> Vec<(String, String)> {
+        let undo = self.undo_dir();
+        fs::create_dir(&undo).unwrap();
+        for (path, mode) in [(&undo, 0o777), (&self.dir.path().join("state"), 0o666)] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let mut environment = self.environment();
+        let undo = undo.to_str().unwrap().to_owned();
+        environment.push(("STOCKADE_SHIM_UNDO".to_owned(), undo));
+        environment
+    }
+
+    fn undo_dir(&self) -> PathBuf {
+        self.dir.path().join("undo")
+    }
+
+    /// Takes back what was written and not synced in every file below a directory, as a power loss
+    /// does. `keep` says of each sector (512 bytes) that was written whether it had reached the disk
+    /// all the same: a disk may write any of them early. Gives how many were taken back.
+    fn undo(&self, dir: &Path, keep: &mut impl FnMut() -> bool) -> u64 {
+        let mut lost = 0;
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let about = path.symlink_metadata().unwrap();
+            if about.is_dir() {
+                lost += self.undo(&path, keep);
+            }
+            let list = self.undo_dir().join(about.ino().to_string());
+            if !about.is_file() || !list.exists() {
+                continue;
+            }
+            let bytes = fs::read(&list).unwrap();
+            let file = File::options().write(true).open(&path).unwrap();
+            let mut records = Vec::new();
+            let mut rest = &bytes[..];
+            while let Some((head, old)) = rest.split_at_checked(UNDO_HEAD) {
+                let word = |at: usize| u64::from_ne_bytes(head[at..at + 8].try_into().unwrap());
+                let (offset, size, length) = (word(0), word(8), word(16));
+                // The last one may be torn: then its write was not made.
+                let Some((old, after)) = old.split_at_checked(length.try_into().unwrap()) else {
+                    break;
+                };
+                records.push((offset, size, old));
+                rest = after;
+            }
+            for (offset, _, old) in records.iter().rev() {
+                let mut at = *offset;
+                while at < offset + old.len() as u64 {
+                    let end = ((at / SECTOR + 1) * SECTOR).min(offset + old.len() as u64);
+                    if !keep() {
+                        let of = |at: u64| usize::try_from(at - offset).unwrap();
+                        file.write_all_at(&old[of(at)..of(end)], at).unwrap();
+                        lost += 1;
+                    }
+                    at = end;
+                }
+            }
+            // The first one knows the size that was synced.
+            if let Some((_, size, _)) = records.first()
+                && *size != about.len()
+                && !keep()
+            {
+                lost += 1;
+                file.set_len(*size).unwrap();
+            }
+            fs::write(&list, "").unwrap();
+        }
+        lost
     }
 
     fn set(&self, at: u64, value: i64) {
@@ -167,4 +245,16 @@ impl Redis {
         self.server.kill().await;
         shim.cut(&self.dir().join("appendonlydir"))
     }
+}
+
+/// Ends a PostgreSQL as a power loss does: at once, with nothing left on disk but what was synced,
+/// and those sectors that `keep` says were written early. Gives how many sectors were lost.
+pub(crate) async fn power_loss(
+    server: &PostgresServer,
+    dir: &Path,
+    shim: &Shim,
+    keep: &mut impl FnMut() -> bool,
+) -> u64 {
+    server.kill().await;
+    shim.undo(dir, keep)
 }

@@ -119,10 +119,10 @@ fn closed_shop(database: Database) -> Shop {
         rounds: Rounds::new(database.clone()),
         orders: Orders::new(database.clone()),
         epochs: Epochs::new(database.clone()),
-        positions: Positions::new(database),
+        positions: Positions::new(database.clone()),
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),
-        archive: Archive::new(Orders::new(database.clone())),
+        archive: Archive::new(Orders::new(database)),
         receipts: ReceiptKeys::new(&[(1, SECRET)]).unwrap(),
     }
 }

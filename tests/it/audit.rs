@@ -3,7 +3,7 @@
 use std::{process::Output, sync::Arc, time::Duration};
 
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
     clock,
@@ -37,7 +37,10 @@ use uuid::Uuid;
 
 use super::{
     embedded::redis,
-    support::{self, Redis},
+    support::{
+        self, Redis,
+        app::{App, id},
+    },
 };
 
 const PARTITION: Partition = Partition(0);
@@ -741,6 +744,44 @@ async fn a_round_that_lacks_what_is_stored_is_stopped_on_every_node() {
     }
     stop.cancel();
     timeout(PATIENCE, task).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_that_lacks_an_order_is_made_anew_by_itself() {
+    let mut app = App::start().await;
+    let sale = app
+        .sale(json!({ "allocation": 5, "per_buyer_limit": 5 }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let buyer = clock::new_id();
+    let first = app.buy(&sale, buyer, "key", 2).await.expect(201);
+    assert_eq!(app.audit(&sale).await["verdict"], "pass");
+    app.stop().await;
+    let url = app.redis.server.url().expose_secret().to_owned();
+    let order: Uuid = id(&first.json()).parse().unwrap();
+    let order = quoted(order.as_bytes());
+    // The counts are right: no script can see it.
+    let swapped = [
+        redis(&url, &format!("HDEL {{p0}}:sale:1:orders {order}")),
+        redis(&url, "HSET {p0}:sale:1:orders 0123456789abcdef x"),
+    ];
+    assert_eq!(swapped, [":1", ":1"]);
+
+    app.run().await;
+    let made_anew = async {
+        while redis(&url, &format!("HEXISTS {{p0}}:sale:1:orders {order}")) != ":1" {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, made_anew).await.unwrap();
+    app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
+        .await;
+    assert_eq!(redis(&url, "HEXISTS {p0}:round:1.1 condemned"), ":0");
+    assert_eq!(redis(&url, "HLEN {p0}:sale:1:orders"), ":1");
+    let again = app.buy(&sale, buyer, "key", 2).await.expect(201);
+    assert_eq!(again.text, first.text);
+    assert_eq!(app.view(&sale).await["remaining"], 3);
+    app.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

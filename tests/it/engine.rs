@@ -9,9 +9,9 @@ use proptest::{
 use stockade::{
     domain::{
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, RoundId, SaleNumber},
-        model::{Command, Model, Reply, Round},
+        model::{Cancelled, Command, Model, Reply, Round},
         money::{Currency, Money},
-        order::{Decision, Durability, Purchase},
+        order::{Decision, Durability, Purchase, Refusal},
         round::{self, Intent, State, Terms, Window},
     },
     engine::{Engine, EngineError},
@@ -23,14 +23,54 @@ const ACTOR: Uuid = Uuid::from_u128(0xac);
 /// A command with small names, so that random commands meet each other.
 #[derive(Clone, Debug)]
 enum Step {
-    Provision { round: u8, terms: RandomTerms },
+    Provision {
+        round: u8,
+        terms: RandomTerms,
+    },
     Purchase(Vec<RandomPurchase>),
-    Cancel { round: u8, buyer: u8, key: u8 },
-    Control { round: u8, intent: Intent },
-    Restock { round: u8, units: u64, key: u8 },
-    Settle { round: u8 },
-    Archive { round: u8, orders: u8 },
-    Trim { behind: u64, young: bool },
+    Cancel {
+        round: u8,
+        buyer: u8,
+        key: u8,
+    },
+    Control {
+        round: u8,
+        intent: Intent,
+    },
+    Restock {
+        round: u8,
+        units: u64,
+        key: u8,
+    },
+    Settle {
+        round: u8,
+    },
+    Archive {
+        round: u8,
+        orders: u8,
+    },
+    Trim {
+        behind: u64,
+        young: bool,
+    },
+    /// Closed and settled at once, and perhaps archived with some of its orders.
+    End {
+        round: u8,
+        orders: Option<u8>,
+    },
+}
+
+impl Step {
+    /// The commands of a step, one after the other.
+    fn parts(self) -> Vec<Self> {
+        let Self::End { round, orders } = self else {
+            return vec![self];
+        };
+        let intent = Intent::Closed;
+        let mut parts = vec![Self::Control { round, intent }, Self::Settle { round }];
+        parts.extend(orders.map(|orders| Self::Archive { round, orders }));
+        parts
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -118,6 +158,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => any_round.clone().prop_map(|round| Step::Settle { round }),
         2 => (any_round, 0..6_u8).prop_map(|(round, orders)| Step::Archive { round, orders }),
         1 => (0..9_u64, any::<bool>()).prop_map(|(behind, young)| Step::Trim { behind, young }),
+        1 => (0..4_u8, prop::option::of(0..6_u8))
+            .prop_map(|(round, orders)| Step::End { round, orders }),
     ]
 }
 
@@ -129,6 +171,10 @@ struct Conformance {
     from_memory: usize,
     /// Redemptions that were accepted while nobody could buy.
     redeemed: usize,
+    /// Orders of settled rounds that could not be given back.
+    settled: usize,
+    /// Purchases that had to ask PostgreSQL first.
+    archived: usize,
 }
 
 impl Conformance {
@@ -141,6 +187,8 @@ impl Conformance {
             operations: 0,
             from_memory: 0,
             redeemed: 0,
+            settled: 0,
+            archived: 0,
         }
     }
 
@@ -196,6 +244,7 @@ impl Conformance {
                     return;
                 }
                 let reply = self.engine.cancel(round, order, ACTOR).await.unwrap();
+                self.settled += usize::from(own.is_some() && reply == Cancelled::Settled);
                 let command = Command::Cancel {
                     round,
                     order,
@@ -276,6 +325,8 @@ impl Conformance {
                 self.apply(Some(standing.now_ms), command, Reply::Archived(reply))
                     .await;
             }
+            // Its parts run by themselves.
+            Step::End { .. } => {}
             Step::Trim { behind, young } => {
                 let position = self.model.pseq.saturating_sub(*behind);
                 let before_ms = self.model.last_ms + if *young { 0 } else { 1_000 };
@@ -338,6 +389,8 @@ impl Conformance {
                 let state = round::state(*intent, terms.window, now_ms);
                 let accepted = matches!(decision, Decision::Accepted(_));
                 self.redeemed += usize::from(accepted && state != State::Open);
+                let asks = matches!(decision, Decision::Refused(Refusal::Archived { .. }));
+                self.archived += usize::from(asks);
             }
             self.operations += items.len();
             let command = Command::Purchase {
@@ -389,6 +442,7 @@ async fn scripts_do_what_the_model_says() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &rng_seed);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let (mut operations, mut from_memory, mut redeemed) = (0, 0, 0);
+    let (mut settled, mut archived) = (0, 0);
     for case in 0..cases() {
         let steps = steps.new_tree(&mut runner).unwrap().current();
         let mut both = Conformance::new(&redis, Partition(case)).await;
@@ -403,8 +457,9 @@ async fn scripts_do_what_the_model_says() {
             },
         };
         both.run(&provision).await;
-        for (at, step) in steps.iter().enumerate() {
-            both.run(step).await;
+        let steps = steps.into_iter().flat_map(Step::parts);
+        for (at, step) in steps.enumerate() {
+            both.run(&step).await;
             if at % 16 == 0 {
                 both.compare().await;
             }
@@ -413,8 +468,12 @@ async fn scripts_do_what_the_model_says() {
         operations += both.operations;
         from_memory += both.from_memory;
         redeemed += both.redeemed;
+        settled += both.settled;
+        archived += both.archived;
     }
     println!("{operations} operations agreed, {from_memory} of them answered from memory");
+    assert!(settled > 0, "no order of a settled round was asked back");
+    assert!(archived > 0, "nobody had to ask for archived orders");
     assert!(redeemed > 0, "nothing was redeemed while nobody could buy");
     assert!(
         from_memory > 0,

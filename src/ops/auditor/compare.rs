@@ -78,7 +78,9 @@ pub(super) async fn read_stored(
             return Ok(());
         };
         after = place(last);
-        page.iter().for_each(|order| hash.add(order));
+        for order in &page {
+            hash.add(order);
+        }
     }
 }
 

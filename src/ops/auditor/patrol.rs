@@ -19,8 +19,9 @@ use crate::{
     clock,
     domain::{
         id::{JournalId, Partition, RoundId},
-        round::State,
+        round::{Intent, State},
     },
+    engine::Standing,
     metrics::{AuditMetrics, CheckLabels, PartitionLabels, VerdictLabels},
     store::{
         audit::{Glance, Glances},
@@ -41,6 +42,8 @@ const FULL_EVERY: Duration = Duration::from_mins(1);
 const UNSETTLED_EVERY: Duration = Duration::from_secs(5);
 /// The time between two full looks at a round that does not change.
 const AT_REST_EVERY: Duration = Duration::from_mins(10);
+/// The same of one that has left Redis: only somebody's hand changes its rows.
+const ARCHIVED_EVERY: Duration = Duration::from_hours(24);
 /// Rounds of one period, so that thousands of rounds cost no more than these: what is left out
 /// has its turn in the next.
 const ROUNDS_MAX: i64 = 200;
@@ -82,6 +85,8 @@ struct Watched {
     changed_at: Instant,
     /// Whether it was over, when last seen.
     closed: bool,
+    /// Whether it had left Redis, when last seen.
+    archived: bool,
     full: Option<Full>,
     failing: BTreeSet<CheckName>,
     /// Whether the last full look proved that Redis lacks something: said twice, it is believed.
@@ -107,7 +112,12 @@ impl Watched {
             let age = now.duration_since(full.at);
             let unsettled =
                 !full.seen || (self.closed && !full.settled) || !self.failing.is_empty();
-            age >= AT_REST_EVERY
+            let at_rest = if self.archived {
+                ARCHIVED_EVERY
+            } else {
+                AT_REST_EVERY
+            };
+            age >= at_rest
                 || (full.entry != self.entry && age >= FULL_EVERY)
                 || (unsettled && age >= UNSETTLED_EVERY)
         })
@@ -232,9 +242,13 @@ impl Patrol {
         } = *glance;
         let redis = self.auditor.engine(partition)?.audit(round).await?;
         let now = Instant::now();
-        let (entry, closed) = match &redis.keys {
-            Ok(keys) => (keys.entry, keys.standing.state == State::Closed),
-            Err(_) => (stored.counted_at, false),
+        let (entry, closed, archived) = match &redis.keys {
+            Ok(keys) => {
+                let Standing { state, intent, .. } = keys.standing;
+                let (closed, archived) = (state == State::Closed, intent == Intent::Archived);
+                (keys.entry, closed, archived)
+            }
+            Err(_) => (stored.counted_at, false, false),
         };
         let watched = self.rounds.entry(round).or_insert_with(|| Watched {
             subject: Subject {
@@ -245,6 +259,7 @@ impl Patrol {
             entry,
             changed_at: now,
             closed,
+            archived,
             full: None,
             failing: BTreeSet::new(),
             lacking: false,
@@ -254,6 +269,7 @@ impl Patrol {
         }
         watched.entry = entry;
         watched.closed = closed;
+        watched.archived = archived;
         self.note(round, &judge_counters(&redis, &stored));
         Ok(())
     }

@@ -449,7 +449,7 @@ async fn the_turn_of_a_round_replays_what_the_last_one_sold() {
     let before = OrderRow::of(&first.json());
     steer(&app, &sale, "close").await.expect(200);
     refused(&app.buy(&sale, bob, "k", 1).await, 409, "closed");
-    assert_eq!(stored(&app, &sale).await, [before.clone()]);
+    assert_eq!(stored(&app, &sale).await, std::slice::from_ref(&before));
 
     // The next round, with the same rules.
     let mut sql = sql(&app).await;

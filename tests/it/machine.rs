@@ -10,10 +10,11 @@ use tokio::time::timeout;
 
 use super::{
     faults::{Crowd, assert_not_applied, assert_sold, drop_of, until_fenced},
+    power,
     selling::{acceptances, refused, strangers},
     support::{
         Redis,
-        app::{Answer, App, PATIENCE, crowd, id, insist, send},
+        app::{Answer, App, PATIENCE, crowd, id, insist, send, sql},
         shim::Shim,
         wire::Wire,
     },
@@ -93,6 +94,84 @@ async fn a_full_disk_ends_redis_and_loses_nothing() {
     app.redis.server.restart().await.unwrap();
     let answers = crowd.done().await;
     assert_sold(&app, &sale, &answers, 100).await;
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_under_postgresql_delays_storing_and_loses_nothing() {
+    let shim = Shim::new();
+    let (postgres, _dir) = power::postgres_that_syncs(&shim, "on").await;
+    let app = power::app_on(Redis::start().await, &postgres).await;
+    let sale = drop_of(&app, 300).await;
+    let mut crowd = Crowd::send(strangers(&app, &sale, 200), vec![app.door()]);
+    crowd.served(30).await;
+    // No table grows any more, and no log.
+    shim.fill_disk(1);
+    let mut answers = crowd.done().await;
+    let strangers_buy = async |count| {
+        let crowd = Crowd::send(strangers(&app, &sale, count), vec![app.door()]);
+        crowd.done().await
+    };
+    let halted = |answer: &Answer| {
+        answer
+            .text
+            .contains("stockade_writer_halted{partition=\"0\"} 1")
+    };
+    while !halted(&app.get("/metrics").await) {
+        answers.extend(strangers_buy(10).await);
+    }
+    answers.extend(strangers_buy(10).await);
+    assert!(acceptances(&answers).len() > 200);
+    shim.fill_disk(0);
+    answers.extend(strangers_buy(300).await);
+    assert_sold(&app, &sale, &answers, 300).await;
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_that_fills_memory_while_postgresql_is_away_refuses_and_drains() {
+    let app = App::start().await;
+    let sale = drop_of(&app, 1_000_000).await;
+    let mut sql = sql(&app).await;
+    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    let mut wire = Wire::connect(&app.redis).await;
+    let used = async |wire: &mut Wire| {
+        let memory = wire.ask(&["INFO", "memory"]).await.remove(0);
+        let line = memory
+            .lines()
+            .find_map(|line| line.strip_prefix("used_memory:"));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    let most = used(&mut wire).await + 512 * 1024;
+    wire.run(&["CONFIG", "SET", "maxmemory", &most.to_string()])
+        .await;
+    let mut answers = Vec::new();
+    let full = async {
+        loop {
+            let now = crowd(strangers(&app, &sale, 50)).await;
+            let (accepted, refused): (Vec<_>, Vec<_>) =
+                now.into_iter().partition(|answer| answer.status == 201);
+            answers.extend(accepted);
+            if !refused.is_empty() {
+                return refused;
+            }
+        }
+    };
+    for answer in timeout(PATIENCE, full).await.unwrap() {
+        assert_not_applied(&answer);
+    }
+    assert!(answers.len() > 100);
+    // What one call may add, and no more.
+    assert!(used(&mut wire).await < most + 512 * 1024);
+    sqlx::raw_sql("COMMIT").execute(&mut sql).await.unwrap();
+    let accepted = answers.len();
+    assert_sold(&app, &sale, &answers, accepted).await;
+    wire.run(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    answers.extend(crowd(strangers(&app, &sale, 20)).await);
+    assert_sold(&app, &sale, &answers, accepted + 20).await;
     app.finish().await;
 }
 
@@ -192,6 +271,12 @@ async fn a_torn_end_of_the_file_sells_nothing() {
     for torn in [1, 100, 4_096] {
         let mut app = App::start().await;
         let sale = drop_of(&app, 50).await;
+        // What PostgreSQL has is no loss, and would be made anew: nothing of this is stored.
+        let mut lock = sql(&app).await;
+        sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
+            .execute(&mut lock)
+            .await
+            .unwrap();
         for answer in crowd(strangers(&app, &sale, 30)).await {
             answer.expect(201);
         }

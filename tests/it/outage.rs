@@ -79,6 +79,35 @@ async fn a_poisoned_entry_blocks_nobody_and_its_order_can_still_be_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn entries_that_were_trimmed_too_early_are_named_and_nothing_after_them_is_stored() {
+    let shop = Shop::open().await;
+    crowd(&shop, 1).await;
+    shop.drain().await;
+    let stored = shop.end().await;
+    let gone = shop.buy(100, 0, 1).await;
+    let later = shop.buy(101, 0, 1).await;
+    let end = shop.end().await;
+    let mut wire = Wire::connect(&shop.redis).await;
+    let oldest = end.to_string();
+    let trimmed = wire.run(&["XTRIM", JOURNAL, "MINID", &oldest]).await;
+    assert_ne!(trimmed, "0");
+    let mut writer = shop.write().await;
+    let halt = writer.halt().await;
+    let named = Halt::Missing {
+        position: stored,
+        oldest: end.pseq,
+    };
+    assert_eq!(halt, named);
+    assert!(!halt.passing());
+    writer.stop().await;
+    let orders = Orders::new(shop.database.clone());
+    for order in [gone, later] {
+        assert_eq!(orders.by_id(order).await.unwrap(), None);
+        assert!(shop.engine.order(order).await.unwrap().is_some());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_waited_for() {
     let mut shop = Shop::open().await;
     shop.sql(

@@ -2,10 +2,17 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use chrono::{DateTime, TimeDelta, Utc};
 use reqwest::Client;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use stockade::clock;
+use stockade::{
+    auth::{
+        Role,
+        token::{Identity, Secret, TokenKeys},
+    },
+    clock,
+};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -16,8 +23,9 @@ use super::{
     faults::{Crowd, assert_sold, drop_of},
     selling::{OrderRow, assert_replays, stored, strangers},
     support::{
-        app::{App, PATIENCE, id, insist, send},
-        process::Served,
+        app::{App, PATIENCE, SECRET, id, insist, send},
+        process::{Machine, Served},
+        shim::Shim,
     },
 };
 
@@ -57,6 +65,136 @@ async fn a_node_is_stopped_killed_and_started_again_and_its_acceptance_stays() {
 
 async fn send_fails(request: reqwest::RequestBuilder) -> bool {
     request.send().await.is_err()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_with_wrong_clocks_sell_in_the_same_window() {
+    let mut app = App::without_node(&[]).await;
+    let right = Served::start(&app).await;
+    app.speak_to(right.url());
+    let mut nodes = vec![(right, 0)];
+    let mut shims = Vec::new();
+    for hours in [-1, 1] {
+        let shim = Shim::new();
+        shim.set_clock_ahead(hours * 3_600_000);
+        let machine = Machine {
+            environment: shim.environment(),
+            ..Machine::default()
+        };
+        nodes.push((Served::start_on(&app, machine).await, hours));
+        shims.push(shim);
+    }
+    let opens_at = clock::now() + TimeDelta::milliseconds(1_500);
+    let closes_at = opens_at + TimeDelta::milliseconds(1_500);
+    let sale = app
+        .sale(json!({
+            "allocation": 1_000_000, "per_buyer_limit": 1,
+            "opens_at": opens_at, "closes_at": closes_at,
+        }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let secret = Secret {
+        id: "1",
+        bytes: SECRET.as_bytes(),
+    };
+    let keys = TokenKeys::new(&[secret], 600).unwrap();
+    // Each node takes the tokens of its own time; that is all that its clock is good for.
+    let asking = nodes.iter().map(async |(node, hours)| {
+        let mut turns: Vec<String> = Vec::new();
+        let mut accepted = Vec::new();
+        while turns.last().is_none_or(|last| last != "closed") {
+            let identity = Identity {
+                user: clock::new_id(),
+                role: Role::Buyer,
+                session: None,
+            };
+            let there = clock::now() + TimeDelta::hours(*hours);
+            let token = keys.mint(identity, clock::new_id(), there).unwrap();
+            let request = app
+                .client
+                .post(format!("{}/v1/sales/{sale}/orders", node.url()))
+                .bearer_auth(token)
+                .header("Idempotency-Key", "k")
+                .json(&json!({ "quantity": 1 }));
+            let answer = send(request).await;
+            let turn = match answer.status.as_u16() {
+                201 => {
+                    accepted.push(answer.json());
+                    "201".to_owned()
+                }
+                _ => answer.json()["code"].as_str().unwrap().to_owned(),
+            };
+            // What a node has just been told of a sale that has just been made.
+            if turn != "not_found" && turns.last() != Some(&turn) {
+                turns.push(turn);
+            }
+        }
+        (turns, accepted)
+    });
+    let seen = timeout(PATIENCE, futures::future::join_all(asking))
+        .await
+        .unwrap();
+    let mut rows = Vec::new();
+    for (turns, accepted) in seen {
+        assert_eq!(turns, ["not_open", "201", "closed"]);
+        for body in &accepted {
+            let at: DateTime<Utc> = body["accepted_at"].as_str().unwrap().parse().unwrap();
+            assert!(
+                opens_at - at < TimeDelta::milliseconds(1) && at < closes_at,
+                "{body}"
+            );
+        }
+        rows.extend(accepted.iter().map(OrderRow::of));
+    }
+    rows.sort_by_key(|row| row.seq);
+    assert_eq!(stored(&app, &sale).await, rows);
+    app.finish().await;
+    for (mut node, _) in nodes {
+        assert!(node.stop().await.success());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_a_file_left_sells_on_when_it_has_one_again() {
+    let mut app = App::without_node(&[]).await;
+    let machine = Machine {
+        open_files: Some(256),
+        ..Machine::default()
+    };
+    let mut small = Served::start_on(&app, machine).await;
+    let mut node = Served::start(&app).await;
+    app.speak_to(node.url());
+    let sale = drop_of(&app, 60).await;
+    let pid = small.pid();
+    // More than it can hold; the kernel takes them for it.
+    let address = small.url();
+    let address = address.strip_prefix("http://").unwrap();
+    let mut idle = Vec::new();
+    for _ in 0..300 {
+        idle.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    let open = format!("/proc/{}/fd", pid.unwrap());
+    let full = async {
+        while std::fs::read_dir(&open).unwrap().count() < 256 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, full).await.unwrap();
+    // Who gets no answer there asks elsewhere, with the same key.
+    let (requests, doors) = (strangers(&app, &sale, 40), vec![small.door(), node.door()]);
+    let requests = requests
+        .into_iter()
+        .map(|request| request.timeout(Duration::from_secs(2)));
+    let mut answers = Crowd::send(requests.collect(), doors).done().await;
+    drop(idle);
+    let requests = strangers(&app, &sale, 40);
+    let there = Crowd::send(requests, vec![small.door()]);
+    answers.extend(there.done().await);
+    assert_eq!(small.pid(), pid, "it has ended");
+    assert_sold(&app, &sale, &answers, 60).await;
+    app.finish().await;
+    assert!(small.stop().await.success());
+    assert!(node.stop().await.success());
 }
 
 /// How one stream ended.

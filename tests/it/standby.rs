@@ -160,21 +160,22 @@ async fn what_a_standby_lacks_is_stored_again() {
     let pair = Pair::start().await;
     let app = &pair.app;
     let sale = drop_of(app, 150).await;
-    let mut buying = Crowd::send(strangers(app, &sale, 300), vec![app.door()]);
-    buying.served(30).await;
+    let mut answers = crowd(strangers(app, &sale, 30)).await;
+    stored(app, &sale).await;
     pair.in_step().await;
     pair.cable.stall();
+    let buying = Crowd::send(strangers(app, &sale, 270), vec![app.door()]);
     let known = orders_at(&pair.standby).await;
-    let stored = async {
+    let storing = async {
         while orders_at(&pair.primary).await < known + 30 {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, stored).await.unwrap();
+    timeout(PATIENCE, storing).await.unwrap();
     let lost = orders_at(&pair.primary).await - orders_at(&pair.standby).await;
     assert!(lost > 0, "the standby was not behind");
     pair.fail_over().await;
-    let answers = buying.done().await;
+    answers.extend(buying.done().await);
     assert_sold(app, &sale, &answers, 150).await;
     pair.app.finish().await;
 }

@@ -31,13 +31,29 @@ pub(crate) struct Served {
     /// Where it answers: another port after each start.
     door: watch::Sender<String>,
     environment: Vec<(String, String)>,
+    open_files: Option<u32>,
     log: NamedTempFile,
+}
+
+/// What a node's machine has that others have not.
+#[derive(Default)]
+pub(crate) struct Machine {
+    /// Variables of its environment.
+    pub(crate) environment: Vec<(String, String)>,
+    /// The most files that it may have open.
+    pub(crate) open_files: Option<u32>,
 }
 
 impl Served {
     /// Starts one and waits until it wants traffic.
     pub(crate) async fn start(app: &App) -> Self {
+        Self::start_on(app, Machine::default()).await
+    }
+
+    /// Starts one on a machine of its own, and waits until it wants traffic.
+    pub(crate) async fn start_on(app: &App, machine: Machine) -> Self {
         let mut environment = app.environment();
+        environment.extend(machine.environment);
         let endpoints = app.endpoints();
         for (name, url) in [
             ("REDIS_URL", endpoints.redis_url),
@@ -46,8 +62,9 @@ impl Served {
             environment.push((name.to_owned(), url.expose_secret().to_owned()));
         }
         let log = NamedTempFile::new().unwrap();
-        let (child, said) = spawn(&environment, log.reopen().unwrap());
+        let (child, said) = spawn(&environment, machine.open_files, log.reopen().unwrap());
         let mut served = Self {
+            open_files: machine.open_files,
             child,
             said,
             door: watch::Sender::default(),
@@ -149,7 +166,7 @@ impl Served {
     fn spawn_again(&mut self) {
         assert!(self.child.try_wait().unwrap().is_some(), "it still runs");
         let log = File::options().append(true).open(self.log.path()).unwrap();
-        (self.child, self.said) = spawn(&self.environment, log);
+        (self.child, self.said) = spawn(&self.environment, self.open_files, log);
     }
 
     /// Where it answers, also after the next start.
@@ -199,10 +216,18 @@ fn url_said(line: &str) -> Option<String> {
     said.split(' ').next().map(str::to_owned)
 }
 
-fn spawn(environment: &[(String, String)], log: File) -> (Child, Lines<BufReader<ChildStdout>>) {
+fn spawn(
+    environment: &[(String, String)],
+    open_files: Option<u32>,
+    log: File,
+) -> (Child, Lines<BufReader<ChildStdout>>) {
     // It dies when the thread dies that started it: a test's own, or one of its runtime.
     let mut child = Command::new("setpriv")
         .args(["--pdeathsig=KILL", "--"])
+        .args(open_files.iter().flat_map(|most| {
+            let limit = format!("--nofile={most}:{most}");
+            ["prlimit".to_owned(), limit, "--".to_owned()]
+        }))
         .arg(env!("CARGO_BIN_EXE_stockade"))
         .arg("serve")
         .current_dir("/")

@@ -7,7 +7,7 @@
  * inode, so renaming it changes nothing. That is the whole truth for files that grow at their end
  * only, as those of Redis do.
  *
- * PostgreSQL writes into the middle of its files. Where STOCKADE_SHIM_UNDO names a directory, each
+ * PostgreSQL writes into the middle of its files. Where SHIM_UNDO names a directory, each
  * file of the same file system has a list there of what its writes since its last sync replaced:
  * records of struct undo, each followed by the old bytes, the first of a list with the old size. A
  * lock on the list keeps a write and its record together against a sync in another process.
@@ -57,7 +57,7 @@ static const char *undo_dir;
 static dev_t undo_device;
 
 __attribute__((constructor)) static void begin(void) {
-    const char *path = getenv("STOCKADE_SHIM_STATE");
+    const char *path = getenv("SHIM_STATE");
     int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (fd >= 0) {
         void *map = mmap(NULL, sizeof *state, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -66,7 +66,7 @@ __attribute__((constructor)) static void begin(void) {
         close(fd);
     }
     struct stat about;
-    const char *undo = getenv("STOCKADE_SHIM_UNDO");
+    const char *undo = getenv("SHIM_UNDO");
     if (undo && stat(undo, &about) == 0) {
         /* PostgreSQL writes its titles over its environment. */
         undo_dir = strdup(undo);

@@ -90,7 +90,7 @@ impl Shim {
         let path = |name: &str| self.dir.path().join(name);
         [
             ("LD_PRELOAD", self.library.file()),
-            ("STOCKADE_SHIM_STATE", path("state")),
+            ("SHIM_STATE", path("state")),
         ]
         .map(|(name, path)| (name.to_owned(), path.to_str().unwrap().to_owned()))
         .to_vec()
@@ -106,7 +106,7 @@ impl Shim {
         }
         let mut environment = self.environment();
         let undo = undo.to_str().unwrap().to_owned();
-        environment.push(("STOCKADE_SHIM_UNDO".to_owned(), undo));
+        environment.push(("SHIM_UNDO".to_owned(), undo));
         environment
     }
 

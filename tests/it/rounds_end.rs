@@ -537,15 +537,28 @@ async fn a_large_round_leaves_in_steps_while_another_sale_sells() {
         }
         sold
     };
+    // No look at either sale finds anything wrong, whenever it comes.
+    let watching = async {
+        while !done.is_cancelled() {
+            for sale in [&leaving, &selling] {
+                let path = format!("/v1/sales/{sale}/audit");
+                let report = send(app.operate(Method::GET, &path)).await.expect(200);
+                assert_ne!(report.json()["verdict"], "fail", "{}", report.text);
+            }
+        }
+    };
     let leaving_redis = async {
         archived(&mut sql, &leaving).await;
         done.cancel();
     };
-    let (sold, ()) = tokio::join!(buying, leaving_redis);
+    let (sold, (), ()) = tokio::join!(buying, watching, leaving_redis);
     assert!(sold > 0);
     assert_eq!(app.view(&selling).await["sold"], sold);
     let certified = certificate(&app, &leaving).await;
     assert_eq!(certified["certificate"]["sold"], orders);
+    let failed = sqlx::query_scalar("SELECT count(*) FROM audit_runs WHERE verdict = 'fail'");
+    let failed: i64 = failed.fetch_one(&mut sql).await.unwrap();
+    assert_eq!(failed, 0);
     app.finish().await;
 }
 

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     domain::{
-        id::{Epoch, RoundId, SaleNumber},
+        id::{Epoch, JournalId, RoundId, SaleNumber},
         round::{State, Window},
     },
     engine::Standing,
@@ -238,6 +238,25 @@ fn a_journal_must_have_every_entry_behind_the_position() {
             "{checks:#?}"
         );
     }
+}
+
+#[test]
+fn a_later_timeline_that_the_journal_will_bring_is_waited_for() {
+    let told = |stored: u64| {
+        let mut journal = sound_journal();
+        journal.epoch = Epoch(3);
+        journal.last = journal.last.map(|last| JournalId {
+            epoch: Epoch(3),
+            ..last
+        });
+        journal.after.stored.pseq = stored;
+        let checks = judge_journal(&journal);
+        let check = checks.iter().find(|check| check.name == CheckName::Epoch);
+        check.unwrap().status
+    };
+    assert_eq!(told(74), Status::Pending);
+    // Nothing is left that could bring it.
+    assert_eq!(told(75), Status::Fail);
 }
 
 #[test]

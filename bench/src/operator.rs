@@ -18,7 +18,7 @@ use crate::client;
 use crate::target::Target;
 
 /// Time for one answer.
-const ANSWER_MAX: Duration = Duration::from_secs(15);
+const ANSWER_MAX: Duration = Duration::from_mins(1);
 
 /// Pause between two looks at something that is not ready yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);

@@ -9,7 +9,11 @@ pub(crate) mod proxy;
 pub(crate) mod shim;
 pub(crate) mod wire;
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -131,7 +135,10 @@ pub(crate) struct Postgres {
 
 impl Postgres {
     pub(crate) async fn start(settings: &[(&str, &str)]) -> Self {
-        let dir = open_dir();
+        Self::start_in(open_dir(), settings).await
+    }
+
+    async fn start_in(dir: TempDir, settings: &[(&str, &str)]) -> Self {
         let options = PostgresOptions {
             throwaway: true,
             settings: settings
@@ -149,6 +156,26 @@ impl Postgres {
     }
 }
 
+/// A directory for what lives as long as this test binary. Nobody removes it when that ends, since
+/// statics are not dropped; so whoever comes next removes what the dead have left.
+fn shared_dir() -> TempDir {
+    const PREFIX: &str = "stockade-tests-";
+    for entry in fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        let pid = owner.and_then(|owner| owner.split('-').next());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another test binary may be at it, too.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    tempfile::Builder::new()
+        .prefix(&format!("{PREFIX}{}-", std::process::id()))
+        .permissions(fs::Permissions::from_mode(0o711))
+        .tempdir()
+        .unwrap()
+}
+
 /// The PostgreSQL of this test binary, whose database is there to be copied.
 struct Cluster {
     postgres: Postgres,
@@ -163,7 +190,7 @@ pub(crate) async fn database() -> SecretString {
     let cluster = CLUSTER
         .get_or_init(|| async {
             Cluster {
-                postgres: Postgres::start(&[("max_connections", "400")]).await,
+                postgres: Postgres::start_in(shared_dir(), &[("max_connections", "400")]).await,
                 copying: Mutex::default(),
             }
         })

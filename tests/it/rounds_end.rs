@@ -559,6 +559,9 @@ async fn a_large_round_leaves_in_steps_while_another_sale_sells() {
     let failed = sqlx::query_scalar("SELECT count(*) FROM audit_runs WHERE verdict = 'fail'");
     let failed: i64 = failed.fetch_one(&mut sql).await.unwrap();
     assert_eq!(failed, 0);
+    let longest = sqlx::query_scalar("SELECT max(took_ms) FROM audit_runs");
+    let longest: i64 = longest.fetch_one(&mut sql).await.unwrap();
+    println!("{orders} orders: a full look took {longest} ms at most");
     app.finish().await;
 }
 

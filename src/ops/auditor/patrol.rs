@@ -35,10 +35,11 @@ const PERIOD: Duration = Duration::from_secs(1);
 const OTHERS_EVERY: u64 = 10;
 /// A change was lately for so long.
 const LATELY: Duration = Duration::from_mins(1);
-/// The time between two full looks at a round that changes.
+/// The time between two full looks at a round that changes; a hundred times what one takes, if that
+/// is more.
 const FULL_EVERY: Duration = Duration::from_mins(1);
 /// The time between two full looks at a round that is closed and not all stored, that failed, or at
-/// which a store did not answer.
+/// which a store did not answer; four times what one takes, if that is more.
 const UNSETTLED_EVERY: Duration = Duration::from_secs(5);
 /// The time between two full looks at a round that does not change.
 const AT_REST_EVERY: Duration = Duration::from_mins(10);
@@ -101,6 +102,7 @@ struct Full {
     entry: JournalId,
     /// There was an answer.
     seen: bool,
+    took: Duration,
     /// The round was over and everything was stored: nothing is left to change but by a cancel.
     settled: bool,
 }
@@ -118,8 +120,8 @@ impl Watched {
                 AT_REST_EVERY
             };
             age >= at_rest
-                || (full.entry != self.entry && age >= FULL_EVERY)
-                || (unsettled && age >= UNSETTLED_EVERY)
+                || (full.entry != self.entry && age >= FULL_EVERY.max(100 * full.took))
+                || (unsettled && age >= UNSETTLED_EVERY.max(4 * full.took))
         })
     }
 }
@@ -290,6 +292,7 @@ impl Patrol {
             at: now,
             entry: before,
             seen: false,
+            took: Duration::ZERO,
             settled: false,
         });
         let Some(seen) = self.auditor.look(subject).await? else {
@@ -303,6 +306,7 @@ impl Patrol {
                 // Without a verdict it is looked at again, also if nothing more happens.
                 entry: if verdict { entry } else { before },
                 seen: true,
+                took: now.elapsed(),
                 settled: closed && verdict,
             });
             proved = seen.lacking.clone().filter(|_| watched.lacking);

@@ -3,14 +3,19 @@
 //! The same builder makes the application for production and for tests.
 
 use std::{
-    collections::HashMap, future::IntoFuture, net::SocketAddr, num::NonZeroUsize, sync::Arc,
-    thread::available_parallelism, time::Duration,
+    collections::{BTreeSet, HashMap},
+    future::IntoFuture,
+    net::SocketAddr,
+    num::NonZeroUsize,
+    sync::Arc,
+    thread::available_parallelism,
+    time::Duration,
 };
 
 use anyhow::Context;
 use axum::{Router, http::HeaderValue, serve::ListenerExt};
 use secrecy::{ExposeSecret, SecretString};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     auth::{
@@ -23,11 +28,12 @@ use crate::{
     },
     clock,
     config::{self, Config, Endpoints},
-    domain::{id::Partition, receipt::ReceiptKeys},
+    domain::{durability::Lack, id::Partition, order::Mode, receipt::ReceiptKeys},
     engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
+    faults,
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
-    metrics::{Metrics, PartitionLabels},
+    metrics::{DurabilityLabels, Metrics, PartitionLabels},
     ops::{
         auditor::{Auditor, Patrol},
         certificate::CertificateKey,
@@ -37,7 +43,7 @@ use crate::{
     },
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Pseudonyms, Shop, provision_rounds},
+    sales::{Archive, Commits, Pseudonyms, Shop, provision_rounds},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
@@ -47,6 +53,7 @@ use crate::{
         journal::{Ledger, Positions},
         orders::Orders,
         products::Products,
+        receipt_keys,
         rounds::Rounds,
         sales::Sales,
         sessions::Sessions,
@@ -120,15 +127,19 @@ pub async fn start(
     let stores = connect(config, endpoints, &metrics).await?;
     for engine in stores.engines.all() {
         let settings = engine.settings();
-        for danger in &settings.dangers {
-            tracing::error!(danger, "Redis may drop what it must keep");
+        let partition = engine.partition();
+        match engine.gives(Mode::Default) {
+            Ok(durability) if settings.unverified() => tracing::warn!(
+                %partition,
+                durability = durability.as_str(),
+                %settings,
+                "Redis, by what STOCKADE_REDIS_DURABILITY says and nobody has verified"
+            ),
+            Ok(durability) => {
+                tracing::info!(%partition, durability = durability.as_str(), %settings, "Redis");
+            }
+            Err(lack) => tracing::error!(%partition, %lack, %settings, "Redis: nothing is sold"),
         }
-        tracing::info!(
-            partition = %engine.partition(),
-            durability = engine.durability().as_str(),
-            settings = settings.facts.join(" "),
-            "Redis"
-        );
     }
 
     let recovery = Recovery {
@@ -185,7 +196,11 @@ pub async fn start(
         housekeeping(config, &stores, auditor.clone(), life)?;
     }
 
+    // Unknown is not kept.
+    let (keeps, kept) = watch::channel(Err(Lack::new("PostgreSQL has not been asked yet")));
     let look = Look {
+        keeps,
+        replicated: config.replicas > 0,
         engines: stores.engines.clone(),
         database: stores.database.clone(),
         metrics: Arc::clone(&metrics),
@@ -207,7 +222,12 @@ pub async fn start(
         generated_password: None,
     };
     if roles.contains(&Role::Http) {
-        serve(config, &stores, stored, auditor, &metrics, life, &mut app).await?;
+        let wired = Wired {
+            stored,
+            auditor,
+            kept,
+        };
+        serve(config, &stores, wired, &metrics, life, &mut app).await?;
     } else {
         app.readiness.pass("operator");
     }
@@ -272,11 +292,15 @@ async fn connect(
     let database = Database::new(endpoints.database_url.expose_secret(), settings)
         .context("DATABASE_URL cannot be read")?;
     migrate(&database).await?;
-    let receipts = config.receipt_keys()?;
+    let receipts = match config.receipt_keys()? {
+        Some(keys) => Some(known_keys(&database, keys).await?),
+        None => None,
+    };
     let options = EngineOptions {
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: config.queue_capacity,
         receipt_key: receipts.as_ref().map_or(0, ReceiptKeys::signing),
+        said: config.said(),
     };
     let positions = Positions::new(database.clone());
     let rounds = Rounds::new(database.clone());
@@ -295,6 +319,33 @@ async fn connect(
         rounds,
         receipts,
     })
+}
+
+/// The keys of receipts without those whose number stood for another secret before: what such a key
+/// signed can be told neither in its old bytes nor in others.
+///
+/// # Errors
+/// When the key that signs is such a one, or PostgreSQL does not answer.
+async fn known_keys(database: &Database, mut keys: ReceiptKeys) -> anyhow::Result<ReceiptKeys> {
+    let signing = keys.signing();
+    for number in receipt_keys::claim(database, &keys.fingerprints()).await? {
+        if faults::bug("other_secret_believed") {
+            break;
+        }
+        anyhow::ensure!(
+            number != signing,
+            "receipt key {number} has another secret than before: put the old one back, or give the \
+             new one a number of its own in STOCKADE_RECEIPT_KEYS (key 1 comes from \
+             STOCKADE_JWT_SECRET if the list has none)"
+        );
+        tracing::warn!(
+            key = number,
+            "this receipt key has another secret than before and is left out: orders that it signed \
+             are not replayed, and their receipts not redeemed, until the old one is back"
+        );
+        keys.forget(number);
+    }
+    Ok(keys)
 }
 
 /// Migrates, as soon as PostgreSQL is there.
@@ -328,16 +379,27 @@ async fn writers(stores: &Stores) -> anyhow::Result<Vec<Writer>> {
     Ok(writers)
 }
 
+/// What the parts that answer requests learn from those that do not.
+struct Wired {
+    stored: HashMap<Partition, crate::writer::StoredPosition>,
+    auditor: Auditor,
+    kept: watch::Receiver<Result<(), Lack>>,
+}
+
 /// Starts what answers requests.
 async fn serve(
     config: &Config,
     stores: &Stores,
-    stored: HashMap<Partition, crate::writer::StoredPosition>,
-    auditor: Auditor,
+    wired: Wired,
     metrics: &Arc<Metrics>,
     life: &Lifecycle,
     app: &mut App,
 ) -> anyhow::Result<()> {
+    let Wired {
+        stored,
+        auditor,
+        kept,
+    } = wired;
     let secret = config
         .jwt_secret
         .as_ref()
@@ -368,12 +430,23 @@ async fn serve(
     app.generated_password = operator(config, &accounts).await?;
     app.readiness.pass("operator");
 
+    let orders = Orders::new(database.clone());
+    let commits = Commits::new(
+        stores.positions.clone(),
+        orders.clone(),
+        kept,
+        stores.engines.all().iter().map(|engine| {
+            let partition = engine.partition();
+            (partition, stored.get(&partition).cloned())
+        }),
+    );
     let shop = Arc::new(Shop {
         engines: stores.engines.clone(),
         directory: Directory::new(database.clone()),
         sales: Sales::new(database.clone()),
         rounds: stores.rounds.clone(),
-        orders: Orders::new(database.clone()),
+        orders,
+        commits,
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
@@ -537,40 +610,96 @@ struct Look {
     database: Database,
     metrics: Arc<Metrics>,
     readiness: Readiness,
-    statuses: Vec<(
-        Partition,
-        tokio::sync::watch::Receiver<crate::writer::WriterStatus>,
-    )>,
+    /// Whether what PostgreSQL commits survives a power loss, for those who promise it.
+    keeps: watch::Sender<Result<(), Lack>>,
+    /// Whether there are replicas to wait for.
+    replicated: bool,
+    statuses: Vec<(Partition, watch::Receiver<crate::writer::WriterStatus>)>,
 }
 
 impl Look {
+    /// What sales can promise at the moment, or which of them cannot keep what they do.
+    fn durability(&self) -> Result<Option<String>, String> {
+        let mut lacks = BTreeSet::new();
+        let mut worth = BTreeSet::new();
+        for engine in self.engines.all() {
+            match engine.gives(Mode::Default) {
+                Ok(durability) if engine.settings().unverified() => {
+                    worth.insert(format!("{}, not verified", durability.as_str()));
+                }
+                Ok(durability) => {
+                    worth.insert(durability.as_str().to_owned());
+                }
+                Err(lack) => {
+                    lacks.insert(format!("nothing is sold: {lack}"));
+                    continue;
+                }
+            }
+            if self.replicated
+                && let Err(lack) = engine.gives(Mode::Replicated)
+            {
+                lacks.insert(format!("no sale with `replicated` sells: {lack}"));
+            }
+        }
+        if let Err(lack) = &*self.keeps.borrow() {
+            lacks.insert(format!("no sale with `committed` sells: {lack}"));
+        }
+        let holds = lacks.is_empty();
+        let words: Vec<_> = worth.into_iter().chain(lacks).collect();
+        let words = words.join("; ");
+        if holds { Ok(Some(words)) } else { Err(words) }
+    }
+
+    /// One store that does not answer must not keep the other from being looked at.
     async fn again_and_again(&self) {
-        loop {
-            self.once().await;
-            tokio::time::sleep(LOOK).await;
+        let postgres = async {
+            loop {
+                self.postgres().await;
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let others = async {
+            loop {
+                self.others().await;
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        tokio::select! {
+            () = postgres => {}
+            () = others => {}
         }
     }
 
-    async fn once(&self) {
+    async fn postgres(&self) {
         match self.database.migrated().await {
             Ok(true) => self.readiness.pass("postgresql"),
             Ok(false) => self.readiness.fail("postgresql", "not migrated"),
-            Err(_) => self.readiness.fail("postgresql", "does not answer"),
+            Err(_) => {
+                // What it said of itself still counts: nothing is committed meanwhile.
+                self.readiness.fail("postgresql", "does not answer");
+                return;
+            }
         }
+        if let Ok(settings) = self.database.settings().await {
+            self.keeps.send_modify(|kept| *kept = settings.keeps());
+        }
+    }
+
+    async fn others(&self) {
         let settings = self.engines.all().iter().map(Engine::read_settings);
-        let dangers = match futures::future::try_join_all(settings).await {
+        let danger = match futures::future::try_join_all(settings).await {
             Ok(_) => self
                 .engines
                 .all()
                 .iter()
-                .flat_map(|engine| engine.settings().dangers)
-                .next(),
+                .find_map(|engine| engine.settings().danger()),
             Err(_) => Some("does not answer".to_owned()),
         };
-        match dangers {
+        match danger {
             Some(danger) => self.readiness.fail("redis", danger),
             None => self.readiness.pass("redis"),
         }
+        self.readiness.inform("durability", self.durability());
         let mut fenced = Vec::new();
         let mut redis_ms = None;
         for engine in self.engines.all() {
@@ -589,6 +718,16 @@ impl Look {
                 .set(is_fenced.into());
             let waiting = i64::try_from(engine.waiting()).unwrap_or(i64::MAX);
             engine_metrics.waiting.get_or_create(&labels).set(waiting);
+            for mode in Mode::ALL {
+                let labels = DurabilityLabels {
+                    partition: engine.partition().0,
+                    durability: mode.as_str(),
+                };
+                let kept = mode != Mode::Committed || self.keeps.borrow().is_ok();
+                let durable = kept && engine.gives(mode).is_ok();
+                let gauge = engine_metrics.durable.get_or_create(&labels);
+                gauge.set(durable.into());
+            }
         }
         if fenced.is_empty() {
             self.readiness.pass("partitions");

@@ -110,6 +110,17 @@ pub struct EngineMetrics {
     pub waiting: Family<PartitionLabels, Gauge>,
     /// 1 while nothing is sold because Redis may have lost something.
     pub fenced: Family<PartitionLabels, Gauge>,
+    /// 1 while the stores can keep what sales with a durability promise.
+    pub durable: Family<DurabilityLabels, Gauge>,
+}
+
+/// What a sale promises, on a partition.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DurabilityLabels {
+    /// The partition's number.
+    pub partition: u16,
+    /// The sale's word.
+    pub durability: &'static str,
 }
 
 /// A partition.
@@ -149,6 +160,7 @@ impl Default for EngineMetrics {
             unknown: Counter::default(),
             waiting: Family::default(),
             fenced: Family::default(),
+            durable: Family::default(),
         }
     }
 }
@@ -189,6 +201,11 @@ impl EngineMetrics {
             "fenced",
             "1 while nothing is sold because Redis may have lost something",
             self.fenced.clone(),
+        );
+        registry.register(
+            "durable",
+            "1 while the stores can keep what sales with this durability promise",
+            self.durable.clone(),
         );
     }
 }

@@ -18,6 +18,10 @@ pub struct Condition {
     pub name: &'static str,
     /// Why it does not hold; `None` when it does.
     pub missing: Option<String>,
+    /// What is worth knowing although it holds.
+    pub note: Option<String>,
+    /// Whether traffic is wanted all the same while it does not hold.
+    pub optional: bool,
 }
 
 impl Readiness {
@@ -33,9 +37,21 @@ impl Readiness {
 
     /// From now on `name` holds.
     pub fn pass(&self, name: &'static str) {
+        self.set(Condition::holds(name));
+    }
+
+    /// From now on `name` says this of itself, and traffic is wanted whatever it says: `Err` when
+    /// it does not hold.
+    pub fn inform(&self, name: &'static str, state: Result<Option<String>, String>) {
+        let (missing, note) = match state {
+            Ok(note) => (None, note),
+            Err(reason) => (Some(reason), None),
+        };
         self.set(Condition {
             name,
-            missing: None,
+            missing,
+            note,
+            optional: true,
         });
     }
 
@@ -64,11 +80,25 @@ impl Readiness {
 }
 
 impl Condition {
-    fn missing(name: &'static str, reason: impl Into<String>) -> Self {
+    fn holds(name: &'static str) -> Self {
         Self {
             name,
-            missing: Some(reason.into()),
+            missing: None,
+            note: None,
+            optional: false,
         }
+    }
+
+    fn missing(name: &'static str, reason: impl Into<String>) -> Self {
+        Self {
+            missing: Some(reason.into()),
+            ..Self::holds(name)
+        }
+    }
+
+    /// Whether it stands in the way of traffic.
+    pub fn blocks(&self) -> bool {
+        self.missing.is_some() && !self.optional
     }
 }
 
@@ -91,5 +121,12 @@ mod tests {
         let conditions = readiness.conditions();
         assert_eq!(conditions[0].missing.as_deref(), Some("refused"));
         assert_eq!(conditions[1].missing, None);
+        assert!(conditions[0].blocks() && !conditions[1].blocks());
+        clone.inform("postgresql", Err("slow".to_owned()));
+        clone.inform("redis", Ok(Some("fine".to_owned())));
+        let conditions = readiness.conditions();
+        assert_eq!(conditions[0].missing.as_deref(), Some("slow"));
+        assert_eq!(conditions[1].note.as_deref(), Some("fine"));
+        assert!(!conditions.iter().any(Condition::blocks));
     }
 }

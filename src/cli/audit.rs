@@ -10,6 +10,7 @@ use secrecy::ExposeSecret;
 use serde::Serialize;
 use stockade::clock;
 use stockade::config::Config;
+use stockade::domain::durability::Said;
 use stockade::domain::id::{Partition, SaleId};
 use stockade::engine::{Engine, EngineOptions, Engines, RedisUrl};
 use stockade::metrics::EngineMetrics;
@@ -92,6 +93,7 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
         receipt_key: 0,
         url: RedisUrl(endpoints.redis_url.clone()),
         queue_capacity: 1,
+        said: Said::default(),
     };
     let mut engines = Vec::new();
     let last = sales.iter().map(|sale| sale.facts.partition.0).max();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use secrecy::SecretString;
 use serde::Deserialize;
 
-use super::values::{AccessLog, LogFormat, Origins, RateLimit};
+use super::values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability};
 
 /// One key, as `stockade check-config` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +70,14 @@ keys! {
     /// Redis that decides (`redis://[user:password@]host:port`). Set together with `DATABASE_URL`, or not at all.
     redis_url: Option<SecretString> = unset, secret, "REDIS_URL",
         danger: "needs appendonly yes, appendfsync always, maxmemory-policy noeviction";
+    /// What `appendfsync` of `REDIS_URL` is worth, `fsync` (always) or `fast` (everysec), for a server that does not
+    /// show its settings (`CONFIG GET`). What it shows counts more; without either, nothing is sold.
+    redis_durability: Option<RedisDurability> = unset, shown, "STOCKADE_REDIS_DURABILITY",
+        danger: "believed and not verified: if it is wrong, orders say that they survive what they do not";
+    /// Replicas that must have an order before its 201, in sales with the durability `replicated`, 0 to 5. With 0
+    /// such sales do not sell. Redis needs `min-replicas-to-write` of at least as many and `min-replicas-max-lag` 1 to 5.
+    replicas: u32 = "0", shown, "STOCKADE_REPLICAS",
+        danger: "with min-replicas-to-write, Redis takes nothing of any sale while too few replicas follow";
     /// Redis for what may be lost: counters, caches, tickets.
     cache_redis_url: Option<SecretString> = unset, secret, "CACHE_REDIS_URL",
         danger: "the same server as REDIS_URL lets a cache fill the memory that sales need";

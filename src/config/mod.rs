@@ -21,9 +21,9 @@ use crate::faults;
 
 pub use endpoints::Endpoints;
 pub use keys::{Config, KEYS, Key};
-pub use values::{AccessLog, LogFormat, Origins, RateLimit};
+pub use values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability};
 
-use crate::domain::receipt::ReceiptKeys;
+use crate::domain::{durability::Said, order::Durability, receipt::ReceiptKeys};
 
 /// The environment variable that names the optional TOML file.
 pub const FILE_ENV: &str = "STOCKADE_CONFIG";
@@ -238,7 +238,19 @@ impl Config {
             .map_err(|error| value(KEY, &error.to_string()))
     }
 
+    /// What the operator says about Redis.
+    pub fn said(&self) -> Said {
+        Said {
+            replicas: self.replicas,
+            asserted: self.redis_durability.map(|durability| match durability {
+                RedisDurability::Fast => Durability::Fast,
+                RedisDurability::Fsync => Durability::Fsync,
+            }),
+        }
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
+        within("STOCKADE_REPLICAS", self.replicas, 0, 5)?;
         within("STOCKADE_DATABASE_POOL", self.database_pool, 2, 500)?;
         within("STOCKADE_PARTITIONS", self.partitions, 1, 1024)?;
         within("STOCKADE_BCRYPT_COST", self.bcrypt_cost, 10, 16)?;

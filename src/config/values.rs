@@ -14,6 +14,16 @@ pub enum RateLimit {
     Off,
 }
 
+/// What the file of a Redis server is worth that does not show its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RedisDurability {
+    /// `appendfsync everysec`
+    Fast,
+    /// `appendfsync always`
+    Fsync,
+}
+
 /// The form of the access log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

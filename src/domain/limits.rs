@@ -38,12 +38,26 @@ pub const ARCHIVE_ORDERS_MAX: usize = 500;
 /// A script call that Redis has not begun this long after it was planned must not run any more.
 pub const CALL_DEADLINE_MS: i64 = 2_000;
 
+/// How long a purchase of a sale with `replicated` waits for its replicas, in milliseconds: a healthy
+/// one needs one or two, and behind one that hangs the others queue up.
+pub const REPLICAS_WAIT_MS: u64 = 1_000;
+
+/// How long an acceptance of a sale with `committed` waits for PostgreSQL, in milliseconds: as long
+/// as a writer that has stored nothing may be before purchases are refused, and a little.
+pub const COMMIT_WAIT_MS: u64 = 2_500;
+
+/// How long PostgreSQL may be behind without moving before purchases of sales with `committed` are
+/// refused, in milliseconds. Shorter than anybody waits, so that few are left in doubt.
+pub const WRITER_STALL_MS: u64 = 2_000;
+
 /// A difference between Redis' clock and a node's estimate of it that is a fault, not a delay.
 pub const CLOCK_JUMP_MS: i64 = 5_000;
 
 /// How long a node may believe what a reply said about a round.
 pub const MEMORY_MS: i64 = 100;
 
+// Whoever was let in just before the stall was seen still gets to hear of the next commit.
+const _: () = assert!(WRITER_STALL_MS < COMMIT_WAIT_MS);
 // An answer from memory must be gone long before a deadline could matter.
 const _: () = assert!(MEMORY_MS * 10 <= CALL_DEADLINE_MS);
 // A late call must be refused as late, before its lateness could look like a jump of the clock.

@@ -134,6 +134,25 @@ impl ReceiptKeys {
         self.0.first().map_or(0, |(number, _)| *number)
     }
 
+    /// What each key is, by its number: enough to see that it is another one, and no more.
+    pub fn fingerprints(&self) -> Vec<(u8, [u8; 8])> {
+        let print = |(number, key): &(u8, Hmac<Sha256>)| {
+            let mut mac = key.clone();
+            mac.update(b"stockade fingerprint of a receipt key");
+            let mut print = [0; 8];
+            for (byte, of) in print.iter_mut().zip(mac.finalize().into_bytes()) {
+                *byte = of;
+            }
+            (*number, print)
+        };
+        self.0.iter().map(print).collect()
+    }
+
+    /// Forgets a key: what it signed is then neither signed nor believed.
+    pub fn forget(&mut self, number: u8) {
+        self.0.retain(|(known, _)| *known != number);
+    }
+
     fn key(&self, number: u8) -> Option<&Hmac<Sha256>> {
         let found = self.0.iter().find(|(known, _)| *known == number);
         found.map(|(_, key)| key)

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use bytes::Bytes;
+use fred::types::Value;
 
 use super::{
     Shared,
@@ -40,6 +41,36 @@ impl Shared {
         arguments.insert(0, caller);
         let sent_at = Instant::now();
         let parts = connection.call(script, keys, arguments).await?;
+        self.called(script, epoch, sent_at, parts)
+    }
+
+    /// The same, and then waits for replicas. Gives also how many of them have what it answered
+    /// from: at least `replicas`, or fewer when they did not in time.
+    pub(super) async fn call_replicated(
+        &self,
+        connection: &Connection,
+        script: &Script,
+        keys: &[String],
+        mut arguments: Vec<Bytes>,
+        replicas: u32,
+    ) -> Result<(Called, u32), EngineError> {
+        let (epoch, caller) = self.view.caller()?;
+        arguments.insert(0, caller);
+        let sent_at = Instant::now();
+        let channel = self.keys.replicas();
+        let (parts, acks) = connection
+            .call_replicated(script, keys, &arguments, replicas, channel)
+            .await?;
+        Ok((self.called(script, epoch, sent_at, parts)?, acks))
+    }
+
+    fn called(
+        &self,
+        script: &Script,
+        epoch: Epoch,
+        sent_at: Instant,
+        parts: Vec<Value>,
+    ) -> Result<Called, EngineError> {
         let mut reply = Reply::new(script.name, parts);
         let head = self.view.admit(epoch, &mut reply)?;
         Ok(Called {

@@ -28,6 +28,15 @@ pub enum EngineError {
     /// The call was sent, and may have run or may still run.
     #[error("no answer from Redis: {0}")]
     Unknown(String),
+    /// Redis accepted, and fewer replicas than the sale asks for have it. It is there, and may be
+    /// lost: only the same call again tells.
+    #[error("{acks} of {wanted} replicas have it")]
+    Unreplicated {
+        /// Replicas that have it.
+        acks: u32,
+        /// Replicas that must.
+        wanted: u32,
+    },
     /// Redis answered something that this version does not understand. It may have run.
     #[error("answer of Redis not understood: {0}")]
     Protocol(String),
@@ -43,7 +52,9 @@ impl EngineError {
             | Self::Damaged(_)
             | Self::Refused(_)
             | Self::Expired => false,
-            Self::Unknown(_) | Self::Protocol(_) => !faults::bug("unknown_told_as_refused"),
+            Self::Unknown(_) | Self::Unreplicated { .. } | Self::Protocol(_) => {
+                !faults::bug("unknown_told_as_refused")
+            }
         }
     }
 }

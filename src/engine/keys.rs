@@ -46,4 +46,10 @@ impl Keys {
     pub(super) fn ops(self, sale: SaleNumber) -> String {
         format!("{{{}}}:sale:{}:ops", self.0, sale.0)
     }
+
+    /// Channel: what is published here, replicas get after everything that was written before.
+    /// Nobody listens.
+    pub(super) fn replicas(self) -> String {
+        format!("{{{}}}:replicas", self.0)
+    }
 }

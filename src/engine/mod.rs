@@ -43,7 +43,7 @@ use tokio::sync::{broadcast, watch};
 
 pub use self::{
     audit::{Remains, RoundAudit, RoundKeys},
-    connection::{RedisUrl, ServerSettings},
+    connection::RedisUrl,
     epoch::{Inspection, InstallError},
     error::EngineError,
     journal::{EntryError, JournalError, JournalPage, JournalReader, RawEntry},
@@ -60,14 +60,20 @@ use self::{
 };
 use crate::{
     domain::{
+        durability::{Lack, RedisSettings, Said},
         id::{JournalId, Partition, RoundId},
-        order::Durability,
+        order::{Durability, Mode},
     },
+    faults,
     metrics::EngineMetrics,
 };
 
 /// Calls of purchases under way at a time. More would make each carry less.
 const PURCHASE_CALLS_MAX: usize = 4;
+
+/// Calls under way at a time that wait for replicas: Redis takes nothing else from a connection that
+/// waits, so a second call would only wait behind the first.
+const REPLICATED_CALLS_MAX: usize = 1;
 
 /// Calls of snapshots under way at a time.
 const SNAPSHOT_CALLS_MAX: usize = 2;
@@ -84,6 +90,8 @@ pub struct EngineOptions {
     pub queue_capacity: usize,
     /// The key that signs the receipts of what it accepts; 0 for none.
     pub receipt_key: u8,
+    /// What the operator says about Redis.
+    pub said: Said,
 }
 
 /// What sells the rounds of one partition.
@@ -93,6 +101,8 @@ pub struct Engine {
     url: RedisUrl,
     shared: Arc<Shared>,
     purchases: Arc<Coalescer<PurchaseLane>>,
+    /// Purchases that wait for replicas; `None` when there are none to wait for.
+    replicated: Option<Arc<Coalescer<PurchaseLane>>>,
     snapshots: Arc<Coalescer<SnapshotLane>>,
     /// Operators' calls and cancels never wait behind the crowd.
     operations: Arc<Connection>,
@@ -110,8 +120,23 @@ struct Shared {
     news: broadcast::Sender<Standing>,
     /// Rounds whose keys are missing or not whole, as the last call saw them.
     damaged: Mutex<BTreeSet<RoundId>>,
-    /// What Redis said of its settings when it was last asked.
-    settings: RwLock<ServerSettings>,
+    worth: RwLock<Worth>,
+    said: Said,
+}
+
+/// What Redis said of its settings when it was last asked, and what that is worth.
+#[derive(Debug)]
+struct Worth {
+    settings: RedisSettings,
+    /// For each of [`Mode::ALL`]: judged when the settings are read, not at each purchase.
+    modes: [Result<Durability, Lack>; 3],
+}
+
+impl Worth {
+    fn of(settings: RedisSettings, said: Said) -> Self {
+        let modes = Mode::ALL.map(|mode| settings.gives(mode, said));
+        Self { settings, modes }
+    }
 }
 
 impl Shared {
@@ -122,13 +147,28 @@ impl Shared {
         let _ = self.news.send(*standing);
     }
 
-    fn durability(&self) -> Durability {
-        let settings = self.settings.read().unwrap_or_else(PoisonError::into_inner);
-        if settings.synced {
-            Durability::Fsync
-        } else {
-            Durability::Fast
+    /// Takes over what Redis says of its settings, and says aloud what has changed.
+    fn judge(&self, settings: RedisSettings) {
+        let mut worth = self.worth.write().unwrap_or_else(PoisonError::into_inner);
+        if worth.settings == settings {
+            return;
         }
+        let now = Worth::of(settings.after(Some(&worth.settings)), self.said);
+        let partition = self.keys.0;
+        for (mode, (before, now)) in Mode::ALL.iter().zip(worth.modes.iter().zip(&now.modes)) {
+            let mode = mode.as_str();
+            match (before, now) {
+                (before, now) if before == now => {}
+                (_, Ok(durability)) => {
+                    let durability = durability.as_str();
+                    tracing::info!(%partition, mode, durability, "Redis gives this durability");
+                }
+                (_, Err(lack)) => {
+                    tracing::error!(%partition, mode, %lack, "sales with this durability stop");
+                }
+            }
+        }
+        *worth = now;
     }
 
     fn damaged(&self) -> MutexGuard<'_, BTreeSet<RoundId>> {
@@ -170,12 +210,27 @@ impl Engine {
             metrics,
             news,
             damaged: Mutex::default(),
-            settings: RwLock::new(settings),
+            worth: RwLock::new(Worth::of(settings, options.said)),
+            said: options.said,
         });
         let purchases = PurchaseLane {
             shared: Arc::clone(&shared),
             connection: crowd,
             receipt_key: options.receipt_key,
+            replicas: 0,
+        };
+        let replicated = match options.said.replicas {
+            0 => None,
+            replicas => {
+                let lane = PurchaseLane {
+                    shared: Arc::clone(&shared),
+                    connection: Connection::open_for_replicated_calls(&url).await?,
+                    receipt_key: options.receipt_key,
+                    replicas,
+                };
+                let capacity = options.queue_capacity;
+                Some(Coalescer::new(lane, capacity, REPLICATED_CALLS_MAX))
+            }
         };
         let snapshots = SnapshotLane {
             shared: Arc::clone(&shared),
@@ -186,6 +241,7 @@ impl Engine {
             url,
             shared,
             purchases: Coalescer::new(purchases, options.queue_capacity, PURCHASE_CALLS_MAX),
+            replicated,
             snapshots: Coalescer::new(snapshots, options.queue_capacity, SNAPSHOT_CALLS_MAX),
             operations,
             reads,
@@ -198,11 +254,11 @@ impl Engine {
     }
 
     /// What Redis said of its settings when it was last asked.
-    pub fn settings(&self) -> ServerSettings {
-        self.shared
-            .settings
-            .read()
+    pub fn settings(&self) -> RedisSettings {
+        let worth = self.shared.worth.read();
+        worth
             .unwrap_or_else(PoisonError::into_inner)
+            .settings
             .clone()
     }
 
@@ -210,20 +266,29 @@ impl Engine {
     /// have changed them.
     ///
     /// # Errors
-    /// [`EngineError`] when it does not say.
+    /// [`EngineError`] when it does not say; then what it said before still counts.
     pub async fn read_settings(&self) -> Result<(), EngineError> {
-        let settings = self.operations.settings().await?;
-        *self
-            .shared
-            .settings
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = settings;
+        self.shared.judge(self.operations.settings().await?);
         Ok(())
     }
 
-    /// What an acceptance survives.
-    pub fn durability(&self) -> Durability {
-        self.shared.durability()
+    /// What an acceptance survives in a sale that asks for `mode`, as far as Redis is concerned.
+    ///
+    /// # Errors
+    /// [`Lack`]: nothing of such a sale may be sold.
+    pub fn gives(&self, mode: Mode) -> Result<Durability, Lack> {
+        let worth = self.shared.worth.read();
+        let worth = worth.unwrap_or_else(PoisonError::into_inner);
+        let [default, replicated, committed] = &worth.modes;
+        let given = match mode {
+            Mode::Default => default,
+            Mode::Replicated => replicated,
+            Mode::Committed => committed,
+        };
+        match given {
+            Err(_) if faults::bug("lack_ignored") => Ok(Durability::Fsync),
+            given => given.clone(),
+        }
     }
 
     /// The state of the fence, and its changes.
@@ -263,7 +328,8 @@ impl Engine {
 
     /// Purchases that wait for a call.
     pub fn waiting(&self) -> usize {
-        self.purchases.waiting()
+        let replicated = self.replicated.as_ref().map_or(0, |lane| lane.waiting());
+        self.purchases.waiting() + replicated
     }
 
     /// Every standing that a reply carries from now on. A listener that falls behind misses some,

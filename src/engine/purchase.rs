@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{
     Engine, Shared,
     call::Called,
-    coalescer::Lane,
+    coalescer::{Coalescer, Lane},
     connection::Connection,
     error::EngineError,
     packed::{self, ITEM_BYTES, Unpack},
@@ -17,7 +17,7 @@ use crate::{
     domain::{
         id::RoundId,
         limits::{CALL_ARGUMENT_BYTES_MAX, CALL_ITEMS_MAX, CALL_ROUNDS_MAX},
-        order::{Decision, Purchase, Refusal},
+        order::{Decision, Durability, Purchase, Refusal},
     },
     faults,
 };
@@ -43,6 +43,8 @@ pub(super) struct PurchaseLane {
     pub(super) connection: Arc<Connection>,
     /// The key that signs the receipts of what it accepts; 0 for none.
     pub(super) receipt_key: u8,
+    /// Replicas that must have an order before anybody hears of it; 0 for none.
+    pub(super) replicas: u32,
 }
 
 impl Lane for PurchaseLane {
@@ -101,20 +103,30 @@ impl Lane for PurchaseLane {
         metrics.call_items.observe(items.len() as f64);
         let sent_at = Instant::now();
         faults::point("purchase.before_script");
-        let called = self
-            .shared
-            .call(&self.connection, &scripts.purchase, names, arguments)
-            .await;
+        let called = if self.replicas == 0 {
+            self.shared
+                .call(&self.connection, &scripts.purchase, names, arguments)
+                .await
+                .map(|called| (called, 0))
+        } else {
+            let (script, replicas) = (&scripts.purchase, self.replicas);
+            self.shared
+                .call_replicated(&self.connection, script, &names, arguments, replicas)
+                .await
+        };
         faults::point("purchase.after_script");
         metrics
             .call_seconds
             .observe(sent_at.elapsed().as_secs_f64());
-        let Called {
-            mut reply,
-            epoch,
-            head,
-            sent_at,
-        } = called?;
+        let (
+            Called {
+                mut reply,
+                epoch,
+                head,
+                sent_at,
+            },
+            acks,
+        ) = called?;
         if reply.number::<usize>()? != rounds.len() {
             return Err(reply.unexpected("number of rounds"));
         }
@@ -127,17 +139,34 @@ impl Lane for PurchaseLane {
         }
         let mut answers = Vec::with_capacity(items.len());
         for purchase in &items {
-            answers.push(decision(&mut reply, purchase)?.map(|decision| Answer {
-                decision,
-                looked_up: true,
-                now_ms: head.now_ms,
-            }));
+            let answer = decision(&mut reply, purchase)?.and_then(|decision| {
+                replicated(&decision, acks, self.replicas)?;
+                Ok(Answer {
+                    decision,
+                    looked_up: true,
+                    now_ms: head.now_ms,
+                })
+            });
+            answers.push(answer);
         }
         if reply.is_empty() {
             Ok(answers)
         } else {
             Err(reply.unexpected("too long"))
         }
+    }
+}
+
+/// Whether a decision may be told: of an order only when enough replicas have it, and of a replayed
+/// one, too, because nobody knows whether its first answer waited long enough.
+fn replicated(decision: &Decision, acks: u32, wanted: u32) -> Result<(), EngineError> {
+    match decision {
+        Decision::Accepted(_) | Decision::Replayed(_)
+            if acks < wanted && !faults::bug("wait_ignored") =>
+        {
+            Err(EngineError::Unreplicated { acks, wanted })
+        }
+        Decision::Accepted(_) | Decision::Replayed(_) | Decision::Refused(_) => Ok(()),
     }
 }
 
@@ -207,7 +236,7 @@ impl Engine {
                 metrics.refused_from_memory.inc();
                 Ok(answer)
             }
-            None => self.purchases.submit(purchase).await.flatten(),
+            None => self.lane(&purchase)?.submit(purchase).await.flatten(),
         };
         match &answer {
             Ok(Answer {
@@ -231,6 +260,19 @@ impl Engine {
     /// for the order first when there are any.
     pub fn archived_rounds(&self, round: RoundId) -> u32 {
         self.shared.memory.archived_rounds(round)
+    }
+
+    /// Who waits for replicas keeps nobody waiting who does not.
+    fn lane(&self, purchase: &Purchase) -> Result<&Arc<Coalescer<PurchaseLane>>, EngineError> {
+        match (purchase.durability, &self.replicated) {
+            (Durability::Fast | Durability::Fsync | Durability::Committed, _) => {
+                Ok(&self.purchases)
+            }
+            (Durability::Replicated, Some(lane)) => Ok(lane),
+            (Durability::Replicated, None) => {
+                Err(EngineError::Refused("no replicas to wait for".to_owned()))
+            }
+        }
     }
 
     fn refuse_from_memory(&self, purchase: &Purchase) -> Result<Option<Answer>, EngineError> {

@@ -58,6 +58,7 @@ pub(super) fn routes() -> Routes {
                 Code::BuyerLimit,
                 Code::SoldOut,
                 Code::Insufficient,
+                Code::NotDurable,
             ],
         )
         .add(Access::Caller, routes!(get), &[Code::NotFound])

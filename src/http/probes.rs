@@ -40,8 +40,12 @@ struct HealthCheck {
     #[schema(example = "postgresql")]
     name: &'static str,
     ok: bool,
-    /// Why not.
+    /// Why not, or what else there is to know.
     detail: Option<String>,
+    /// The node wants traffic although it is not `ok`: only some sales do not sell. Absent otherwise.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[schema(required = false)]
+    optional: bool,
 }
 
 /// Is the process alive
@@ -66,10 +70,11 @@ async fn readyz(State(readiness): State<Readiness>) -> Result<axum::Json<Health>
         .map(|condition| HealthCheck {
             name: condition.name,
             ok: condition.missing.is_none(),
-            detail: condition.missing,
+            optional: condition.optional,
+            detail: condition.missing.or(condition.note),
         })
         .collect();
-    if checks.iter().all(|check| check.ok) {
+    if checks.iter().all(|check| check.ok || check.optional) {
         Ok(axum::Json(Health {
             status: "ok",
             checks,

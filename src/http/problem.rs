@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use crate::{
-    domain::limits::{ALLOCATION_MAX, CALL_DEADLINE_MS},
+    domain::limits::{ALLOCATION_MAX, CALL_DEADLINE_MS, WRITER_STALL_MS},
     engine::EngineError,
     sales::SaleError,
     store::StoreError,
@@ -244,6 +244,12 @@ codes! {
     Unavailable "unavailable" SERVICE_UNAVAILABLE "Not available at the moment" After NotApplied
         cause "A store does not answer, or too much is waiting already. With `outcome: unknown` the request may have been carried out, or may still be."
         fix "Repeat the same request with the same key after `Retry-After`: it has one effect, however often it is sent."
+        curl "curl -i $STOCKADE/readyz"
+
+    /// The stores do not keep an acceptance as the sale promises.
+    NotDurable "not_durable" SERVICE_UNAVAILABLE "The stores cannot keep what this sale promises" After NotApplied
+        cause "The sale promises that an acceptance survives certain failures (`durability`), and the settings of Redis or PostgreSQL do not give that at the moment, or too few replicas follow. `lack` says what is missing. Nothing is accepted meanwhile; other sales go on."
+        fix "Buyers: retry with the same key after `Retry-After`. The operator: change what `lack` names; selling goes on by itself."
         curl "curl -i $STOCKADE/readyz"
 
     /// A mistake of the server.
@@ -543,10 +549,16 @@ impl From<&StoreError> for Problem {
 impl From<EngineError> for Problem {
     fn from(error: EngineError) -> Self {
         tracing::debug!(%error, "the engine has no answer");
-        let problem = if error.may_have_run() {
-            Self::unknown("The store that decides did not answer.", CALL_MAY_RUN_FOR)
-        } else {
-            Self::unavailable("The store that decides is not available.")
+        let problem = match &error {
+            error if !error.may_have_run() => {
+                Self::unavailable("The store that decides is not available.")
+            }
+            // It has run: nothing is on its way any more.
+            EngineError::Unreplicated { .. } => Self::unknown(
+                "The order is there, and too few replicas have it yet.",
+                Duration::from_secs(1),
+            ),
+            _ => Self::unknown("The store that decides did not answer.", CALL_MAY_RUN_FOR),
         };
         match error {
             EngineError::Protocol(_) => problem.caused_by(error),
@@ -556,6 +568,7 @@ impl From<EngineError> for Problem {
             | EngineError::Damaged(_)
             | EngineError::Refused(_)
             | EngineError::Expired
+            | EngineError::Unreplicated { .. }
             | EngineError::Unknown(_) => problem,
         }
     }
@@ -579,6 +592,18 @@ impl From<SaleError> for Problem {
                 let detail = format!("the allocation would leave 1 to {ALLOCATION_MAX}");
                 Self::out_of_range(vec![FieldError::new("#/units", detail)])
             }
+            SaleError::Lack(lack) => {
+                let detail = "The sale promises more than the stores can keep at the moment.";
+                Self::new(Code::NotDurable, detail).fact("lack", lack.to_string())
+            }
+            SaleError::Behind => {
+                Self::unavailable("The store that remembers is behind, and the sale waits for it.")
+                    .after(Duration::from_millis(WRITER_STALL_MS))
+            }
+            SaleError::NotStored => Self::unknown(
+                "The order is there, and the store that remembers does not have it yet.",
+                Duration::from_secs(1),
+            ),
             SaleError::Engine(error) => error.into(),
             // PostgreSQL is asked which sale or order is meant, before anything is decided; only
             // making a sale writes there, and says so itself.
@@ -655,6 +680,7 @@ mod tests {
         ("payload_too_large", 413),
         ("unsupported_media_type", 415),
         ("unavailable", 503),
+        ("not_durable", 503),
         ("internal", 500),
     ];
 

@@ -37,6 +37,7 @@ pub(super) fn routes() -> Routes {
             Code::BuyerLimit,
             Code::SoldOut,
             Code::Insufficient,
+            Code::NotDurable,
         ],
     )
 }

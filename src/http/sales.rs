@@ -124,9 +124,11 @@ struct SaleRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(ignore)]
     schedule: Option<Value>,
-    /// What an acceptance survives: `default`, as Redis is set up.
+    /// What an acceptance survives, and so what a 201 waits for: `default`, as Redis is set up;
+    /// `replicated`, as many replicas as the server is configured with; `committed`, PostgreSQL.
+    /// While the stores cannot give it, the sale sells nothing.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = String, required = false, pattern = "^default$")]
+    #[schema(value_type = String, required = false, pattern = "^(default|replicated|committed)$")]
     durability: Option<String>,
 }
 
@@ -173,13 +175,22 @@ struct SaleView {
     /// What its acceptances survive; each order says what its own does.
     #[schema(inline)]
     durability: Mode,
+    /// Why nothing of it is sold at the moment, although it may be open: the stores cannot keep
+    /// what it promises.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "STOCKADE_REPLICAS is 0, must be the number of replicas to wait for")]
+    lack: Option<String>,
     created_at: Timestamp,
     updated_at: Timestamp,
 }
 
 impl From<crate::sales::SaleView> for SaleView {
     fn from(view: crate::sales::SaleView) -> Self {
-        let crate::sales::SaleView { facts, standing } = view;
+        let crate::sales::SaleView {
+            facts,
+            standing,
+            lack,
+        } = view;
         Self {
             id: facts.id.0,
             product_id: facts.product.0,
@@ -201,6 +212,7 @@ impl From<crate::sales::SaleView> for SaleView {
             server_time_ms: standing.now_ms,
             payment: "none",
             durability: facts.durability,
+            lack: lack.map(|lack| lack.to_string()),
             created_at: Timestamp(facts.created_at),
             updated_at: Timestamp(facts.updated_at),
         }
@@ -477,11 +489,6 @@ impl SaleRequest {
         let durability = self.durability.as_deref().map(Mode::parse);
         if durability == Some(None) {
             check.refuse("#/durability", "must be default, replicated or committed");
-        } else if durability
-            .flatten()
-            .is_some_and(|mode| mode != Mode::Default)
-        {
-            check.refuse("#/durability", "not supported; only default is");
         }
         check.done().map(|()| Offer {
             product: ProductId(self.product_id),
@@ -675,7 +682,7 @@ mod tests {
             (json!({"payment": "stripe"}), 422, "#/payment"),
             (json!({"payment": 1}), 400, "#/payment"),
             (json!({"durability": "fsync"}), 422, "#/durability"),
-            (json!({"durability": "committed"}), 422, "#/durability"),
+            (json!({"durability": "Committed"}), 422, "#/durability"),
             (json!({"durability": null}), 400, "#/durability"),
             (json!({"product_id": "{p0}"}), 400, "#/product_id"),
             (json!({"stock": 1}), 400, "#/stock"),

@@ -15,6 +15,7 @@ use axum::{
     },
 };
 use serde_json::Value;
+use tokio::sync::watch;
 use tower::ServiceExt;
 use uuid::Uuid;
 
@@ -43,7 +44,7 @@ use crate::{
     ops::auditor::Auditor,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Pseudonyms, Shop},
+    sales::{Archive, Commits, Pseudonyms, Shop},
     store::{
         Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
         journal::Positions, orders::Orders, products::Products, rounds::Rounds, sales::Sales,
@@ -112,17 +113,23 @@ pub(super) fn edged_within(router: Router, timeout: Duration) -> Router {
 
 /// A shop whose engines are away.
 fn closed_shop(database: Database) -> Shop {
+    let (orders, positions) = (
+        Orders::new(database.clone()),
+        Positions::new(database.clone()),
+    );
+    let (_, kept) = watch::channel(Ok(()));
     Shop {
+        commits: Commits::new(positions.clone(), orders.clone(), kept, []),
         engines: Engines::new(Vec::new()),
         directory: Directory::new(database.clone()),
         sales: Sales::new(database.clone()),
         rounds: Rounds::new(database.clone()),
-        orders: Orders::new(database.clone()),
-        epochs: Epochs::new(database.clone()),
-        positions: Positions::new(database.clone()),
+        archive: Archive::new(orders.clone()),
+        orders,
+        epochs: Epochs::new(database),
+        positions,
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),
-        archive: Archive::new(Orders::new(database)),
         receipts: ReceiptKeys::new(&[(1, SECRET)]).unwrap(),
     }
 }

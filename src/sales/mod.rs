@@ -1,6 +1,7 @@
 //! What can be done with sales and their orders: the store and the engine together.
 
 mod archive;
+mod commits;
 mod provisioning;
 mod pseudonym;
 mod receipts;
@@ -11,6 +12,7 @@ use uuid::Uuid;
 
 pub use self::{
     archive::Archive,
+    commits::Commits,
     provisioning::provision_rounds,
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
@@ -18,9 +20,10 @@ pub use self::{
 use crate::{
     clock,
     domain::{
+        durability::Lack,
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition, ProductId, RoundId, SaleId},
         model::{Cancelled, Controlled, Restocked},
-        order::{Decision, Order, Purchase, Refusal, Status},
+        order::{Decision, Durability, Order, Purchase, Refusal, Status},
         receipt::ReceiptKeys,
         round::Intent,
     },
@@ -62,6 +65,15 @@ pub enum SaleError {
     /// The allocation would leave its bounds.
     #[error("the allocation would leave its bounds")]
     TooMany,
+    /// The stores cannot give what the sale promises. Nothing was done.
+    #[error(transparent)]
+    Lack(#[from] Lack),
+    /// PostgreSQL does not store what is accepted, and the sale promises that. Nothing was done.
+    #[error("PostgreSQL is behind")]
+    Behind,
+    /// Accepted, and PostgreSQL does not have it yet, which the sale promises. It may be lost.
+    #[error("PostgreSQL does not have it yet")]
+    NotStored,
     /// The engine did not answer.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -89,6 +101,8 @@ pub struct SaleView {
     pub facts: Arc<SaleFacts>,
     /// Where the units of its current round are.
     pub standing: Standing,
+    /// Why nothing of it is sold, although it may be open.
+    pub lack: Option<Lack>,
 }
 
 /// An order as it stands.
@@ -119,6 +133,8 @@ pub struct Shop {
     pub positions: Positions,
     /// The same, as this process' own writers know it without asking.
     pub stored: HashMap<Partition, StoredPosition>,
+    /// Waits until PostgreSQL has what was accepted.
+    pub commits: Commits,
     /// What buyers are called on a leaderboard.
     pub pseudonyms: Pseudonyms,
     /// What was lost when an epoch began.
@@ -211,7 +227,20 @@ impl Shop {
             .engine(facts.partition)?
             .snapshot(facts.round_id())
             .await?;
-        Ok(SaleView { facts, standing })
+        self.seen(facts, standing)
+    }
+
+    fn seen(&self, facts: Arc<SaleFacts>, standing: Standing) -> Result<SaleView, SaleError> {
+        let given = self.engine(facts.partition)?.gives(facts.durability);
+        let given = given.and_then(|durability| match durability {
+            Durability::Committed => self.commits.kept(),
+            Durability::Fast | Durability::Fsync | Durability::Replicated => Ok(()),
+        });
+        Ok(SaleView {
+            facts,
+            standing,
+            lack: given.err(),
+        })
     }
 
     /// A page of sales, newest first, each as it stands.
@@ -268,15 +297,21 @@ impl Shop {
             buyer,
             quantity,
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
-            durability: engine.durability(),
+            durability: engine.gives(facts.durability)?,
             redeem: false,
             archive: engine.archived_rounds(facts.round_id()),
         };
         Ok((self.decide(engine, purchase).await?, facts))
     }
 
-    /// Lets Redis decide, after PostgreSQL has said whether an archived round has the order.
+    /// Has a purchase decided, and gives what may be told of it. PostgreSQL is asked first whether
+    /// an archived round has the order.
     async fn decide(&self, engine: &Engine, mut purchase: Purchase) -> Result<Answer, SaleError> {
+        let committed = purchase.durability == Durability::Committed;
+        if committed {
+            // Boxed, so that nobody else carries its state along.
+            Box::pin(self.commits.admit(engine)).await?;
+        }
         // Each further turn means that one more round was archived meanwhile.
         for _ in 0..ARCHIVED_MEANWHILE_MAX {
             let Purchase {
@@ -293,6 +328,7 @@ impl Shop {
             } else {
                 let stored = self.replay_stored(order, buyer, fingerprint).await?;
                 if let Some(decision) = stored.decision() {
+                    // Stored, and Redis cannot lose it any more: nothing is left to wait for.
                     return Ok(Answer {
                         decision,
                         looked_up: true,
@@ -301,10 +337,18 @@ impl Shop {
                 }
             }
             let answer = engine.purchase(purchase).await?;
-            match answer.decision {
-                Decision::Refused(Refusal::Archived { rounds }) => purchase.archive = rounds,
-                _ => return Ok(answer),
+            match &answer.decision {
+                Decision::Refused(Refusal::Archived { rounds }) => {
+                    purchase.archive = *rounds;
+                    continue;
+                }
+                // A replay waits, too: nobody knows whether the first answer did.
+                Decision::Accepted(order) | Decision::Replayed(order) if committed => {
+                    Box::pin(self.commits.wait(engine, order)).await?;
+                }
+                Decision::Accepted(_) | Decision::Replayed(_) | Decision::Refused(_) => {}
             }
+            return Ok(answer);
         }
         let reason = "rounds of the sale are being archived".to_owned();
         Err(SaleError::Engine(EngineError::Damaged(reason)))
@@ -416,7 +460,7 @@ impl Shop {
         let facts = self.facts(id).await?;
         let engine = self.engine(facts.partition)?;
         match engine.control(facts.round_id(), intent, actor).await? {
-            (Controlled::Done | Controlled::Already, standing) => Ok(SaleView { facts, standing }),
+            (Controlled::Done | Controlled::Already, standing) => self.seen(facts, standing),
             (Controlled::Closed, _) => Err(SaleError::Conflict("The sale is closed.")),
         }
     }
@@ -442,8 +486,8 @@ impl Shop {
             .restock(round, units, operation, fingerprint, actor)
             .await?;
         match restocked {
-            Restocked::Done => Ok((SaleView { facts, standing }, false)),
-            Restocked::Replayed => Ok((SaleView { facts, standing }, true)),
+            Restocked::Done => Ok((self.seen(facts, standing)?, false)),
+            Restocked::Replayed => Ok((self.seen(facts, standing)?, true)),
             Restocked::Mismatch => Err(SaleError::Mismatch),
             Restocked::Closed => Err(SaleError::Conflict("The sale is closed.")),
             Restocked::TooMany => Err(SaleError::TooMany),

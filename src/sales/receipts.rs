@@ -97,7 +97,7 @@ impl Shop {
             buyer: lost.buyer,
             quantity: lost.quantity,
             fingerprint: lost.fingerprint,
-            durability: engine.durability(),
+            durability: engine.gives(sale.durability)?,
             redeem: true,
             archive: engine.archived_rounds(lost.round),
         };

@@ -9,10 +9,11 @@ use super::{
     Database, StoreError,
     orders::{OrderColumns, Place},
     rounds::intent,
+    unreadable,
 };
 use crate::domain::{
     id::{BuyerId, Epoch, JournalId, Partition, RoundId, SaleId, SaleNumber},
-    order::Order,
+    order::{Mode, Order},
     round::{Counters, Intent},
 };
 
@@ -72,6 +73,10 @@ pub struct RoundSums {
     pub buyers_above: u64,
     /// The most units that one buyer has.
     pub most_units: u64,
+    /// What the sale asks of its acceptances.
+    pub mode: Mode,
+    /// Orders that were accepted in another way.
+    pub otherwise: u64,
     /// Orders, whatever their status.
     pub orders: u64,
     /// Orders that were given back.
@@ -160,7 +165,7 @@ impl Snapshot {
         let (sale, number) = (round.sale.0.cast_signed(), round.round.cast_signed());
         let row = sqlx::query!(
             r#"SELECT rounds.epoch, pseq, rounds.allocation, remaining, held, sold, seq, intent,
-                      rounds.per_buyer_limit, initial_allocation,
+                      rounds.per_buyer_limit, initial_allocation, sales.durability,
                       provisioned_at IS NOT NULL AS "provisioned!",
                       coalesce(position, 0) AS "position!",
                       coalesce(position_epoch, 0) AS "position_epoch!"
@@ -180,10 +185,14 @@ impl Snapshot {
                       coalesce(sum(quantity) FILTER (WHERE status = 'held'), 0)::bigint AS "held!",
                       count(*) FILTER (WHERE status = 'confirmed') AS "confirmed_orders!",
                       count(*) FILTER (WHERE status = 'cancelled') AS "cancelled_orders!",
-                      count(*) AS "orders!"
+                      count(*) AS "orders!",
+                      count(*) FILTER (WHERE NOT CASE $3 WHEN 'default'
+                                                 THEN durability IN ('fsync', 'fast')
+                                                 ELSE durability = $3 END) AS "otherwise!"
                FROM orders WHERE sale = $1 AND round = $2"#,
             sale,
-            number
+            number,
+            stored.durability
         )
         .fetch_one(&mut *self.transaction)
         .await?;
@@ -294,6 +303,9 @@ impl Snapshot {
             duplicates: seqs.duplicates.cast_unsigned(),
             buyers_above: buyers.above.cast_unsigned(),
             most_units: buyers.most.cast_unsigned(),
+            mode: Mode::parse(&stored.durability)
+                .ok_or_else(|| unreadable(format!("durability of sale {}", round.sale.0)))?,
+            otherwise: orders.otherwise.cast_unsigned(),
             orders: orders.orders.cast_unsigned(),
             cancelled_orders: orders.cancelled_orders.cast_unsigned(),
             unexplained: explained.unexplained.cast_unsigned()

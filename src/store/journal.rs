@@ -31,6 +31,15 @@ pub struct Position {
     pub stored: JournalId,
 }
 
+/// What PostgreSQL has of a journal, for those who wait for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The last entry that is stored.
+    pub stored: JournalId,
+    /// The last entry of which something is a dead letter.
+    pub dead: Option<u64>,
+}
+
 /// What a round has, as of the last entry that touched it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoundState {
@@ -204,6 +213,33 @@ impl Positions {
                     return Ok(position);
                 }
                 restore(&mut connection, partition, Epoch::default()).await
+            })
+            .await
+    }
+
+    /// What PostgreSQL has of the journal of `partition`, as of one instant. Changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn progress(&self, partition: Partition) -> Result<Progress, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query!(
+                    r#"SELECT position, position_epoch,
+                              (SELECT max(pseq) FROM dead_letters
+                               WHERE partition = $1 AND resolved_at IS NULL) AS dead
+                       FROM journal_positions WHERE partition = $1"#,
+                    partition.0.cast_signed()
+                )
+                .fetch_optional(&pool)
+                .await?;
+                Ok(row.map_or_else(Progress::default, |row| Progress {
+                    stored: JournalId {
+                        epoch: Epoch(row.position_epoch.cast_unsigned()),
+                        pseq: row.position.cast_unsigned(),
+                    },
+                    dead: row.dead.map(i64::cast_unsigned),
+                }))
             })
             .await
     }

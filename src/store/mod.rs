@@ -9,6 +9,7 @@ pub mod journal;
 pub mod orders;
 pub mod products;
 pub mod rebuild;
+pub mod receipt_keys;
 pub mod rounds;
 pub mod sales;
 pub mod sessions;
@@ -21,6 +22,8 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
     postgres::{PgConnectOptions, PgPoolOptions},
 };
+
+use crate::domain::durability::PostgresSettings;
 
 /// Every migration there is, in the binary.
 static MIGRATIONS: Migrator = sqlx::migrate!();
@@ -155,6 +158,27 @@ impl Database {
                     .fetch_one(&pool)
                     .await?;
             Ok(usize::try_from(applied).is_ok_and(|applied| applied >= expected))
+        })
+        .await
+    }
+
+    /// The settings that decide what a commit survives.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it does not answer.
+    pub async fn settings(&self) -> Result<PostgresSettings, StoreError> {
+        self.run(async move |pool| {
+            let (fsync, full_page_writes, synchronous_commit) = sqlx::query_as(
+                "SELECT current_setting('fsync'), current_setting('full_page_writes'),
+                        current_setting('synchronous_commit')",
+            )
+            .fetch_one(&pool)
+            .await?;
+            Ok(PostgresSettings {
+                fsync,
+                full_page_writes,
+                synchronous_commit,
+            })
         })
         .await
     }

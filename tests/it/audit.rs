@@ -8,6 +8,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
     clock,
     domain::{
+        durability::Said,
         id::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId,
             RoundId, SaleId,
@@ -433,6 +434,11 @@ async fn every_seeded_corruption_is_found_and_forgotten_when_it_is_mended() {
             &[N::Orders],
         ),
         (
+            "SQL UPDATE orders SET durability = 'committed' WHERE seq = 1",
+            "SQL UPDATE orders SET durability = 'fsync' WHERE seq = 1",
+            &[N::Durability, N::Orders],
+        ),
+        (
             "SQL DELETE FROM orders WHERE seq = 1",
             "SQL INSERT INTO orders SELECT * FROM kept",
             &[
@@ -711,6 +717,7 @@ async fn a_round_that_lacks_what_is_stored_is_stopped_on_every_node() {
         url: stall.redis.url(),
         queue_capacity: 16,
         receipt_key: 0,
+        said: Said::default(),
     };
     let other = Engine::connect(&options, PARTITION, EngineMetrics::default());
     let other = other.await.unwrap();

@@ -93,6 +93,9 @@ struct RandomPurchase {
     asks: bool,
 }
 
+/// What acceptances are written down as. Waiting for replicas is another lane, and another test.
+const DURABILITIES: [Durability; 3] = [Durability::Fsync, Durability::Fast, Durability::Committed];
+
 /// Four rounds: two of sale 1, one each of sales 2 and 3.
 fn round(index: u8) -> RoundId {
     let (sale, round) = [(1, 1), (1, 2), (2, 1), (3, 1)][usize::from(index % 4)];
@@ -351,7 +354,7 @@ impl Conformance {
                     buyer,
                     quantity: item.quantity,
                     fingerprint: Fingerprint::of(&[&item.quantity.to_be_bytes()]),
-                    durability: Durability::Fsync,
+                    durability: DURABILITIES[usize::from(item.key) % DURABILITIES.len()],
                     redeem: item.redeem,
                     archive: match self.model.sales.get(&round.sale) {
                         Some(sale) if item.asks => sale.archived_rounds,

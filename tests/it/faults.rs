@@ -2,7 +2,7 @@
 //! them by hand. Nothing is ever sold twice, no acceptance is lost, and when in doubt nothing is
 //! sold.
 
-use std::{fs, path::Path, time::Duration};
+use std::{collections::HashSet, fs, path::Path, time::Duration};
 
 use futures::StreamExt;
 use reqwest::{Method, RequestBuilder};
@@ -404,6 +404,23 @@ async fn an_emptied_redis_is_made_anew_from_what_is_stored() {
     app.finish().await;
 }
 
+/// Recovery has begun to look at the partition, and then again: in between it has made up its mind.
+async fn until_looked_at(sql: &mut sqlx::PgConnection) {
+    let mut looks = HashSet::new();
+    let looking = async {
+        while looks.len() < 3 {
+            let at: Option<String> =
+                sqlx::query_scalar("SELECT max(seen_at)::text FROM node_floors")
+                    .fetch_one(&mut *sql)
+                    .await
+                    .unwrap();
+            looks.insert(at);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, looking).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
     let app = App::start().await;
@@ -438,6 +455,7 @@ async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
         assert_not_applied(&answer);
     }
     sqlx::raw_sql("COMMIT").execute(&mut sql).await.unwrap();
+    until_looked_at(&mut sql).await;
     until_fenced(&app).await;
     for answer in crowd(strangers(&app, &sale, 50)).await {
         assert_not_applied(&answer);

@@ -2,6 +2,8 @@
 //! seen, clock, deadline, window, and keys that are not as the round says. An engine with nobody
 //! who verifies its partition, on a real Redis.
 
+use std::time::Duration;
+
 use futures::{FutureExt, future::BoxFuture};
 use stockade::{
     domain::{
@@ -14,10 +16,15 @@ use stockade::{
     },
     engine::{Engine, EngineError},
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use super::support::{self, Redis, app::PATIENCE, wire::Wire};
+use super::support::{
+    self, Redis,
+    app::PATIENCE,
+    proxy::{Proxy, Weather},
+    wire::Wire,
+};
 
 const PARTITION: Partition = Partition(0);
 const EPOCH: Epoch = Epoch(1);
@@ -346,6 +353,71 @@ async fn without_a_journal_nothing_happens() {
         assert_eq!(counter.buy(1, 2).await, Err(reason));
         assert_eq!(counter.digest().await, before);
     }
+}
+
+/// Asks until the answer says so.
+async fn until(wire: &mut Wire, words: &[&str], said: impl Fn(&str) -> bool) {
+    let asking = async {
+        while !wire.ask(words).await.iter().any(|answer| said(answer)) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, asking).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_error_that_one_call_gets_is_no_refusal_of_the_others() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let bus = free.local_addr().unwrap().port().to_string();
+    drop(free);
+    let mut redis = Redis::start_with(|options| {
+        for (name, value) in [
+            ("cluster-enabled", "yes"),
+            ("cluster-port", &bus),
+            ("cluster-require-full-coverage", "no"),
+        ] {
+            options.settings.push((name.to_owned(), value.to_owned()));
+        }
+    })
+    .await;
+    let mut wire = Wire::connect(&redis).await;
+    let serves = |info: &str| info.contains("cluster_state:ok");
+    wire.run(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).await;
+    let slot = wire.run(&["CLUSTER", "KEYSLOT", "{p0}"]).await;
+    until(&mut wire, &["CLUSTER", "INFO"], serves).await;
+    let proxy = Proxy::before(redis.server.port(), 1).await;
+    redis.address = proxy.url(redis.server.url());
+    let engine = support::engine(&redis, PARTITION).await;
+    let mut counter = Counter {
+        redis,
+        engine,
+        wire,
+    };
+    counter.provision(1, &terms(1, None)).await;
+    counter.buy(1, 1).await.unwrap();
+
+    // One call is refused, the next one on the same connection has its effect, and then the client
+    // hears of both.
+    proxy.weather(Weather::Clear, Weather::Stalled);
+    counter.wire.run(&["CLUSTER", "DELSLOTS", &slot]).await;
+    let (engine, wire) = (&counter.engine, &mut counter.wire);
+    let after = async {
+        let refused = |info: &str| info.contains("errorstat_CLUSTERDOWN");
+        until(wire, &["INFO", "errorstats"], refused).await;
+        wire.run(&["CLUSTER", "ADDSLOTS", &slot]).await;
+        let heard = async {
+            let orders = ["HLEN", "{p0}:sale:1:orders"];
+            until(wire, &orders, |orders| orders == "2").await;
+            proxy.clear();
+        };
+        tokio::join!(engine.purchase(item(1, 3)), heard).0
+    };
+    let (refused, accepted) = tokio::join!(engine.purchase(item(1, 2)), after);
+    assert!(refused.is_err(), "{refused:?}");
+    if let Err(error) = accepted {
+        assert!(error.may_have_run(), "{error}");
+    }
+    drop(counter.redis);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,6 @@ use std::{fmt::Write, time::Duration};
 
 use futures::future::join_all;
 use reqwest::RequestBuilder;
-use secrecy::ExposeSecret;
 use serde_json::json;
 use stockade::{
     clock,
@@ -14,10 +13,8 @@ use stockade::{
         order::{Decision, Durability, Order, Purchase, Refusal},
         round::{Intent, Terms, Window},
     },
-    embedded::{PostgresOptions, PostgresServer},
     engine::Engine,
     sales::StoredReplay,
-    store::{Database, DatabaseSettings},
 };
 use tokio::{
     io::AsyncWriteExt,
@@ -30,9 +27,9 @@ use uuid::Uuid;
 use super::{
     selling::{OrderRow, assert_replays, cancel, refused, restock, steer, stored, strangers, uuid},
     support::{
-        Redis,
+        Postgres, Redis,
         app::{Answer, App, PATIENCE, crowd, id, insist, redirected, send, sql},
-        engine, open_dir,
+        engine,
         process::Served,
     },
 };
@@ -364,18 +361,9 @@ impl Sold {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_201_is_replayed_byte_by_byte_after_each_crash() {
-    let dir = open_dir();
-    let options = PostgresOptions {
-        throwaway: true,
-        ..PostgresOptions::new(dir.path().join("postgres"))
-    };
-    let mut postgres = PostgresServer::start(options).await.unwrap();
-    let url = postgres.url().clone();
-    let database = Database::new(url.expose_secret(), DatabaseSettings::default()).unwrap();
-    database.migrate().await.unwrap();
-    database.close().await;
+    let mut postgres = Postgres::start(&[]).await;
     let mut app = App::without_node(&[]).await;
-    app.database_url = url;
+    app.database_url = postgres.server.url().clone();
     let mut node = Served::start(&app).await;
     app.speak_to(node.url());
     let sale = app
@@ -410,8 +398,8 @@ async fn every_201_is_replayed_byte_by_byte_after_each_crash() {
                 app.redis.server.restart().await.unwrap();
             }
             _ => {
-                postgres.kill().await;
-                postgres.restart().await.unwrap();
+                postgres.server.kill().await;
+                postgres.server.restart().await.unwrap();
             }
         }
         app.speak_to(node.url());
@@ -445,10 +433,9 @@ async fn the_turn_of_a_round_replays_what_the_last_one_sold() {
     let sale = id(&sale).to_owned();
     let [ada, bob] = [clock::new_id(), clock::new_id()];
     let first = app.buy(&sale, ada, "k", 2).await.expect(201);
-    let before = OrderRow::of(&first.json());
     steer(&app, &sale, "close").await.expect(200);
     refused(&app.buy(&sale, bob, "k", 1).await, 409, "closed");
-    assert_eq!(stored(&app, &sale).await, std::slice::from_ref(&before));
+    assert_eq!(stored(&app, &sale).await, [OrderRow::of(&first.json())]);
 
     // The next round, with the same rules.
     let mut sql = sql(&app).await;

@@ -11,6 +11,7 @@ mod audit;
 #[cfg(feature = "faults")]
 mod crash;
 mod documents;
+mod durability;
 mod embedded;
 mod engine;
 mod events;

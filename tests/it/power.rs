@@ -105,6 +105,11 @@ impl Load {
         timeout(PATIENCE, accepted).await.unwrap().unwrap();
     }
 
+    /// How many were accepted by now.
+    pub(crate) fn told(&self) -> usize {
+        *self.accepted.borrow()
+    }
+
     /// Stops everybody.
     pub(crate) async fn stop(self) -> Bought {
         self.stop.send_replace(true);

@@ -8,13 +8,17 @@ use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use sqlx::Row;
 use stockade::{
+    app::{self, Role},
     clock,
+    config::Config,
     domain::{
+        durability::Said,
         id::{Epoch, Partition},
         order::Order,
         receipt::{Receipt, ReceiptKeys},
     },
     engine::{Engine, EngineOptions},
+    lifecycle::Lifecycle,
     metrics::EngineMetrics,
 };
 use uuid::Uuid;
@@ -412,6 +416,39 @@ async fn keys_change_and_every_replay_keeps_its_bytes() {
 }
 
 #[tokio::test]
+async fn another_secret_under_a_known_number_is_noticed() {
+    let mut app = App::start_with(&[("STOCKADE_RECEIPT_KEYS", TWO)]).await;
+    let sale = app.sale(json!({ "allocation": 9 })).await;
+    let sale = id(&sale).to_owned();
+    let ada = clock::new_id();
+    let first = app.buy(&sale, ada, "k", 1).await.expect(201);
+
+    // Nothing is signed with it.
+    let other = "2:another key of the tests with 32 bytes";
+    app.stop().await;
+    app.set("STOCKADE_RECEIPT_KEYS", other);
+    let config = Config::load(app.environment()).unwrap();
+    let life = Lifecycle::new();
+    let started = app::start(&config, &app.endpoints(), Role::ALL, &life).await;
+    let error = started.err().unwrap().to_string();
+    assert!(
+        error.contains("receipt key 2 has another secret"),
+        "{error}"
+    );
+
+    // Nor told in other bytes, nor believed.
+    restart_with(&mut app, &format!("{THREE}, {other}")).await;
+    let problem = refused(&app.buy(&sale, ada, "k", 1).await, 503, "unavailable");
+    assert_eq!(problem["outcome"], "unknown");
+    refused(&redeem(&app, &first.json()).await, 422, "receipt_invalid");
+    let new = app.buy(&sale, ada, "new", 1).await.expect(201);
+    restart_with(&mut app, &format!("{THREE}, {TWO}")).await;
+    assert_replays(&app.buy(&sale, ada, "k", 1).await, &first);
+    assert_replays(&app.buy(&sale, ada, "new", 1).await, &new);
+    app.finish().await;
+}
+
+#[tokio::test]
 async fn an_order_from_before_receipts_keeps_its_body() {
     let app = App::start().await;
     let sale = app.sale(json!({ "allocation": 9 })).await;
@@ -419,6 +456,7 @@ async fn an_order_from_before_receipts_keeps_its_body() {
     let options = EngineOptions {
         url: app.redis.url(),
         queue_capacity: 1,
+        said: Said::default(),
         receipt_key: 0,
     };
     let old = Engine::connect(&options, Partition(0), EngineMetrics::default())

@@ -16,17 +16,24 @@ use super::{
 };
 
 /// A primary behind a link, with a replica that follows it over another.
-struct Pair {
-    app: App,
-    replica: Redis,
+pub(crate) struct Pair {
+    pub(crate) app: App,
+    pub(crate) replica: Redis,
     /// Between the application and whoever is primary.
-    door: Link,
+    pub(crate) door: Link,
     /// Between the primary and the replica.
-    cable: Link,
+    pub(crate) cable: Link,
 }
 
 impl Pair {
     async fn start() -> Self {
+        let mut pair = Self::without_node(&[]).await;
+        pair.app.run().await;
+        pair
+    }
+
+    /// Both servers, and an application that does not run yet.
+    pub(crate) async fn without_node(settings: &[(&str, &str)]) -> Self {
         let password = SecretString::from("the password of both");
         let with = |options: &mut RedisOptions| {
             options.password = SecretString::from(password.expose_secret().replace(' ', "_"));
@@ -41,7 +48,7 @@ impl Pair {
         let mut wire = Wire::to(replica.server.url().expose_secret()).await;
         wire.run(&["REPLICAOF", "127.0.0.1", &follow]).await;
         until_info(&mut wire, "master_link_status:up").await;
-        let app = App::start_on(primary, &[]).await;
+        let app = App::on(primary, settings).await;
         Self {
             app,
             replica,
@@ -50,7 +57,7 @@ impl Pair {
         }
     }
 
-    async fn at_replica(&self) -> Wire {
+    pub(crate) async fn at_replica(&self) -> Wire {
         Wire::to(self.replica.server.url().expose_secret()).await
     }
 
@@ -61,7 +68,7 @@ impl Pair {
     }
 
     /// Makes the replica the primary, and leads the application to it.
-    async fn promote(&self) {
+    pub(crate) async fn promote(&self) {
         self.cable.cut();
         let mut wire = self.at_replica().await;
         wire.run(&["REPLICAOF", "NO", "ONE"]).await;
@@ -71,7 +78,7 @@ impl Pair {
 }
 
 /// Waits until `INFO replication` says so.
-async fn until_info(wire: &mut Wire, line: &str) {
+pub(crate) async fn until_info(wire: &mut Wire, line: &str) {
     let asking = async {
         while !wire.ask(&["INFO", "replication"]).await[0].contains(line) {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::support::app::{Answer, App, PATIENCE, crowd, id, send, sql};
 
 /// An order as PostgreSQL has it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct OrderRow {
     pub(crate) seq: i64,
     pub(crate) id: Uuid,

@@ -75,6 +75,8 @@ pub enum CheckName {
     BuyerLimit,
     /// PostgreSQL refused nothing of the journal.
     DeadLetters,
+    /// PostgreSQL: every order was accepted as the sale promises.
+    Durability,
     /// PostgreSQL: an event explains the status of each order.
     Statuses,
     /// Redis has as many orders and operations of the sale as PostgreSQL.
@@ -97,7 +99,7 @@ pub enum CheckName {
 
 impl CheckName {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Conservation,
         Self::Bounds,
         Self::RedisKeys,
@@ -110,6 +112,7 @@ impl CheckName {
         Self::DenseSeq,
         Self::BuyerLimit,
         Self::DeadLetters,
+        Self::Durability,
         Self::Statuses,
         Self::SaleCounts,
         Self::Orders,
@@ -141,6 +144,7 @@ impl CheckName {
             Self::DenseSeq => "dense_seq",
             Self::BuyerLimit => "buyer_limit",
             Self::DeadLetters => "dead_letters",
+            Self::Durability => "durability",
             Self::Statuses => "statuses",
             Self::SaleCounts => "sale_counts",
             Self::Orders => "orders",
@@ -255,8 +259,8 @@ pub struct Journal {
     pub first: Option<JournalId>,
     /// The newest entry.
     pub last: Option<JournalId>,
-    /// Settings under which Redis may drop what it must keep.
-    pub dangers: Vec<String>,
+    /// Why Redis may drop what it must keep.
+    pub danger: Option<String>,
 }
 
 /// The checks of a partition, which all its rounds depend on.
@@ -269,7 +273,7 @@ pub fn judge_journal(journal: &Journal) -> Vec<Check> {
         length,
         first,
         last,
-        dangers,
+        danger,
     } = journal;
     // Nothing is taken out of the journal that the position has not passed, so what is missing now
     // and not stored by now is lost.
@@ -321,11 +325,9 @@ pub fn judge_journal(journal: &Journal) -> Vec<Check> {
         ),
         Check::new(
             CheckName::Settings,
-            Status::of(dangers.is_empty()),
+            Status::of(danger.is_none()),
             "nothing is dropped",
-            dangers
-                .first()
-                .map_or("nothing is dropped", |danger| danger.as_str()),
+            danger.as_deref().unwrap_or("nothing is dropped"),
         ),
     ]
 }
@@ -397,6 +399,13 @@ pub fn judge(
         Status::of(sums.dead_letters == 0),
         "0",
         format!("{}{dead_units}", sums.dead_letters),
+    ));
+    let mode = sums.mode.as_str();
+    checks.push(Check::new(
+        CheckName::Durability,
+        Status::of(sums.otherwise == 0),
+        format!("all as `{mode}` says"),
+        format!("{} otherwise", sums.otherwise),
     ));
     checks.push(Check::new(
         CheckName::Statuses,

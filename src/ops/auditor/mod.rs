@@ -270,7 +270,7 @@ impl Auditor {
             length: inspection.journal_length,
             first: inspection.journal_first,
             last: inspection.journal_last,
-            dangers: engine.settings().dangers,
+            danger: engine.settings().danger(),
         }))
     }
 

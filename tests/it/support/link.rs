@@ -23,6 +23,8 @@ pub(crate) struct Link {
 struct State {
     target: u16,
     stalled: bool,
+    /// Nothing comes from the target; what goes to it does.
+    held: bool,
     /// Connections of an earlier number are closed.
     cuts: u32,
 }
@@ -35,6 +37,7 @@ impl Link {
         let state = watch::Sender::new(State {
             target,
             stalled: false,
+            held: false,
             cuts: 0,
         });
         let states = state.clone();
@@ -46,8 +49,10 @@ impl Link {
                     if let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await {
                         let (near, far) = (near.into_split(), far.into_split());
                         tokio::select! {
-                            () = forward(near.0, far.1, states.subscribe()) => {}
-                            () = forward(far.0, near.1, states.subscribe()) => {}
+                            () = forward(near.0, far.1, states.subscribe(), |state| state.stalled) => {}
+                            () = forward(far.0, near.1, states.subscribe(), |state| {
+                                state.stalled || state.held
+                            }) => {}
                             () = until_cut(states.subscribe()) => {}
                         }
                     }
@@ -66,6 +71,17 @@ impl Link {
     /// From now on nothing comes through. What is on its way is held, and lost when the link is cut.
     pub(crate) fn stall(&self) {
         self.state.send_modify(|state| state.stalled = true);
+    }
+
+    /// From now on nothing comes from the target, which still hears everything: a replica at this end
+    /// looks alive, and gets nothing.
+    pub(crate) fn hold(&self) {
+        self.state.send_modify(|state| state.held = true);
+    }
+
+    /// Lets through what was held, and all that comes.
+    pub(crate) fn release(&self) {
+        self.state.send_modify(|state| state.held = false);
     }
 
     /// Leads connections that are made from now on to another port. Those that there are stay.
@@ -88,10 +104,11 @@ async fn forward(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut states: watch::Receiver<State>,
+    waits: fn(&State) -> bool,
 ) {
     let mut bytes = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut bytes).await {
-        if states.wait_for(|state| !state.stalled).await.is_err()
+        if states.wait_for(|state| !waits(state)).await.is_err()
             || to.write_all(&bytes[..length]).await.is_err()
         {
             return;

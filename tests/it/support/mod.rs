@@ -13,13 +13,17 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
 };
 
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
     clock,
-    domain::id::{Epoch, Partition},
+    domain::{
+        durability::Said,
+        id::{Epoch, Partition},
+    },
     embedded::{PostgresOptions, PostgresServer, RedisOptions, RedisRole, RedisServer},
     engine::{Engine, EngineOptions, RedisUrl},
     metrics::EngineMetrics,
@@ -111,6 +115,7 @@ pub(crate) async fn connect(redis: &Redis, partition: Partition) -> Engine {
     let options = EngineOptions {
         url: redis.url(),
         queue_capacity: 16_384,
+        said: Said::default(),
         receipt_key: RECEIPT_KEY,
     };
     Engine::connect(&options, partition, EngineMetrics::default())
@@ -130,15 +135,12 @@ pub(crate) fn open_dir() -> TempDir {
 /// A PostgreSQL with a migrated database.
 pub(crate) struct Postgres {
     pub(crate) server: PostgresServer,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Postgres {
     pub(crate) async fn start(settings: &[(&str, &str)]) -> Self {
-        Self::start_in(open_dir(), settings).await
-    }
-
-    async fn start_in(dir: TempDir, settings: &[(&str, &str)]) -> Self {
+        let dir = open_dir();
         let options = PostgresOptions {
             throwaway: true,
             settings: settings
@@ -152,28 +154,8 @@ impl Postgres {
         let database = Database::new(url, DatabaseSettings::default()).unwrap();
         database.migrate().await.unwrap();
         database.close().await;
-        Self { server, _dir: dir }
+        Self { server, dir }
     }
-}
-
-/// A directory for what lives as long as this test binary. Nobody removes it when that ends, since
-/// statics are not dropped; so whoever comes next removes what the dead have left.
-fn shared_dir() -> TempDir {
-    const PREFIX: &str = "stockade-tests-";
-    for entry in fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
-        let name = entry.file_name();
-        let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
-        let pid = owner.and_then(|owner| owner.split('-').next());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            // Another test binary may be at it, too.
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-    tempfile::Builder::new()
-        .prefix(&format!("{PREFIX}{}-", std::process::id()))
-        .permissions(fs::Permissions::from_mode(0o711))
-        .tempdir()
-        .unwrap()
 }
 
 /// The PostgreSQL of this test binary, whose database is there to be copied.
@@ -181,6 +163,23 @@ struct Cluster {
     postgres: Postgres,
     /// Only one copy at a time: the original must have no connections.
     copying: Mutex<()>,
+    _sweeper: Child,
+}
+
+/// Removes a directory when this process is gone, however it ended: what is static is never
+/// dropped, and the databases of one run take more than a gigabyte.
+fn sweep_after_us(dir: &Path) -> Child {
+    // Its input ends with us. Whatever still writes there ends at the same moment.
+    let script = "trap '' HUP INT TERM; cat; for _ in 1 2 3 4 5; do
+        rm -rf -- \"$0\" && break; sleep 1; done";
+    Command::new("sh")
+        .args(["-c", script])
+        .arg(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
@@ -189,8 +188,10 @@ static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
 pub(crate) async fn database() -> SecretString {
     let cluster = CLUSTER
         .get_or_init(|| async {
+            let postgres = Postgres::start(&[("max_connections", "400")]).await;
             Cluster {
-                postgres: Postgres::start_in(shared_dir(), &[("max_connections", "400")]).await,
+                _sweeper: sweep_after_us(postgres.dir.path()),
+                postgres,
                 copying: Mutex::default(),
             }
         })

@@ -2,6 +2,7 @@ use super::*;
 use crate::{
     domain::{
         id::{Epoch, JournalId, RoundId, SaleNumber},
+        order::Mode,
         round::{State, Window},
     },
     engine::Standing,
@@ -90,6 +91,8 @@ impl Evidence {
                 duplicates: 0,
                 buyers_above: 0,
                 most_units: 4,
+                mode: Mode::Committed,
+                otherwise: 0,
                 orders: 50,
                 cancelled_orders: 10,
                 unexplained: 0,
@@ -160,7 +163,7 @@ fn sound_journal() -> Journal {
         length: Some(36),
         first: Some(entry(40)),
         last: Some(entry(75)),
-        dangers: vec![],
+        danger: None,
     }
 }
 
@@ -218,7 +221,7 @@ fn a_journal_must_have_every_entry_behind_the_position() {
         (|j| j.length = None, &[N::Journal], "a key of another type"),
         (|j| j.epoch = Epoch(3), &[N::Epoch], "3"),
         (
-            |j| j.dangers = vec!["maxmemory-policy is allkeys-lru".to_owned()],
+            |j| j.danger = Some("maxmemory-policy is allkeys-lru".to_owned()),
             &[N::Settings],
             "maxmemory-policy is allkeys-lru",
         ),
@@ -505,6 +508,11 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
                 e.sums.confirmed = 48;
             },
             &[N::DeadLetters],
+        ),
+        (
+            "an order is not as durable as promised",
+            |e| e.sums.otherwise = 1,
+            &[N::Durability],
         ),
         (
             "an order is only in Redis",

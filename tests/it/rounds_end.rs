@@ -353,7 +353,7 @@ async fn sells_without_postgresql(app: &App, sale: &str) {
 }
 
 /// Gives the only sale its second round, which sells at once. No node may run.
-async fn second_round(sql: &mut PgConnection, allocation: u32) {
+pub(crate) async fn second_round(sql: &mut PgConnection, allocation: u32) {
     let statement = format!(
         "INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation, per_buyer_limit,
                              per_order_limit, opens_at, allocation, remaining)

@@ -1,9 +1,9 @@
 -- audit: what Redis says of a round, and what the journal says of it.
 --
--- KEYS   1 meta, 2 journal, 3 round, 4 buyers, 5 board, 6 sale, 7 orders
+-- KEYS   1 meta, 2 journal, 3 round, 4 buyers, 5 board, 6 sale, 7 orders, 8 ops
 -- ARGV   1 caller (shared/partition.lua)
--- Reply  { 'ok', now_ms, pseq, standing, n_buyers, HLEN buyers, n_board, ZCARD board, n_orders,
---          HLEN orders, id of the last entry that touched the round, its 'r' field or '' }
+-- Reply  { 'ok', now_ms, pseq, standing, n_buyers, HLEN buyers, n_board, ZCARD board,
+--          n_orders - n_archived, HLEN orders, n_ops, HLEN ops, id of the last entry that touched the round, its 'r' field or '' }
 --        { 'ok', now_ms, pseq, '', allocation, remaining, held, sold, seq } of a round that is missing
 --          or not whole: the fields as they stand there, '' for one that does not
 --        { 'fenced', reason } or { 'expired', now_ms }
@@ -32,4 +32,5 @@ local entry_id, counters = journal_says(KEYS[3])
 return { 'ok', whole(partition.now_ms), whole(partition.pseq),
   pack_standing(round, sale, partition.now_ms),
   whole(round.n_buyers), count('HLEN', KEYS[4]), whole(round.n_board), count('ZCARD', KEYS[5]),
-  whole(sale.n_orders), count('HLEN', KEYS[7]), entry_id, counters }
+  whole(sale.n_orders - sale.n_archived), count('HLEN', KEYS[7]),
+  whole(sale.n_ops), count('HLEN', KEYS[8]), entry_id, counters }

@@ -3,6 +3,7 @@
 -- KEYS   1 meta, 2 round, 3 buyers, 4 board, 5 orders
 -- ARGV   1 caller (shared/partition.lua), 2 seq to start after, 3 entries at most
 -- Reply  { 'ok', now_ms, pseq, entries before the page, then raw id and record of each }
+--        { 'ok', now_ms, pseq, 'archived' }: it has left Redis
 --        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }
 -- Flags  no-writes
@@ -14,6 +15,9 @@ end
 local round = read_round(KEYS[2])
 if not round or not intact(round, KEYS[3], KEYS[4]) then
   return { 'damaged', 'round' }
+end
+if round.intent == 'archived' then
+  return { 'ok', whole(partition.now_ms), whole(partition.pseq), 'archived' }
 end
 local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq),
   whole(redis.call('ZCOUNT', KEYS[4], '-inf', ARGV[2])) }

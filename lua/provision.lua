@@ -41,7 +41,7 @@ end
 local sale
 if redis.call('EXISTS', KEYS[6]) == 1 then
   sale = read_sale(KEYS[6])
-  if not sale or redis.pcall('HLEN', KEYS[7]) ~= sale.n_orders
+  if not sale or not has_orders(sale, KEYS[7])
       or redis.pcall('HLEN', KEYS[8]) ~= sale.n_ops then
     return { 'damaged', 'sale' }
   end

@@ -3,13 +3,15 @@
 -- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, sale, orders
 -- ARGV   1 caller (shared/partition.lua)
 --        2 number of the key that signs receipts (0: none)
---        3 items, 47 bytes each: index of the round (from 0), raw order id, raw buyer id,
+--        3 items, 51 bytes each: index of the round (from 0), raw order id, raw buyer id,
 --          quantity, fingerprint, durability (what an acceptance will survive), redeem (1: a
 --          receipt proves that an earlier epoch accepted this, and it was lost: decided like any
---          other, but also while the round is paused, or closed and not settled)
+--          other, but also while the round is paused, or closed and not settled), archived rounds
+--          of the sale in which PostgreSQL does not have the order
 -- Reply  { 'ok', now_ms, pseq, n, standing × n rounds, then a word and its facts for each item }
 --          'accepted' | 'replayed'   the order's record
 --          'mismatch'                the key made an order from another request
+--          'archived'                archived rounds of the sale: PostgreSQL must be asked first
 --          'not_open'                opens_ms
 --          'paused' | 'closed' | 'sold_out'
 --          'order_limit' | 'buyer_limit'   limit and units held, packed >I6I6
@@ -19,8 +21,8 @@
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
 
-local ITEM = '>Bc16c16I4c8BB'
-local ITEM_BYTES = 47
+local ITEM = '>Bc16c16I4c8BBI4'
+local ITEM_BYTES = 51
 -- What an operator may want of a round that still redeems.
 local REDEEMS = { live = true, paused = true, closed = true }
 local SPARE_ACCEPTANCES = 8
@@ -40,7 +42,7 @@ for base = 3, #KEYS, 5 do
     sale = read_sale(sale_key) or false
     if sale then
       sale.orders_key = orders_key
-      sale.intact = redis.pcall('HLEN', orders_key) == sale.n_orders
+      sale.intact = has_orders(sale, orders_key)
       sale.asked, sale.orders, sale.new = {}, {}, {}
     end
     sales[sale_key] = sale
@@ -64,12 +66,12 @@ end
 
 local items = {}
 for at = 1, #ARGV[3], ITEM_BYTES do
-  local index, id, buyer, quantity, fingerprint, durability, redeem =
+  local index, id, buyer, quantity, fingerprint, durability, redeem, archive =
     struct.unpack(ITEM, ARGV[3], at)
   local round = rounds[index + 1]
   items[#items + 1] = {
     index = index, round = round, id = id, buyer = buyer, quantity = quantity,
-    fingerprint = fingerprint, durability = durability, redeem = redeem == 1,
+    fingerprint = fingerprint, durability = durability, redeem = redeem == 1, archive = archive,
   }
   if not round.damage then
     local asked = round.sale.asked
@@ -118,6 +120,10 @@ local function decide(item)
       return 'replayed', record
     end
     return 'mismatch', ''
+  end
+  -- The order may have left with a round: nothing is decided before that is known.
+  if item.archive < sale.archived_rounds then
+    return 'archived', whole(sale.archived_rounds)
   end
   if round.state == 'scheduled' then
     return 'not_open', whole(round.opens_ms)

@@ -5,6 +5,8 @@
 -- Reply  { 'ok', now_ms, pseq, standing, word, record }
 --          'done'     it is cancelled now
 --          'already'  its units had gone back before
+--          'settled'  the round is settled or archived: no unit of it goes back any more; record is
+--                     '' when the order has left
 --          'unknown'  there is no such order; record is ''
 --        { 'damaged', what is wrong with the round }
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing written
@@ -16,7 +18,7 @@ if not partition then
 end
 local round, sale = read_round(KEYS[3]), read_sale(KEYS[6])
 if not round or not sale or not intact(round, KEYS[4], KEYS[5])
-    or redis.pcall('HLEN', KEYS[7]) ~= sale.n_orders then
+    or not has_orders(sale, KEYS[7]) then
   return { 'damaged', 'round' }
 end
 
@@ -28,12 +30,15 @@ local function reply(word)
     pack_standing(round, sale, partition.now_ms), word, record or '' }
 end
 
+local settled = round.intent == 'settled' or round.intent == 'archived'
 if not record then
-  return reply('unknown')
+  return reply(settled and 'settled' or 'unknown')
 end
 local status, seq, quantity, buyer_id = unpack_record(record)
 if status ~= STATUS.confirmed then
   return reply('already')
+elseif settled then
+  return reply('settled')
 end
 local packed = redis.call('HGET', KEYS[4], buyer_id)
 if not packed then

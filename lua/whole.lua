@@ -6,7 +6,7 @@
 
 local round, sale = read_round(KEYS[3]), read_sale(KEYS[6])
 if not round or not sale or not intact(round, KEYS[4], KEYS[5])
-    or redis.pcall('HLEN', KEYS[7]) ~= sale.n_orders
+    or not has_orders(sale, KEYS[7])
     or redis.pcall('HLEN', KEYS[8]) ~= sale.n_ops then
   return { '' }
 end

@@ -36,14 +36,18 @@ use crate::{
     metrics::{DurabilityLabels, Metrics, PartitionLabels},
     ops::{
         auditor::{Auditor, Patrol},
+        certificate::CertificateKey,
+        ending::RoundEnds,
         recovery::Recovery,
+        trimming::Trimmer,
     },
     readiness::Readiness,
     realtime::Hub,
-    sales::{Commits, Pseudonyms, Shop, provision_rounds},
+    sales::{Archive, Commits, Pseudonyms, Shop, provision_rounds},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
+        endings::Endings,
         epochs::Epochs,
         floors::Floors,
         incidents::Incidents,
@@ -194,6 +198,7 @@ pub async fn start(
             patrol.run(stop).await;
             Ok(())
         });
+        housekeeping(config, &stores, auditor.clone(), life)?;
     }
 
     // Unknown is not kept.
@@ -232,6 +237,52 @@ pub async fn start(
         app.readiness.pass("operator");
     }
     Ok(app)
+}
+
+/// Starts what needs the writer beside it: the end of rounds, and short journals.
+fn housekeeping(
+    config: &Config,
+    stores: &Stores,
+    auditor: Auditor,
+    life: &Lifecycle,
+) -> anyhow::Result<()> {
+    let seconds = |seconds: u32| chrono::TimeDelta::seconds(seconds.into());
+    let ends = RoundEnds {
+        auditor,
+        engines: stores.engines.clone(),
+        endings: Endings::new(stores.database.clone()),
+        orders: Orders::new(stores.database.clone()),
+        key: certificate_key(config)?,
+        settle_after: seconds(config.settle_after),
+        archive_after: seconds(config.archive_after),
+    };
+    let (stop, engines) = (life.token(Stage::Background), stores.engines.clone());
+    life.spawn(Stage::Background, "ends of rounds", async move {
+        let _ = stop.run_until_cancelled(engines.verified()).await;
+        ends.run(stop).await;
+        Ok(())
+    });
+    let trimmer = Trimmer {
+        engines: stores.engines.clone(),
+        positions: stores.positions.clone(),
+        retention: seconds(config.journal_retention),
+    };
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "trimming", async move {
+        trimmer.run(stop).await;
+        Ok(())
+    });
+    Ok(())
+}
+
+/// The key that signs certificates, if there is a secret to derive it from.
+fn certificate_key(config: &Config) -> anyhow::Result<Option<CertificateKey>> {
+    let secret = config
+        .certificate_key
+        .as_ref()
+        .or(config.jwt_secret.as_ref());
+    let key = secret.map(|secret| CertificateKey::derive(secret.expose_secret().as_bytes()));
+    Ok(key.transpose()?)
 }
 
 async fn connect(
@@ -405,6 +456,7 @@ async fn serve(
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
         epochs: Epochs::new(database.clone()),
+        archive: Archive::new(Orders::new(database.clone())),
         receipts: stores
             .receipts
             .clone()
@@ -447,6 +499,8 @@ async fn serve(
         shop: Arc::clone(&shop),
         auditor,
         incidents: Incidents::new(database.clone()),
+        endings: Endings::new(database.clone()),
+        certificate_key: certificate_key(config)?,
         hub,
         metrics: Arc::clone(metrics),
         readiness: app.readiness.clone(),

@@ -240,7 +240,7 @@ mod imp {
             "counts_of_sale_unchecked",
             &["purchase"],
             &[(
-                "sale.intact = redis.pcall('HLEN', orders_key) == sale.n_orders",
+                "sale.intact = has_orders(sale, orders_key)",
                 "sale.intact = true",
             )],
         ),
@@ -250,6 +250,51 @@ mod imp {
             &[(
                 "if redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then",
                 "if false then",
+            )],
+        ),
+        (
+            "archive_not_asked",
+            &["purchase"],
+            &[(
+                "if item.archive < sale.archived_rounds then",
+                "if false then",
+            )],
+        ),
+        (
+            "settled_gives_back",
+            &["release"],
+            &[("elseif settled then", "elseif false then")],
+        ),
+        (
+            "settled_while_open",
+            &["settle"],
+            &[(
+                "elseif state_of(round, partition.now_ms) ~= 'closed' then",
+                "elseif false then",
+            )],
+        ),
+        (
+            "archived_unsettled",
+            &["archive"],
+            &[(
+                "if round.intent ~= 'settled' and round.intent ~= 'archived' then",
+                "if false then",
+            )],
+        ),
+        (
+            "trimmed_past_position",
+            &["trim"],
+            &[(
+                "if pseq <= position and at_ms and at_ms < before_ms then",
+                "if at_ms and at_ms < before_ms then",
+            )],
+        ),
+        (
+            "trimmed_too_young",
+            &["trim"],
+            &[(
+                "if pseq <= position and at_ms and at_ms < before_ms then",
+                "if pseq <= position then",
             )],
         ),
         (
@@ -282,8 +327,8 @@ mod imp {
             "end_inclusive",
             &[],
             &[(
-                "if round.intent == 'closed' or (round.closes_ms > 0 and now_ms >= round.closes_ms) then",
-                "if round.intent == 'closed' or (round.closes_ms > 0 and now_ms > round.closes_ms) then",
+                "if OVER[round.intent] or (round.closes_ms > 0 and now_ms >= round.closes_ms) then",
+                "if OVER[round.intent] or (round.closes_ms > 0 and now_ms > round.closes_ms) then",
             )],
         ),
         (

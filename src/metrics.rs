@@ -257,6 +257,8 @@ pub struct AuditMetrics {
     pub looks: Family<VerdictLabels, Counter>,
     /// Rounds that could not be looked at, because a store was away or fenced.
     pub errors: Counter,
+    /// Seconds between Redis' clock and this node's.
+    pub clock_skew: Family<PartitionLabels, Gauge<f64, AtomicU64>>,
 }
 
 /// A kind of check.
@@ -280,6 +282,11 @@ impl AuditMetrics {
             "failing_rounds",
             "Rounds of which a check fails at present",
             self.failing.clone(),
+        );
+        registry.register(
+            "clock_skew_seconds",
+            "Seconds between the clock of Redis and this node's",
+            self.clock_skew.clone(),
         );
         registry.register(
             "looks",

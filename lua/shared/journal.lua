@@ -4,7 +4,10 @@
 
 local VERSION = 2
 local STATUS = { held = 0, confirmed = 1, expired = 2, cancelled = 3, refunded = 4 }
-local EVENT = { epoch = 0, provision = 1, cancel = 2, restock = 3, pause = 4, resume = 5, close = 6 }
+-- Of entries with an event of the round's end: a build without them must stop, not misread.
+local VERSION_END = 3
+local EVENT = { epoch = 0, provision = 1, cancel = 2, restock = 3, pause = 4, resume = 5, close = 6,
+  settle = 7, archive = 8 }
 
 -- An order: version, status, status at acceptance, durability, key of its receipt (0: none), round,
 -- epoch, seq, pseq, quantity, unit price (11 raw bytes: amount and currency), accepted_ms,
@@ -29,6 +32,11 @@ local function unpack_record(record)
   return f[2], f[8], f[10], f[14]
 end
 
+-- The number of the round that an order is of.
+local function round_of(record)
+  return (struct.unpack('>I4', record, string.byte(record) == 1 and 5 or 6))
+end
+
 local function with_status(record, status)
   return string.sub(record, 1, 1) .. string.char(STATUS[status]) .. string.sub(record, 3)
 end
@@ -43,10 +51,11 @@ end
 --   rounds  packed COUNTERS of every round it touched, after it
 --   orders  for each acceptance: index of its round (one byte), raw id, RECORD
 --   events  packed EVENT_FORMAT
-local function append(partition, rounds, orders, events)
+--   version of the entry; VERSION if absent
+local function append(partition, rounds, orders, events, version)
   local pseq = partition.pseq + 1
   local id = redis.pcall('XADD', KEYS[2], 'NOMKSTREAM', whole(partition.epoch) .. '-' .. whole(pseq),
-    'v', VERSION, 't', whole(partition.now_ms), 'r', rounds, 'o', orders, 'e', events)
+    'v', version or VERSION, 't', whole(partition.now_ms), 'r', rounds, 'o', orders, 'e', events)
   if not id or type(id) == 'table' then
     return false
   end

@@ -1,21 +1,25 @@
 -- A round: read with all the checks that a lost or foreign key must not pass.
 
-local INTENT = { live = 0, paused = 1, closed = 2 }
+local INTENT = { live = 0, paused = 1, closed = 2, settled = 3, archived = 4 }
+-- Intents that are the end, whatever the window says.
+local OVER = { closed = true, settled = true, archived = true }
 local STATE = { scheduled = 0, open = 1, paused = 2, closed = 3 }
 
 -- sale number, round, allocation, remaining, held, sold, seq
 local COUNTERS = '>I4I4I6I6I6I6I6'
--- COUNTERS, then intent, state, opens_ms, closes_ms (0: none), limit per order, orders of the sale
-local STANDING = '>BBI6I6I4I6'
+-- COUNTERS, then intent, state, opens_ms, closes_ms (0: none), limit per order, orders of the
+-- sale, archived rounds of the sale
+local STANDING = '>BBI6I6I4I6I4'
 -- units that the buyer has, acceptances that the buyer ever got
 local BUYER = '>I4I4'
 
--- Reads the round's own hash. Returns the round, or nil when it is missing or not a round.
+-- Reads the round's own hash. Returns the round, or nil when it is missing, not a round, or was
+-- condemned (condemn.lua).
 local function read_round(key)
   local f = redis.pcall('HMGET', key,
     'sale', 'round', 'intent', 'opens_ms', 'closes_ms', 'buyer_limit', 'order_limit', 'price',
-    'allocation', 'remaining', 'held', 'sold', 'seq', 'n_buyers', 'n_board', 'grace_ms')
-  if f.err then
+    'allocation', 'remaining', 'held', 'sold', 'seq', 'n_buyers', 'n_board', 'grace_ms', 'condemned')
+  if f.err or f[17] then
     return nil
   end
   local round = {
@@ -47,13 +51,20 @@ local function read_round(key)
   return round
 end
 
--- Reads the sale's hash: { n_orders, n_ops }, or nil.
+-- Reads the sale's hash, or nil. n_orders never falls; n_archived of them have left Redis, with the
+-- rounds that archived_rounds counts.
 local function read_sale(key)
-  local f = redis.pcall('HMGET', key, 'n_orders', 'n_ops')
+  local f = redis.pcall('HMGET', key, 'n_orders', 'n_ops', 'n_archived', 'archived_rounds')
   if f.err or not f[1] or not f[2] then
     return nil
   end
-  return { key = key, n_orders = tonumber(f[1]), n_ops = tonumber(f[2]) }
+  return { key = key, n_orders = tonumber(f[1]), n_ops = tonumber(f[2]),
+    n_archived = tonumber(f[3] or '0'), archived_rounds = tonumber(f[4] or '0') }
+end
+
+-- Whether the sale's orders are all there.
+local function has_orders(sale, orders_key)
+  return redis.pcall('HLEN', orders_key) == sale.n_orders - sale.n_archived
 end
 
 -- Whether the keys beside the round's hash are as the hashes say. Lost keys are not empty keys:
@@ -66,7 +77,7 @@ end
 -- What the round is at this instant. Stored is only what the operator wants, and until when the
 -- receipts of lost acceptances come before the public.
 local function state_of(round, now_ms)
-  if round.intent == 'closed' or (round.closes_ms > 0 and now_ms >= round.closes_ms) then
+  if OVER[round.intent] or (round.closes_ms > 0 and now_ms >= round.closes_ms) then
     return 'closed'
   elseif now_ms < round.opens_ms then
     return 'scheduled'
@@ -84,5 +95,5 @@ end
 local function pack_standing(round, sale, now_ms)
   return pack_counters(round) .. struct.pack(STANDING, INTENT[round.intent],
     STATE[state_of(round, now_ms)], round.opens_ms, round.closes_ms, round.order_limit,
-    sale.n_orders)
+    sale.n_orders, sale.archived_rounds)
 end

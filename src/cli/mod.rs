@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod audit;
+mod certificate;
 mod check_config;
 mod dead_letters;
 mod demo;
@@ -67,6 +68,9 @@ enum Command {
     /// What no table would take: list it, or try again after the cause was mended.
     #[command(subcommand)]
     DeadLetters(dead_letters::DeadLettersCommand),
+    /// Check what became of a round.
+    #[command(subcommand)]
+    Certificate(certificate::CertificateCommand),
     /// Print the OpenAPI document.
     Openapi,
     /// Show every key of the configuration with its value, its source and its danger, and check them.
@@ -87,6 +91,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::Writer => serve::run(configured()?, &[Role::Writer], false),
         Command::Migrate => migrate::run(&configured()?),
         Command::User(command) => user::run(command, &configured()?),
+        Command::Certificate(command) => certificate::run(command),
         Command::Openapi => openapi::run(),
         Command::Audit(arguments) => return audit::run(arguments, &configured()?),
         Command::Rebuild(arguments) => return rebuild::run(arguments, &configured()?),

@@ -137,6 +137,21 @@ keys! {
     /// File that the access log is appended to; standard output if unset.
     access_log_file: Option<PathBuf> = unset, shown, "STOCKADE_ACCESS_LOG_FILE",
         danger: "";
+    /// Seconds after the close of a round until it settles, 0 to 31536000: no order of it can be given
+    /// back any more, and its certificate is made.
+    settle_after: u32 = "60", shown, "STOCKADE_SETTLE_AFTER",
+        danger: "0 leaves nobody time to cancel after the close";
+    /// Seconds after the close of a round until it leaves Redis, 0 to 31536000. PostgreSQL answers for
+    /// it then, retries too.
+    archive_after: u32 = "86400", shown, "STOCKADE_ARCHIVE_AFTER",
+        danger: "retries of an archived round cost PostgreSQL a query each";
+    /// Secret that the key of the certificates is derived from: at least 32 bytes.
+    /// Unset, it is derived from `STOCKADE_JWT_SECRET`.
+    certificate_key: Option<SecretString> = unset, secret, "STOCKADE_CERTIFICATE_KEY",
+        danger: "who knows it can sign a certificate";
+    /// Seconds that a stored journal entry stays in Redis, 0 to 31536000.
+    journal_retention: u32 = "3600", shown, "STOCKADE_JOURNAL_RETENTION",
+        danger: "shorter than a failover of PostgreSQL takes back, the journal cannot give it again";
     /// What is logged: a level, or directives such as `info,stockade::writer=debug`.
     log: String = "info,sqlx=warn", shown, "STOCKADE_LOG",
         danger: "debug logs every purchase";

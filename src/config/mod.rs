@@ -30,6 +30,8 @@ pub const FILE_ENV: &str = "STOCKADE_CONFIG";
 
 /// Bytes of a signing key below which it can be guessed: the output length of HMAC-SHA256 (RFC 7518 §3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
+/// The longest that anything may be put off, in seconds.
+const YEAR_SECONDS: u32 = 31_536_000;
 /// Bytes of an operator's password: what a person cannot guess, and what bcrypt reads.
 const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 8..=72;
 
@@ -266,6 +268,19 @@ impl Config {
         )?;
         within("STOCKADE_QUEUE_CAPACITY", self.queue_capacity, 1, 1_048_576)?;
         within("STOCKADE_GRACE_SECONDS", self.grace_seconds, 0, 86_400)?;
+        within("STOCKADE_SETTLE_AFTER", self.settle_after, 0, YEAR_SECONDS)?;
+        within(
+            "STOCKADE_ARCHIVE_AFTER",
+            self.archive_after,
+            0,
+            YEAR_SECONDS,
+        )?;
+        within(
+            "STOCKADE_JOURNAL_RETENTION",
+            self.journal_retention,
+            0,
+            YEAR_SECONDS,
+        )?;
         if self.data_dir.as_os_str().is_empty() {
             return Err(value("STOCKADE_DATA_DIR", "is empty"));
         }
@@ -294,11 +309,15 @@ impl Config {
                 ));
             }
         }
-        if let Some(secret) = &self.jwt_secret {
+        for (key, secret) in [
+            ("STOCKADE_JWT_SECRET", &self.jwt_secret),
+            ("STOCKADE_CERTIFICATE_KEY", &self.certificate_key),
+        ] {
+            let Some(secret) = secret else { continue };
             let bytes = secret.expose_secret().len();
             if bytes < JWT_SECRET_BYTES_MIN {
                 return Err(value(
-                    "STOCKADE_JWT_SECRET",
+                    key,
                     &format!(
                         "is too weak: {bytes} bytes, at least {JWT_SECRET_BYTES_MIN} needed (`openssl rand -hex 32` makes a good one)"
                     ),

@@ -59,6 +59,10 @@ pub enum EventKind {
     Resume,
     /// Selling ended for good.
     Close,
+    /// Its orders became final.
+    Settle,
+    /// It left Redis.
+    Archive,
 }
 
 impl EventKind {
@@ -72,6 +76,8 @@ impl EventKind {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Close => "close",
+            Self::Settle => "settle",
+            Self::Archive => "archive",
         }
     }
 }

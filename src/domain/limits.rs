@@ -32,6 +32,9 @@ pub const CALL_ROUNDS_MAX: usize = 16;
 /// Bytes of arguments in one script call.
 pub const CALL_ARGUMENT_BYTES_MAX: usize = 64 * 1024;
 
+/// Orders that leave Redis in one call: about a millisecond of it.
+pub const ARCHIVE_ORDERS_MAX: usize = 500;
+
 /// A script call that Redis has not begun this long after it was planned must not run any more.
 pub const CALL_DEADLINE_MS: i64 = 2_000;
 

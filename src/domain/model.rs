@@ -41,6 +41,10 @@ pub struct Sale {
     pub orders: BTreeMap<OrderId, Order>,
     /// Operations with a key that were carried out: what was asked, and the seq it took.
     pub operations: BTreeMap<OperationId, (Fingerprint, u64)>,
+    /// Rounds that have left.
+    pub archived_rounds: u32,
+    /// Orders that have left with them.
+    pub archived_orders: u64,
 }
 
 /// One running of a sale.
@@ -109,6 +113,25 @@ pub enum Command {
         /// Who asks.
         actor: Uuid,
     },
+    /// Make the orders of a round that is over final.
+    Settle {
+        /// Which round.
+        round: RoundId,
+    },
+    /// Take a settled round and some of its orders out.
+    Archive {
+        /// Which round.
+        round: RoundId,
+        /// Orders of it.
+        orders: Vec<OrderId>,
+    },
+    /// Take old entries out of the journal, some at a time.
+    Trim {
+        /// Up to where they are stored.
+        position: u64,
+        /// Only those before this instant.
+        before_ms: i64,
+    },
 }
 
 /// What a partition answers.
@@ -124,6 +147,12 @@ pub enum Reply {
     Controlled(Controlled),
     /// To [`Command::Restock`].
     Restocked(Restocked),
+    /// To [`Command::Settle`].
+    Settled(Settled),
+    /// To [`Command::Archive`].
+    Archived(Archived),
+    /// To [`Command::Trim`]: so many entries are gone.
+    Trimmed(u64),
 }
 
 /// What became of a provisioning.
@@ -146,6 +175,30 @@ pub enum Cancelled {
     Already(Order),
     /// There is no such order.
     Unknown,
+    /// The round is settled: no unit of it goes back any more.
+    Settled,
+}
+
+/// What became of settling a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// It is settled now.
+    Done,
+    /// It was settled before.
+    Already,
+    /// It is not over.
+    Open,
+    /// Orders of it wait for their payment.
+    Held,
+}
+
+/// What became of archiving a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Archived {
+    /// It is archived, and so many of the orders left with this call.
+    Done(u64),
+    /// It is not settled.
+    Unsettled,
 }
 
 /// What became of a pause, a resume or a close.
@@ -191,6 +244,13 @@ impl Round {
         *units = units.checked_sub(order.quantity)?;
         self.board.remove(&order.seq).map(|_| ())
     }
+
+    /// Nothing is left but what says that it was there.
+    fn leave(&mut self) {
+        self.intent = Intent::Archived;
+        self.buyers.clear();
+        self.board.clear();
+    }
 }
 
 impl Model {
@@ -230,6 +290,14 @@ impl Model {
             } => self
                 .restock(now_ms, *round, *units, *operation, *fingerprint, *actor)
                 .map(Reply::Restocked),
+            Command::Settle { round } => self.settle(now_ms, *round).map(Reply::Settled),
+            Command::Archive { round, orders } => {
+                self.archive(now_ms, *round, orders).map(Reply::Archived)
+            }
+            Command::Trim {
+                position,
+                before_ms,
+            } => Some(Reply::Trimmed(self.trim(*position, *before_ms))),
         }
     }
 
@@ -316,8 +384,13 @@ impl Model {
                 Decision::Refused(Refusal::Mismatch)
             });
         }
+        if item.archive < sale.archived_rounds {
+            let rounds = sale.archived_rounds;
+            return Some(Decision::Refused(Refusal::Archived { rounds }));
+        }
+        let redeems = item.redeem && !round.intent.is_final();
         let state = match round.state(now_ms) {
-            State::Paused | State::Closed if item.redeem => State::Open,
+            State::Paused | State::Closed if redeems => State::Open,
             state => state,
         };
         let refusal = match state {
@@ -390,11 +463,19 @@ impl Model {
         actor: Uuid,
     ) -> Option<Cancelled> {
         let round = self.rounds.get_mut(&id)?;
+        let settled = round.intent.is_final();
         let Some(order) = self.sales.get_mut(&id.sale)?.orders.get_mut(&order) else {
-            return Some(Cancelled::Unknown);
+            return Some(if settled {
+                Cancelled::Settled
+            } else {
+                Cancelled::Unknown
+            });
         };
         if order.status != Status::Confirmed {
             return Some(Cancelled::Already(*order));
+        }
+        if settled {
+            return Some(Cancelled::Settled);
         }
         order.status = Status::Cancelled;
         let order = *order;
@@ -424,29 +505,94 @@ impl Model {
         if round.state(now_ms) == State::Closed {
             return Some(match intent {
                 Intent::Closed => Controlled::Already,
-                Intent::Live | Intent::Paused => Controlled::Closed,
+                _ => Controlled::Closed,
             });
         }
         if round.intent == intent {
             return Some(Controlled::Already);
         }
+        let kind = match intent {
+            Intent::Live => EventKind::Resume,
+            Intent::Paused => EventKind::Pause,
+            Intent::Closed => EventKind::Close,
+            // Those have commands of their own.
+            Intent::Settled | Intent::Archived => return None,
+        };
+        self.turn(now_ms, id, intent, kind, Some(actor))?;
+        Some(Controlled::Done)
+    }
+
+    /// Gives a round another intent, with the event that says so.
+    fn turn(
+        &mut self,
+        now_ms: i64,
+        id: RoundId,
+        intent: Intent,
+        kind: EventKind,
+        actor: Option<Uuid>,
+    ) -> Option<()> {
+        let round = self.rounds.get_mut(&id)?;
         round.intent = intent;
         round.counters.seq += 1;
         let event = Event {
             round: Some(id),
             seq: round.counters.seq,
-            kind: match intent {
-                Intent::Live => EventKind::Resume,
-                Intent::Paused => EventKind::Pause,
-                Intent::Closed => EventKind::Close,
-            },
+            kind,
             order: None,
             units: 0,
-            actor: Some(actor),
+            actor,
             operation: None,
         };
         self.append(now_ms, &[id], vec![], vec![event]);
-        Some(Controlled::Done)
+        Some(())
+    }
+
+    fn settle(&mut self, now_ms: i64, id: RoundId) -> Option<Settled> {
+        let round = self.rounds.get(&id)?;
+        if round.intent.is_final() {
+            return Some(Settled::Already);
+        }
+        if round::state(round.intent, round.terms.window, now_ms) != State::Closed {
+            return Some(Settled::Open);
+        }
+        if round.counters.held > 0 {
+            return Some(Settled::Held);
+        }
+        self.turn(now_ms, id, Intent::Settled, EventKind::Settle, None)?;
+        Some(Settled::Done)
+    }
+
+    fn archive(&mut self, now_ms: i64, id: RoundId, orders: &[OrderId]) -> Option<Archived> {
+        match self.rounds.get(&id)?.intent {
+            Intent::Settled => {
+                self.turn(now_ms, id, Intent::Archived, EventKind::Archive, None)?;
+                self.rounds.get_mut(&id)?.leave();
+                self.sales.get_mut(&id.sale)?.archived_rounds += 1;
+            }
+            Intent::Archived => {}
+            Intent::Live | Intent::Paused | Intent::Closed => return Some(Archived::Unsettled),
+        }
+        let sale = self.sales.get_mut(&id.sale)?;
+        let before = sale.orders.len();
+        sale.orders
+            .retain(|order, record| record.round != id || !orders.contains(order));
+        let gone = (before - sale.orders.len()) as u64;
+        sale.archived_orders += gone;
+        Some(Archived::Done(gone))
+    }
+
+    /// At most a thousand entries; the one at the position stays.
+    fn trim(&mut self, position: u64, before_ms: i64) -> u64 {
+        let mut step = 1_000;
+        while step > 0 {
+            let stays = self.journal.get(step);
+            if stays.is_some_and(|entry| entry.id.pseq <= position && entry.at_ms < before_ms) {
+                self.journal.drain(..step);
+                return step as u64;
+            }
+            step /= 2;
+        }
+        0
     }
 
     fn restock(
@@ -492,7 +638,7 @@ impl Model {
     }
 
     /// Takes over what a journal entry says, whoever decided it. `terms` are those of the rounds
-    /// that it may provision.
+    /// that it may provision. Of a round that it archives nothing is left here.
     ///
     /// `None` when the entry does not follow from what is here; the model is then of no use.
     pub fn replay(&mut self, entry: &Entry, terms: &BTreeMap<RoundId, Terms>) -> Option<()> {
@@ -530,6 +676,14 @@ impl Model {
                 EventKind::Pause => round.intent = Intent::Paused,
                 EventKind::Resume => round.intent = Intent::Live,
                 EventKind::Close => round.intent = Intent::Closed,
+                EventKind::Settle => round.intent = Intent::Settled,
+                EventKind::Archive => {
+                    round.leave();
+                    sale.archived_rounds += 1;
+                    let before = sale.orders.len();
+                    sale.orders.retain(|_, order| order.round != id);
+                    sale.archived_orders += (before - sale.orders.len()) as u64;
+                }
             }
         }
         for (id, counters) in &entry.rounds {
@@ -569,6 +723,14 @@ impl Model {
             }
             sale.orders.insert(order.id, order);
         }
+    }
+
+    /// Puts an archived round back, of which so many orders have left.
+    pub fn restore_archived(&mut self, id: RoundId, terms: Terms, counters: Counters, orders: u64) {
+        self.restore(id, terms, Intent::Archived, counters, Vec::new());
+        let sale = self.sales.entry(id.sale).or_default();
+        sale.archived_rounds += 1;
+        sale.archived_orders += orders;
     }
 
     fn insert(&mut self, id: RoundId, terms: Terms) {

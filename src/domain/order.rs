@@ -257,6 +257,8 @@ pub struct Purchase {
     /// Whether a receipt proves that a lost epoch accepted it: then neither pause nor end of the
     /// round is in its way.
     pub redeem: bool,
+    /// Archived rounds of the sale in which PostgreSQL does not have the order; 0 if nobody asked.
+    pub archive: u32,
 }
 
 /// What became of a purchase.
@@ -275,6 +277,11 @@ pub enum Decision {
 pub enum Refusal {
     /// The key made an order from another request.
     Mismatch,
+    /// The order may be in an archived round: PostgreSQL must be asked before anything is decided.
+    Archived {
+        /// Archived rounds of the sale.
+        rounds: u32,
+    },
     /// Before the window.
     NotOpen {
         /// When it opens, milliseconds since the Unix epoch.

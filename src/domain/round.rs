@@ -23,6 +23,42 @@ pub enum Intent {
     Paused,
     /// Never sell again.
     Closed,
+    /// Over, and no unit goes back any more: its orders are final.
+    Settled,
+    /// Only PostgreSQL has its orders.
+    Archived,
+}
+
+impl Intent {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Live,
+        Self::Paused,
+        Self::Closed,
+        Self::Settled,
+        Self::Archived,
+    ];
+
+    /// The word that Redis and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Paused => "paused",
+            Self::Closed => "closed",
+            Self::Settled => "settled",
+            Self::Archived => "archived",
+        }
+    }
+
+    /// Whether it is the end, whatever the window says.
+    pub fn is_over(self) -> bool {
+        self == Self::Closed || self.is_final()
+    }
+
+    /// Whether its orders can change no more.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Settled | Self::Archived)
+    }
 }
 
 /// What a round is at an instant, derived from intent, window and clock.
@@ -69,7 +105,7 @@ impl State {
 /// Closed is final and wins. Before the start a pause does not show yet: the round would not sell
 /// anyway, and the buyer wants to know when it starts.
 pub fn state(intent: Intent, window: Window, now_ms: i64) -> State {
-    if intent == Intent::Closed || window.closes_at_ms.is_some_and(|end| now_ms >= end) {
+    if intent.is_over() || window.closes_at_ms.is_some_and(|end| now_ms >= end) {
         State::Closed
     } else if now_ms < window.opens_at_ms {
         State::Scheduled
@@ -201,6 +237,8 @@ mod tests {
             (Intent::Paused, window, 20, State::Closed),
             (Intent::Closed, window, 9, State::Closed),
             (Intent::Closed, window, 15, State::Closed),
+            (Intent::Settled, window, 9, State::Closed),
+            (Intent::Archived, endless, 15, State::Closed),
         ] {
             assert_eq!(
                 state(intent, window, now),

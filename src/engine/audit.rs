@@ -29,8 +29,10 @@ pub struct RoundKeys {
     pub buyers: (i64, i64),
     /// Places on the leaderboard, likewise.
     pub board: (i64, i64),
-    /// Orders of the sale, likewise.
+    /// Orders of the sale, likewise, without those that have left with archived rounds.
     pub orders: (i64, i64),
+    /// Operations of the sale, likewise.
+    pub operations: (i64, i64),
     /// The journal entry that last touched the round.
     pub entry: JournalId,
     /// What that entry says; `None` when the journal has it no more.
@@ -68,6 +70,7 @@ impl Engine {
             keys.board(round),
             keys.sale(round.sale),
             keys.orders(round.sale),
+            keys.ops(round.sale),
         ];
         let mut called = self
             .shared
@@ -92,6 +95,7 @@ impl Engine {
             buyers: (called.reply.number()?, called.reply.number()?),
             board: (called.reply.number()?, called.reply.number()?),
             orders: (called.reply.number()?, called.reply.number()?),
+            operations: (called.reply.number()?, called.reply.number()?),
             entry: journal_id(&called.reply.text()?).unwrap_or_default(),
             journal: called
                 .reply

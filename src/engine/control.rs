@@ -24,13 +24,8 @@ impl Engine {
             keys.round(round),
             keys.sale(round.sale),
         ];
-        let word: &'static [u8] = match intent {
-            Intent::Live => b"live",
-            Intent::Paused => b"paused",
-            Intent::Closed => b"closed",
-        };
         let arguments = vec![
-            Bytes::from_static(word),
+            Bytes::from_static(intent.as_str().as_bytes()),
             Bytes::copy_from_slice(actor.as_bytes()),
         ];
         let mut called = self

@@ -41,7 +41,12 @@ impl Engine {
             model.sales.insert(id.sale, sale);
         }
         let reader = self.journal_reader().await?;
-        let mut after = JournalId::default();
+        // What was trimmed is not there any more.
+        let oldest = self.inspect().await?.journal_first.unwrap_or_default();
+        let mut after = JournalId {
+            epoch: oldest.epoch,
+            pseq: oldest.pseq.saturating_sub(1),
+        };
         loop {
             let read = reader.read(epoch, after, 1000).await;
             let entries = read
@@ -81,12 +86,11 @@ impl Engine {
                 .map_err(|_| missing("price"))?,
             allocation: number(&fields, "provisioned")?,
         };
-        let intent = match fields.get(b"intent".as_slice()).map(Bytes::as_ref) {
-            Some(b"live") => Intent::Live,
-            Some(b"paused") => Intent::Paused,
-            Some(b"closed") => Intent::Closed,
-            _ => return Err(missing("intent")),
-        };
+        let word = fields.get(b"intent".as_slice());
+        let intent = Intent::ALL
+            .into_iter()
+            .find(|intent| word.is_some_and(|word| word == intent.as_str().as_bytes()))
+            .ok_or_else(|| missing("intent"))?;
         let counters = Counters {
             allocation: number(&fields, "allocation")?,
             remaining: number(&fields, "remaining")?,
@@ -129,6 +133,8 @@ impl Engine {
         let fields = self.hash(keys.sale(id.sale)).await?;
         let mut sale = Sale {
             round: number(&fields, "round")?,
+            archived_rounds: number(&fields, "archived_rounds").unwrap_or(0),
+            archived_orders: number(&fields, "n_archived").unwrap_or(0),
             ..Sale::default()
         };
         for (order, record) in self.hash(keys.orders(id.sale)).await? {
@@ -150,7 +156,8 @@ impl Engine {
             sale.operations
                 .insert(OperationId(uuid(&operation)?), (fingerprint, seq));
         }
-        if (sale.orders.len(), sale.operations.len())
+        let orders = sale.orders.len() as u64 + sale.archived_orders;
+        if (orders, sale.operations.len())
             != (number(&fields, "n_orders")?, number(&fields, "n_ops")?)
         {
             return Err(missing("orders or operations"));

@@ -10,7 +10,9 @@ use super::{
     connection::Connection,
     epoch::journal_id,
     error::EngineError,
-    packed::{COUNTERS_BYTES, EVENT_BYTES, Unpack, VERSION, VERSION_MIN, acceptance_bytes},
+    packed::{
+        COUNTERS_BYTES, EVENT_BYTES, Unpack, VERSION, VERSION_END, VERSION_MIN, acceptance_bytes,
+    },
     reply::Reply,
 };
 use crate::domain::{
@@ -241,7 +243,7 @@ pub(super) fn raw_entry(value: Value) -> Option<RawEntry> {
         .flatten();
     let payload = payload.copied().collect();
     let entry = match version {
-        Some(version @ VERSION_MIN..=VERSION) => match (at_ms, &rounds, &orders, &events) {
+        Some(version @ VERSION_MIN..=VERSION_END) => match (at_ms, &rounds, &orders, &events) {
             (Some(at_ms), Some(rounds), Some(orders), Some(events)) => {
                 entry(id, version, at_ms, rounds, orders, events)
             }

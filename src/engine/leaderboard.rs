@@ -15,7 +15,8 @@ pub struct LeaderboardPage {
 }
 
 impl Engine {
-    /// At most `limit` confirmed orders accepted after the event `after_seq`.
+    /// At most `limit` confirmed orders accepted after the event `after_seq`; `None` when the round
+    /// is archived.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is ever changed.
@@ -24,7 +25,7 @@ impl Engine {
         round: RoundId,
         after_seq: u64,
         limit: usize,
-    ) -> Result<LeaderboardPage, EngineError> {
+    ) -> Result<Option<LeaderboardPage>, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![
             keys.meta(),
@@ -41,7 +42,13 @@ impl Engine {
             .shared
             .call(&self.reads, &scripts.leaderboard, names, arguments)
             .await?;
-        let before = called.reply.number()?;
+        let before = called.reply.text()?;
+        if before == "archived" {
+            return Ok(None);
+        }
+        let before = before
+            .parse()
+            .map_err(|_| called.reply.unexpected(&before))?;
         let mut orders = Vec::new();
         while !called.reply.is_empty() {
             let id = called.reply.order_id()?;
@@ -52,6 +59,6 @@ impl Engine {
                     .ok_or_else(|| called.reply.unexpected("record"))?,
             );
         }
-        Ok(LeaderboardPage { before, orders })
+        Ok(Some(LeaderboardPage { before, orders }))
     }
 }

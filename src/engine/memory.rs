@@ -122,7 +122,17 @@ impl Memory {
         };
         for (_, other) in rounds.range_mut(first..=last) {
             other.standing.orders = other.standing.orders.max(standing.orders);
+            let archived = &mut other.standing.archived_rounds;
+            *archived = standing.archived_rounds.max(*archived);
         }
+    }
+
+    /// Archived rounds of the round's sale, as far as this node knows.
+    pub(super) fn archived_rounds(&self, round: RoundId) -> u32 {
+        let rounds = self.rounds();
+        rounds
+            .get(&round)
+            .map_or(0, |known| known.standing.archived_rounds)
     }
 
     /// The latest standing of a round that this node saw, however old.
@@ -149,7 +159,8 @@ impl Memory {
         let asked = known
             .proof_asked_at
             .is_some_and(|asked| at.saturating_duration_since(asked) < PROOF_INTERVAL);
-        if !refuses || proved || asked || known.proof_loading {
+        let archived = known.standing.archived_rounds > 0;
+        if !refuses || proved || asked || archived || known.proof_loading {
             return false;
         }
         known.proof_asked_at = Some(at);
@@ -186,7 +197,10 @@ impl Memory {
             let rounds = self.rounds();
             let known = rounds.get(&purchase.round)?;
             let age = at.saturating_duration_since(known.at);
-            if (age > MEMORY && !faults::bug("memory_for_ever")) || known.standing.epoch != epoch {
+            // Orders that have left Redis are in no proof.
+            let archived = known.standing.archived_rounds > 0;
+            let stale = age > MEMORY && !faults::bug("memory_for_ever");
+            if stale || known.standing.epoch != epoch || archived {
                 return None;
             }
             (known.standing, known.proof.clone())
@@ -265,6 +279,7 @@ mod tests {
             window,
             per_order_limit,
             orders,
+            archived_rounds: 0,
             now_ms,
         }
     }
@@ -282,6 +297,7 @@ mod tests {
             fingerprint: Fingerprint([0; 8]),
             durability: Durability::Fsync,
             redeem: false,
+            archive: 0,
         }
     }
 

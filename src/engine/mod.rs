@@ -3,9 +3,11 @@
 //! One operation is one script is one method of [`Engine`]. Nothing outside this folder names the
 //! Redis client or a key.
 
+mod archive;
 mod audit;
 mod call;
 mod coalescer;
+mod condemn;
 mod connection;
 mod control;
 mod dump;
@@ -22,11 +24,14 @@ mod provision;
 mod purchase;
 mod queue;
 mod rebuild;
+mod records;
 mod release;
 mod reply;
 mod restock;
 mod script;
+mod settle;
 mod snapshot;
+mod trim;
 mod unstored;
 
 use std::{
@@ -48,6 +53,7 @@ pub use self::{
     partition::Fence,
     purchase::Answer,
     rebuild::SaleImage,
+    records::Kept,
 };
 use self::{
     coalescer::Coalescer, connection::Connection, keys::Keys, memory::Memory,
@@ -321,7 +327,7 @@ impl Engine {
 
     /// Forgets the acceptances of the entries that `settled` names: they are stored, or reported as
     /// lost. PostgreSQL has the journal up to `stored`.
-    pub fn settle(&self, stored: JournalId, settled: impl Fn(JournalId) -> bool) {
+    pub fn forget_unstored(&self, stored: JournalId, settled: impl Fn(JournalId) -> bool) {
         self.shared.unstored.forget(stored, settled);
     }
 

@@ -14,6 +14,8 @@ use crate::domain::{
 
 /// The version of records and journal entries that this build writes.
 pub(super) const VERSION: u8 = 2;
+/// The version of entries that end a round: a build without such events stops at them.
+pub(super) const VERSION_END: u8 = 3;
 /// The oldest version that it reads: its records have no key of a receipt.
 pub(super) const VERSION_MIN: u8 = 1;
 
@@ -24,7 +26,7 @@ pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
 /// Bytes of the counters of a round.
 pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
 /// Bytes of one purchase in the arguments of its script.
-pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 1;
+pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 1 + 4;
 
 /// Bytes of an acceptance in a journal entry of this version: index of its round, id, record.
 pub(super) fn acceptance_bytes(version: u8) -> usize {
@@ -50,6 +52,8 @@ pub struct Standing {
     pub per_order_limit: u64,
     /// Orders of the sale, all its rounds together; it never falls.
     pub orders: u64,
+    /// Rounds of the sale whose orders only PostgreSQL has.
+    pub archived_rounds: u32,
     /// The instant, milliseconds since the Unix epoch by Redis' clock.
     pub now_ms: i64,
 }
@@ -156,6 +160,8 @@ impl<'a> Unpack<'a> {
             0 => Intent::Live,
             1 => Intent::Paused,
             2 => Intent::Closed,
+            3 => Intent::Settled,
+            4 => Intent::Archived,
             _ => return None,
         };
         let state = match self.byte()? {
@@ -173,6 +179,7 @@ impl<'a> Unpack<'a> {
         };
         let per_order_limit = self.u32()?.into();
         let orders = self.u48()?;
+        let archived_rounds = self.u32()?;
         Some(Standing {
             round,
             epoch,
@@ -182,6 +189,7 @@ impl<'a> Unpack<'a> {
             window,
             per_order_limit,
             orders,
+            archived_rounds,
             now_ms,
         })
     }
@@ -205,6 +213,8 @@ impl<'a> Unpack<'a> {
             4 => EventKind::Pause,
             5 => EventKind::Resume,
             6 => EventKind::Close,
+            7 => EventKind::Settle,
+            8 => EventKind::Archive,
             _ => return None,
         };
         let order = self.uuid()?;
@@ -221,6 +231,11 @@ impl<'a> Unpack<'a> {
             operation: Some(OperationId(operation)).filter(|id| !id.0.is_nil()),
         };
         Some((index, event))
+    }
+
+    /// `BUYER`: units and acceptances.
+    pub(super) fn buyer(&mut self) -> Option<(u64, u64)> {
+        Some((self.u32()?.into(), self.u32()?.into()))
     }
 
     /// Two counts: `>I6I6`.
@@ -300,6 +315,7 @@ pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchas
     bytes.extend_from_slice(&purchase.fingerprint.0);
     bytes.push(purchase.durability.byte());
     bytes.push(purchase.redeem.into());
+    bytes.extend_from_slice(&purchase.archive.to_be_bytes());
 }
 
 /// `CALLER`: the caller's view of the partition.

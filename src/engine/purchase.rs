@@ -217,6 +217,11 @@ fn decision(
                 Refusal::BuyerLimit { limit, held }
             })));
         }
+        "archived" => {
+            return Ok(Ok(Decision::Refused(Refusal::Archived {
+                rounds: reply.number()?,
+            })));
+        }
         "mismatch" => Refusal::Mismatch,
         "paused" => Refusal::Paused,
         "closed" => Refusal::Closed,
@@ -258,6 +263,12 @@ impl Engine {
             _ => 0,
         };
         answer
+    }
+
+    /// Archived rounds of the round's sale as far as this node knows: whoever buys asks PostgreSQL
+    /// for the order first when there are any.
+    pub fn archived_rounds(&self, round: RoundId) -> u32 {
+        self.shared.memory.archived_rounds(round)
     }
 
     /// Who waits for replicas keeps nobody waiting who does not.

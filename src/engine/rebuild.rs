@@ -17,7 +17,6 @@ use crate::domain::{
     id::{Epoch, JournalId, RoundId, SaleNumber},
     journal::Entry,
     model::{Round, Sale},
-    round::Intent,
 };
 
 /// Members of a key that one call writes: half a millisecond of Redis.
@@ -138,7 +137,12 @@ impl Engine {
             self.load_round(epoch, *id, round, *entry).await?;
         }
         let fields = vec![
-            ("n_orders", sale.orders.len().to_string()),
+            (
+                "n_orders",
+                (sale.orders.len() as u64 + sale.archived_orders).to_string(),
+            ),
+            ("n_archived", sale.archived_orders.to_string()),
+            ("archived_rounds", sale.archived_rounds.to_string()),
             ("n_ops", sale.operations.len().to_string()),
             ("round", sale.round.to_string()),
         ];
@@ -184,11 +188,6 @@ impl Engine {
         self.load_rest(epoch, board, "ZADD", pairs).await?;
 
         let (terms, counters) = (round.terms, round.counters);
-        let intent = match round.intent {
-            Intent::Live => "live",
-            Intent::Paused => "paused",
-            Intent::Closed => "closed",
-        };
         let mut fields = hash(vec![
             ("sale", id.sale.0.to_string()),
             ("round", id.round.to_string()),
@@ -200,7 +199,7 @@ impl Engine {
             ("buyer_limit", terms.per_buyer_limit.to_string()),
             ("order_limit", terms.per_order_limit.to_string()),
             ("provisioned", terms.allocation.to_string()),
-            ("intent", intent.to_owned()),
+            ("intent", round.intent.as_str().to_owned()),
             ("allocation", counters.allocation.to_string()),
             ("remaining", counters.remaining.to_string()),
             ("held", counters.held.to_string()),

@@ -44,6 +44,7 @@ impl Engine {
             ("done", Some(order)) => Ok(Cancelled::Done(order)),
             ("already", Some(order)) => Ok(Cancelled::Already(order)),
             ("unknown", None) => Ok(Cancelled::Unknown),
+            ("settled", _) => Ok(Cancelled::Settled),
             _ => Err(called.reply.unexpected(&word)),
         }
     }

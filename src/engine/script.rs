@@ -50,7 +50,9 @@ macro_rules! script {
 /// All scripts.
 #[derive(Debug)]
 pub(super) struct Scripts {
+    pub(super) archive: Script,
     pub(super) audit: Script,
+    pub(super) condemn: Script,
     pub(super) control: Script,
     pub(super) inspect: Script,
     pub(super) install: Script,
@@ -63,14 +65,18 @@ pub(super) struct Scripts {
     pub(super) rebuild: Script,
     pub(super) release: Script,
     pub(super) restock: Script,
+    pub(super) settle: Script,
     pub(super) snapshot: Script,
+    pub(super) trim: Script,
     pub(super) whole: Script,
 }
 
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {
+            archive: script!(" flags=allow-oom", "archive"),
             audit: script!(" flags=no-writes", "audit"),
+            condemn: script!(" flags=allow-oom", "condemn"),
             control: script!(" flags=allow-oom", "control"),
             inspect: script!(" flags=no-writes", "inspect"),
             install: script!("", "install"),
@@ -83,7 +89,9 @@ impl Scripts {
             rebuild: script!("", "rebuild"),
             release: script!(" flags=allow-oom", "release"),
             restock: script!("", "restock"),
+            settle: script!(" flags=allow-oom", "settle"),
             snapshot: script!(" flags=no-writes", "snapshot"),
+            trim: script!(" flags=allow-oom", "trim"),
             whole: script!(" flags=no-writes", "whole"),
         }
     }

@@ -99,9 +99,11 @@ impl Engine {
                 Ok::<_, EngineError>((before, known, after))
             };
             let proof = match load.await {
-                // No order in between: nothing is missing. Orders are never taken out.
+                // No order in between: nothing is missing. Orders are taken out only with archived
+                // rounds.
                 Ok((before, Some(known), after))
-                    if (before.epoch, before.orders) == (after.epoch, after.orders) =>
+                    if (before.epoch, before.orders) == (after.epoch, after.orders)
+                        && after.archived_rounds == 0 =>
                 {
                     Some(Proof::new(&after, known))
                 }

@@ -8,6 +8,7 @@ mod accounts;
 mod audit;
 mod body;
 mod caller;
+mod certificates;
 mod check;
 mod docs;
 mod edge;
@@ -45,11 +46,11 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
     metrics::Metrics,
-    ops::auditor::Auditor,
+    ops::{auditor::Auditor, certificate::CertificateKey},
     readiness::Readiness,
     realtime::Hub,
     sales::Shop,
-    store::{incidents::Incidents, products::Products},
+    store::{endings::Endings, incidents::Incidents, products::Products},
 };
 use edge::{Edge, EdgeLayer};
 
@@ -71,6 +72,10 @@ pub struct Parts {
     pub auditor: Auditor,
     /// What was lost.
     pub incidents: Incidents,
+    /// What audits found, and certificates.
+    pub endings: Endings,
+    /// Signs certificates.
+    pub certificate_key: Option<CertificateKey>,
     /// Live stock.
     pub hub: Hub,
     /// Shown at `/metrics`.
@@ -103,6 +108,8 @@ parts! {
     shop: Arc<Shop>,
     auditor: Auditor,
     incidents: Incidents,
+    endings: Endings,
+    certificate_key: Option<CertificateKey>,
     hub: Hub,
     metrics: Arc<Metrics>,
     readiness: Readiness,
@@ -141,6 +148,7 @@ fn resources() -> Vec<routes::Routes> {
         events::routes(),
         audit::routes(),
         incidents::routes(),
+        certificates::routes(),
         probes::routes(),
     ]
 }

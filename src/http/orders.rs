@@ -258,6 +258,10 @@ pub(super) fn refused(refusal: Refusal, answer: &Answer) -> Problem {
         }
         Refusal::Paused => return Problem::new(Code::Paused, "The sale is paused for now."),
         Refusal::Closed => Problem::new(Code::Closed, "The sale has ended."),
+        // The shop answers it from PostgreSQL.
+        Refusal::Archived { .. } => {
+            return Problem::internal("a purchase was left at the archive");
+        }
         Refusal::OrderLimit { limit, held } => {
             Problem::new(Code::OrderLimit, "One order may not ask for so many units.")
                 .fact("limit", limit)

@@ -44,11 +44,11 @@ use crate::{
     ops::auditor::Auditor,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Commits, Pseudonyms, Shop},
+    sales::{Archive, Commits, Pseudonyms, Shop},
     store::{
-        Database, DatabaseSettings, directory::Directory, epochs::Epochs, incidents::Incidents,
-        journal::Positions, orders::Orders, products::Products, rounds::Rounds, sales::Sales,
-        sessions::Sessions, users::Users,
+        Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
+        incidents::Incidents, journal::Positions, orders::Orders, products::Products,
+        rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
     },
 };
 
@@ -124,6 +124,7 @@ fn closed_shop(database: Database) -> Shop {
         directory: Directory::new(database.clone()),
         sales: Sales::new(database.clone()),
         rounds: Rounds::new(database.clone()),
+        archive: Archive::new(orders.clone()),
         orders,
         epochs: Epochs::new(database),
         positions,
@@ -161,6 +162,8 @@ fn app(listener: Listener) -> Router {
         products: Products::new(database.clone()),
         shop: Arc::new(closed_shop(database.clone())),
         incidents: Incidents::new(database.clone()),
+        endings: Endings::new(database.clone()),
+        certificate_key: None,
         auditor: Auditor::new(database, engines.clone()),
         hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
         metrics,
@@ -183,7 +186,9 @@ fn all_operations() -> Vec<(Method, String, Access)> {
     {
         let access = route.access;
         for (path, item) in route.paths() {
-            let path = path.replace("{id}", &Uuid::nil().to_string());
+            let path = path
+                .replace("{id}", &Uuid::nil().to_string())
+                .replace("{round}", "1");
             for (method, operation) in [
                 (Method::GET, &item.get),
                 (Method::POST, &item.post),

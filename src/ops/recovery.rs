@@ -24,7 +24,7 @@ use crate::{
         journal::EventKind,
         model::Model,
         order::{Durability, Mode, Order, Status},
-        round::Terms,
+        round::{Counters, Intent, Terms},
     },
     engine::{Engine, Engines, Fence, Inspection, SaleImage, read_payload},
     faults,
@@ -294,7 +294,7 @@ impl Recovery {
                 );
             }
         }
-        engine.settle(stored, |at| fate(at, stored, &begun) != Fate::Open);
+        engine.forget_unstored(stored, |at| fate(at, stored, &begun) != Fate::Open);
         Ok(())
     }
 
@@ -763,7 +763,16 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
     for letter in snapshot.letters(partition).await? {
         letters.entry(letter.round).or_default().push(letter);
     }
+    let archived = snapshot.archived(partition).await?;
     for (id, stored) in rounds.iter().filter(|(_, round)| round.provisioned) {
+        entries.insert(*id, stored.entry);
+        if stored.intent == Intent::Archived {
+            let left = archived.get(id).copied().unwrap_or_default();
+            let sold = left.sold.saturating_add_signed(stored.dead_units);
+            check(*id, &stored.counters, sold, 0)?;
+            model.restore_archived(*id, stored.terms, stored.counters, left.orders);
+            continue;
+        }
         let mut orders = Vec::new();
         let mut after = Place::default();
         loop {
@@ -788,20 +797,11 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
         };
         let sold = units(Status::Confirmed).saturating_add_signed(stored.dead_units - dead_units);
         let held = units(Status::Held);
-        if (sold, held) != (stored.counters.sold, stored.counters.held)
-            || !stored.counters.balanced()
-        {
-            return Err(ReadError::Contradiction(format!(
-                "PostgreSQL contradicts itself: round {id} counts {} sold and {} held, its orders \
-                 make {sold} and {held}",
-                stored.counters.sold, stored.counters.held
-            )));
-        }
+        check(*id, &stored.counters, sold, held)?;
         model.restore(*id, stored.terms, stored.intent, stored.counters, orders);
         if let Some(round) = model.rounds.get_mut(id) {
             round.grace_until_ms = stored.grace_until_ms;
         }
-        entries.insert(*id, stored.entry);
     }
     for operation in snapshot.operations(partition).await? {
         if faults::bug("rebuild_forgets_operations") {
@@ -814,6 +814,18 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
         }
     }
     Ok((model, entries, terms, stored))
+}
+
+/// Whether the orders of a round make what its counters say.
+fn check(id: RoundId, counters: &Counters, sold: u64, held: u64) -> Result<(), ReadError> {
+    if (sold, held) == (counters.sold, counters.held) && counters.balanced() {
+        return Ok(());
+    }
+    Err(ReadError::Contradiction(format!(
+        "PostgreSQL contradicts itself: round {id} counts {} sold and {} held, its orders make \
+         {sold} and {held}",
+        counters.sold, counters.held
+    )))
 }
 
 /// Adds the orders that are dead letters of a round to those that are stored, and gives both the

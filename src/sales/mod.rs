@@ -1,5 +1,6 @@
 //! What can be done with sales and their orders: the store and the engine together.
 
+mod archive;
 mod commits;
 mod provisioning;
 mod pseudonym;
@@ -10,6 +11,7 @@ use std::{collections::HashMap, sync::Arc};
 use uuid::Uuid;
 
 pub use self::{
+    archive::Archive,
     commits::Commits,
     provisioning::provision_rounds,
     pseudonym::Pseudonyms,
@@ -24,7 +26,7 @@ use crate::{
             SaleId,
         },
         model::{Cancelled, Controlled, Restocked},
-        order::{Decision, Durability, Order, Purchase},
+        order::{Decision, Durability, Order, Purchase, Refusal, Status},
         receipt::ReceiptKeys,
         round::Intent,
     },
@@ -41,6 +43,9 @@ use crate::{
     },
     writer::StoredPosition,
 };
+
+/// Rounds of a sale that may be archived while one purchase is decided: more is a fault.
+const ARCHIVED_MEANWHILE_MAX: usize = 4;
 
 /// Why something could not be done with a sale.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -139,6 +144,8 @@ pub struct Shop {
     pub epochs: Epochs,
     /// Signs receipts, and knows its own.
     pub receipts: ReceiptKeys,
+    /// What has left Redis.
+    pub archive: Archive,
 }
 
 impl Shop {
@@ -295,35 +302,59 @@ impl Shop {
             fingerprint: Fingerprint::of(&[b"order", &quantity.to_be_bytes()]),
             durability: engine.gives(facts.durability)?,
             redeem: false,
+            archive: engine.archived_rounds(facts.round_id()),
         };
-        let answer = self.decide(engine, purchase).await?;
-        Ok((answer, facts))
+        Ok((self.decide(engine, purchase).await?, facts))
     }
 
-    /// Has a purchase decided, and gives what may be told of it.
-    async fn decide(&self, engine: &Engine, purchase: Purchase) -> Result<Answer, SaleError> {
-        if purchase.durability == Durability::Committed {
+    /// Has a purchase decided, and gives what may be told of it. PostgreSQL is asked first whether
+    /// an archived round has the order.
+    async fn decide(&self, engine: &Engine, mut purchase: Purchase) -> Result<Answer, SaleError> {
+        let committed = purchase.durability == Durability::Committed;
+        if committed {
             // Boxed, so that nobody else carries its state along.
-            return Box::pin(self.decide_and_store(engine, purchase)).await;
+            Box::pin(self.commits.admit(engine)).await?;
         }
-        Ok(engine.purchase(purchase).await?)
-    }
-
-    async fn decide_and_store(
-        &self,
-        engine: &Engine,
-        purchase: Purchase,
-    ) -> Result<Answer, SaleError> {
-        self.commits.admit(engine).await?;
-        let answer = engine.purchase(purchase).await?;
-        match &answer.decision {
-            // A replay waits, too: nobody knows whether the first answer did.
-            Decision::Accepted(order) | Decision::Replayed(order) => {
-                self.commits.wait(engine, order).await?;
+        // Each further turn means that one more round was archived meanwhile.
+        for _ in 0..ARCHIVED_MEANWHILE_MAX {
+            let Purchase {
+                order,
+                buyer,
+                fingerprint,
+                archive,
+                ..
+            } = purchase;
+            if archive == 0 {
+                // Nothing has left, as far as this node knows; Redis says so otherwise.
+            } else if let Some(rounds) = self.archive.rounds_without(order, archive) {
+                purchase.archive = rounds;
+            } else {
+                let stored = self.replay_stored(order, buyer, fingerprint).await?;
+                if let Some(decision) = stored.decision() {
+                    // Stored, and Redis cannot lose it any more: nothing is left to wait for.
+                    return Ok(Answer {
+                        decision,
+                        looked_up: true,
+                        now_ms: engine.redis_ms().unwrap_or_default(),
+                    });
+                }
             }
-            Decision::Refused(_) => {}
+            let answer = engine.purchase(purchase).await?;
+            match &answer.decision {
+                Decision::Refused(Refusal::Archived { rounds }) => {
+                    purchase.archive = *rounds;
+                    continue;
+                }
+                // A replay waits, too: nobody knows whether the first answer did.
+                Decision::Accepted(order) | Decision::Replayed(order) if committed => {
+                    Box::pin(self.commits.wait(engine, order)).await?;
+                }
+                Decision::Accepted(_) | Decision::Replayed(_) | Decision::Refused(_) => {}
+            }
+            return Ok(answer);
         }
-        Ok(answer)
+        let reason = "rounds of the sale are being archived".to_owned();
+        Err(SaleError::Engine(EngineError::Damaged(reason)))
     }
 
     /// The order with this id, if it is `buyer`'s; `None` may see every order.
@@ -409,8 +440,18 @@ impl Shop {
         let engine = self.engine(view.sale.partition)?;
         let order = match engine.cancel(view.order.round, id, actor).await? {
             Cancelled::Done(order) | Cancelled::Already(order) => order,
+            // It was given back before the round was settled.
+            Cancelled::Settled if view.order.status == Status::Cancelled => view.order,
+            Cancelled::Settled => {
+                return Err(SaleError::Conflict(
+                    "The round of this order is settled: its orders are final, and no unit goes \
+                     back on sale.",
+                ));
+            }
+            // PostgreSQL has it and Redis has not, in a round that has not left.
             Cancelled::Unknown => {
-                return Err(SaleError::Conflict("The round of this order is archived."));
+                let reason = format!("order {id} is missing");
+                return Err(SaleError::Engine(EngineError::Damaged(reason)));
             }
         };
         Ok(OrderView { order, ..view })
@@ -483,10 +524,15 @@ impl Shop {
             round,
             ..facts.round_id()
         };
-        let page = self
-            .engine(facts.partition)?
-            .leaderboard(round, after_seq, limit)
-            .await?;
+        let engine = self.engine(facts.partition)?;
+        let page = match engine.leaderboard(round, after_seq, limit).await? {
+            Some(page) => page,
+            None => {
+                let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+                let (before, orders) = self.orders.leaderboard(round, after_seq, limit).await?;
+                LeaderboardPage { before, orders }
+            }
+        };
         Ok((page, facts))
     }
 }

@@ -7,7 +7,7 @@ use super::{OrderView, SaleError, Shop};
 use crate::{
     domain::{
         id::{BuyerId, Fingerprint, JournalId, OrderId},
-        order::{Decision, Order, Purchase},
+        order::{Decision, Order, Purchase, Refusal},
         receipt::Receipt,
     },
     engine::Answer,
@@ -35,6 +35,17 @@ pub enum StoredReplay {
     Mismatch,
     /// The key has no stored order.
     None,
+}
+
+impl StoredReplay {
+    /// What it decides; `None` leaves it to Redis.
+    pub(super) fn decision(self) -> Option<Decision> {
+        match self {
+            Self::Replay(order) => Some(Decision::Replayed(order)),
+            Self::Mismatch => Some(Decision::Refused(Refusal::Mismatch)),
+            Self::None => None,
+        }
+    }
 }
 
 impl Shop {
@@ -88,6 +99,7 @@ impl Shop {
             fingerprint: lost.fingerprint,
             durability: engine.gives(sale.durability)?,
             redeem: true,
+            archive: engine.archived_rounds(lost.round),
         };
         let answer = self.decide(engine, purchase).await?;
         match answer.decision {

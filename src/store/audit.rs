@@ -1,8 +1,9 @@
 //! What the auditor asks PostgreSQL: everything about a round as of one snapshot.
 
-use sqlx::{Postgres, Transaction};
+use sqlx::{AssertSqlSafe, Postgres, Transaction};
 
 use chrono::{DateTime, Utc};
+use uuid::Uuid;
 
 use super::{
     Database, StoreError,
@@ -11,7 +12,7 @@ use super::{
     unreadable,
 };
 use crate::domain::{
-    id::{Epoch, JournalId, Partition, RoundId, SaleId, SaleNumber},
+    id::{BuyerId, Epoch, JournalId, Partition, RoundId, SaleId, SaleNumber},
     order::{Mode, Order},
     round::{Counters, Intent},
 };
@@ -76,6 +77,33 @@ pub struct RoundSums {
     pub mode: Mode,
     /// Orders that were accepted in another way.
     pub otherwise: u64,
+    /// Orders, whatever their status.
+    pub orders: u64,
+    /// Orders that were given back.
+    pub cancelled_orders: u64,
+    /// Orders whose status no event explains, and events without their order.
+    pub unexplained: u64,
+    /// Orders of the sale, all rounds together.
+    pub sale_orders: u64,
+    /// Operations of the sale that were carried out.
+    pub sale_operations: u64,
+    /// Dead letters of the sale that are not resolved.
+    pub sale_letters: u64,
+    /// Whether nothing can happen to the other rounds of the sale any more.
+    pub others_final: bool,
+    /// The hash over all orders in the round's certificate, if it has one.
+    pub certified: Option<String>,
+}
+
+/// What PostgreSQL says of a buyer of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BuyerSum {
+    /// Who.
+    pub buyer: BuyerId,
+    /// Units of held and confirmed orders.
+    pub units: u64,
+    /// Orders, whatever their status.
+    pub orders: u64,
 }
 
 impl RoundSums {
@@ -156,6 +184,8 @@ impl Snapshot {
                           AS "confirmed!",
                       coalesce(sum(quantity) FILTER (WHERE status = 'held'), 0)::bigint AS "held!",
                       count(*) FILTER (WHERE status = 'confirmed') AS "confirmed_orders!",
+                      count(*) FILTER (WHERE status = 'cancelled') AS "cancelled_orders!",
+                      count(*) AS "orders!",
                       count(*) FILTER (WHERE NOT CASE $3 WHEN 'default'
                                                  THEN durability IN ('fsync', 'fast')
                                                  ELSE durability = $3 END) AS "otherwise!"
@@ -213,6 +243,40 @@ impl Snapshot {
         )
         .fetch_one(&mut *self.transaction)
         .await?;
+        // Nothing is held yet, so an order is as it was accepted, or was given back.
+        let explained = sqlx::query!(
+            r#"SELECT count(*) FILTER (WHERE CASE orders.status
+                          WHEN 'confirmed' THEN orders.last_seq <> orders.seq
+                          WHEN 'cancelled' THEN event.kind IS DISTINCT FROM 'cancel'
+                          ELSE true END) AS "unexplained!",
+                      (SELECT count(*) FROM round_events
+                       WHERE sale = $1 AND round = $2 AND kind = 'cancel') AS "cancels!"
+               FROM orders
+               LEFT JOIN round_events AS event
+                   ON event.sale = orders.sale AND event.round = orders.round
+                  AND event.seq = orders.last_seq AND event.order_id = orders.id
+               WHERE orders.sale = $1 AND orders.round = $2"#,
+            sale,
+            number
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        let of_sale = sqlx::query!(
+            r#"SELECT (SELECT count(*) FROM orders WHERE sale = $1) AS "orders!",
+                      (SELECT count(*) FROM round_events
+                       WHERE sale = $1 AND operation_id IS NOT NULL) AS "operations!",
+                      (SELECT count(*) FROM dead_letters
+                       WHERE sale = $1 AND resolved_at IS NULL) AS "letters!",
+                      NOT EXISTS (SELECT FROM rounds
+                                  WHERE sale = $1 AND round <> $2 AND provisioned_at IS NOT NULL
+                                    AND intent NOT IN ('settled', 'archived')) AS "others_final!",
+                      (SELECT body ->> 'orders_sha256' FROM certificates
+                       WHERE sale = $1 AND round = $2) AS certified"#,
+            sale,
+            number
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
         Ok(Some(RoundSums {
             position: journal_id(stored.position_epoch, stored.position),
             counted_at: journal_id(stored.epoch, stored.pseq),
@@ -242,14 +306,23 @@ impl Snapshot {
             mode: Mode::parse(&stored.durability)
                 .ok_or_else(|| unreadable(format!("durability of sale {}", round.sale.0)))?,
             otherwise: orders.otherwise.cast_unsigned(),
+            orders: orders.orders.cast_unsigned(),
+            cancelled_orders: orders.cancelled_orders.cast_unsigned(),
+            unexplained: explained.unexplained.cast_unsigned()
+                + explained.cancels.abs_diff(orders.cancelled_orders),
+            sale_orders: of_sale.orders.cast_unsigned(),
+            sale_operations: of_sale.operations.cast_unsigned(),
+            sale_letters: of_sale.letters.cast_unsigned(),
+            others_final: of_sale.others_final,
+            certified: of_sale.certified,
         }))
     }
 
-    /// Confirmed orders behind `after`, in order of acceptance: what the leaderboard must say.
+    /// Orders behind `after`, whatever their status, in order of acceptance.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn confirmed(
+    pub async fn orders(
         &mut self,
         round: RoundId,
         after: Place,
@@ -261,7 +334,7 @@ impl Snapshot {
                     epoch, currency, status, accepted_as, durability, fingerprint,
                     receipt_key
              FROM orders
-             WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4) AND status = 'confirmed'
+             WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4)
              ORDER BY epoch, seq
              LIMIT $5",
             round.sale.0.cast_signed(),
@@ -275,6 +348,61 @@ impl Snapshot {
         .into_iter()
         .map(Order::try_from)
         .collect()
+    }
+
+    /// Begins to count the buyers of a round: [`Snapshot::next_buyers`] gives them in pages.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn count_buyers(&mut self, round: RoundId) -> Result<(), StoreError> {
+        // A cursor takes no parameters; these are numbers.
+        let statement = format!(
+            "DECLARE buyers NO SCROLL CURSOR FOR
+             SELECT buyer_id,
+                    coalesce(sum(quantity) FILTER (WHERE status IN ('held', 'confirmed')), 0)::bigint,
+                    count(*)
+             FROM orders WHERE sale = {} AND round = {} GROUP BY buyer_id",
+            round.sale.0, round.round
+        );
+        sqlx::raw_sql(AssertSqlSafe(statement))
+            .execute(&mut *self.transaction)
+            .await?;
+        Ok(())
+    }
+
+    /// Some hundred buyers more; none at the end.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn next_buyers(&mut self) -> Result<Vec<BuyerSum>, StoreError> {
+        let rows: Vec<(Uuid, i64, i64)> = sqlx::query_as("FETCH 500 FROM buyers")
+            .fetch_all(&mut *self.transaction)
+            .await?;
+        Ok(rows
+            .into_iter()
+            .map(|(buyer, units, orders)| BuyerSum {
+                buyer: BuyerId(buyer),
+                units: units.cast_unsigned(),
+                orders: orders.cast_unsigned(),
+            })
+            .collect())
+    }
+
+    /// The timelines that a round has orders or events of, in order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn epochs(&mut self, round: RoundId) -> Result<Vec<u32>, StoreError> {
+        let rows = sqlx::query_scalar!(
+            r#"SELECT epoch AS "epoch!" FROM orders WHERE sale = $1 AND round = $2
+               UNION SELECT epoch FROM round_events WHERE sale = $1 AND round = $2
+               ORDER BY 1"#,
+            round.sale.0.cast_signed(),
+            round.round.cast_signed(),
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        Ok(rows.into_iter().map(i32::cast_unsigned).collect())
     }
 }
 

@@ -12,7 +12,6 @@ use uuid::Uuid;
 use super::{
     Database, StoreError,
     incidents::{self, Loss},
-    rounds::intent_word,
 };
 use crate::{
     domain::{
@@ -904,7 +903,10 @@ impl BatchTransaction<'_> {
             .map(|row| row.id.epoch.0.cast_signed())
             .collect();
         let pseqs: Vec<i64> = rows.iter().map(|row| row.id.pseq.cast_signed()).collect();
-        let intents: Vec<_> = rows.iter().map(|row| row.intent.map(intent_word)).collect();
+        let intents: Vec<_> = rows
+            .iter()
+            .map(|row| row.intent.map(Intent::as_str))
+            .collect();
         sqlx::query!(
             "UPDATE rounds
              SET allocation = new.allocation, remaining = new.remaining, held = new.held,
@@ -1033,6 +1035,8 @@ impl TryFrom<EventColumns> for EventRow {
             EventKind::Pause,
             EventKind::Resume,
             EventKind::Close,
+            EventKind::Settle,
+            EventKind::Archive,
         ]
         .into_iter()
         .find(|kind| kind.as_str() == row.kind)

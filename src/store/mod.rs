@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod directory;
+pub mod endings;
 pub mod epochs;
 pub mod floors;
 pub mod incidents;

@@ -193,26 +193,107 @@ impl Orders {
             .await
     }
 
-    /// Confirmed orders of a round behind `after`, in order of acceptance: the leaderboard.
+    /// A page of a round's leaderboard as PostgreSQL has it: how many confirmed orders stand before
+    /// it, and those accepted after the event `after_seq`.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn confirmed(
+    pub async fn leaderboard(
         &self,
         round: RoundId,
-        after: Place,
+        after_seq: u64,
         limit: i64,
-    ) -> Result<Vec<Order>, StoreError> {
+    ) -> Result<(u64, Vec<Order>), StoreError> {
+        let (sale, number) = (round.sale.0.cast_signed(), round.round.cast_signed());
+        let after = after_seq.cast_signed();
         self.database
             .run(async move |pool| {
-                sqlx::query_as!(
+                let before = sqlx::query_scalar!(
+                    r#"SELECT count(*) AS "before!" FROM orders
+                       WHERE sale = $1 AND round = $2 AND seq <= $3 AND status = 'confirmed'"#,
+                    sale,
+                    number,
+                    after
+                )
+                .fetch_one(&pool)
+                .await?;
+                let orders = sqlx::query_as!(
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
                             epoch, currency, status, accepted_as, durability, fingerprint,
                             receipt_key
                      FROM orders
+                     WHERE sale = $1 AND round = $2 AND seq > $3 AND status = 'confirmed'
+                     ORDER BY epoch, seq
+                     LIMIT $4",
+                    sale,
+                    number,
+                    after,
+                    limit
+                )
+                .fetch_all(&pool)
+                .await?;
+                let orders = orders.into_iter().map(Order::try_from);
+                Ok((before.cast_unsigned(), orders.collect::<Result<_, _>>()?))
+            })
+            .await
+    }
+
+    /// How many rounds of a sale are archived, and the ids of at least all of their orders; `None`
+    /// when those are more than `max`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn archived(
+        &self,
+        sale: SaleNumber,
+        max: usize,
+    ) -> Result<(u32, Option<Vec<OrderId>>), StoreError> {
+        let number = sale.0.cast_signed();
+        self.database
+            .run(async move |pool| {
+                // The rounds first: one that is archived meanwhile has its orders in the answer, and
+                // is not counted.
+                let rounds = sqlx::query_scalar!(
+                    r#"SELECT count(*) AS "rounds!" FROM rounds
+                       WHERE sale = $1 AND intent = 'archived'"#,
+                    number
+                )
+                .fetch_one(&pool)
+                .await?;
+                let ids = sqlx::query_scalar!(
+                    "SELECT orders.id FROM orders
+                     JOIN rounds ON rounds.sale = orders.sale AND rounds.round = orders.round
+                     WHERE orders.sale = $1 AND intent = 'archived'
+                     LIMIT $2",
+                    number,
+                    i64::try_from(max).unwrap_or(i64::MAX).saturating_add(1)
+                )
+                .fetch_all(&pool)
+                .await?;
+                let rounds = u32::try_from(rounds).unwrap_or(u32::MAX);
+                let ids = (ids.len() <= max).then(|| ids.into_iter().map(OrderId).collect());
+                Ok((rounds, ids))
+            })
+            .await
+    }
+
+    /// Orders of a round behind `after`, whatever their status, in order of acceptance: only their
+    /// ids.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn ids(
+        &self,
+        round: RoundId,
+        after: Place,
+        limit: i64,
+    ) -> Result<Vec<(OrderId, Place)>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let rows = sqlx::query!(
+                    "SELECT id, epoch, seq FROM orders
                      WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4)
-                       AND status = 'confirmed'
                      ORDER BY epoch, seq
                      LIMIT $5",
                     round.sale.0.cast_signed(),
@@ -222,10 +303,17 @@ impl Orders {
                     limit
                 )
                 .fetch_all(&pool)
-                .await?
-                .into_iter()
-                .map(Order::try_from)
-                .collect()
+                .await?;
+                Ok(rows
+                    .into_iter()
+                    .map(|row| {
+                        let place = Place {
+                            epoch: Epoch(row.epoch.cast_unsigned()),
+                            seq: row.seq.cast_unsigned(),
+                        };
+                        (OrderId(row.id), place)
+                    })
+                    .collect())
             })
             .await
     }

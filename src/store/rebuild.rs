@@ -5,12 +5,10 @@ use std::collections::BTreeMap;
 use super::{
     StoreError,
     audit::Snapshot,
-    orders::{OrderColumns, Place},
     rounds::{intent, money, window},
 };
 use crate::domain::{
     id::{Epoch, JournalId, OperationId, OrderId, Partition, RoundId, SaleNumber},
-    order::Order,
     round::{Counters, Intent, Terms},
 };
 
@@ -72,6 +70,15 @@ pub struct StoredOperation {
     pub units: u64,
     /// The seq that it took.
     pub seq: u64,
+}
+
+/// What the orders of an archived round add up to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArchivedOrders {
+    /// How many there are.
+    pub orders: u64,
+    /// Units of those that are confirmed.
+    pub sold: u64,
 }
 
 impl Snapshot {
@@ -219,34 +226,41 @@ impl Snapshot {
             .collect())
     }
 
-    /// Orders of a round behind `after`, in order of acceptance, whatever became of them.
+    /// What the orders of each archived round of a partition add up to, in one query: they stay in
+    /// PostgreSQL. A round without orders is not in it.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn orders(
+    pub async fn archived(
         &mut self,
-        round: RoundId,
-        after: Place,
-        limit: i64,
-    ) -> Result<Vec<Order>, StoreError> {
-        sqlx::query_as!(
-            OrderColumns,
-            "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
-                    epoch, currency, status, accepted_as, durability, fingerprint, receipt_key
-             FROM orders
-             WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4)
-             ORDER BY epoch, seq
-             LIMIT $5",
-            round.sale.0.cast_signed(),
-            round.round.cast_signed(),
-            after.epoch.0.cast_signed(),
-            after.seq.cast_signed(),
-            limit
+        partition: Partition,
+    ) -> Result<BTreeMap<RoundId, ArchivedOrders>, StoreError> {
+        let rows = sqlx::query!(
+            r#"SELECT orders.sale, orders.round, count(*) AS "orders!",
+                      coalesce(sum(quantity) FILTER (WHERE orders.status = 'confirmed'), 0)::bigint
+                          AS "sold!"
+               FROM orders
+               JOIN rounds ON rounds.sale = orders.sale AND rounds.round = orders.round
+               JOIN sales ON sales.number = orders.sale
+               WHERE partition = $1 AND intent = 'archived'
+               GROUP BY orders.sale, orders.round"#,
+            partition.0.cast_signed()
         )
         .fetch_all(&mut *self.transaction)
-        .await?
-        .into_iter()
-        .map(Order::try_from)
-        .collect()
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let id = RoundId {
+                    sale: SaleNumber(row.sale.cast_unsigned()),
+                    round: row.round.cast_unsigned(),
+                };
+                let orders = ArchivedOrders {
+                    orders: row.orders.cast_unsigned(),
+                    sold: row.sold.cast_unsigned(),
+                };
+                (id, orders)
+            })
+            .collect())
     }
 }

@@ -159,19 +159,10 @@ pub(super) fn window(opens_at: DateTime<Utc>, closes_at: Option<DateTime<Utc>>) 
     }
 }
 
-/// The word of an intent.
-pub(super) fn intent_word(intent: Intent) -> &'static str {
-    match intent {
-        Intent::Live => "live",
-        Intent::Paused => "paused",
-        Intent::Closed => "closed",
-    }
-}
-
 /// Reads the word of an intent.
 pub(super) fn intent(word: &str) -> Result<Intent, StoreError> {
-    [Intent::Live, Intent::Paused, Intent::Closed]
+    Intent::ALL
         .into_iter()
-        .find(|intent| intent_word(*intent) == word)
+        .find(|intent| intent.as_str() == word)
         .ok_or_else(|| unreadable(format!("intent {word}")))
 }

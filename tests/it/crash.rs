@@ -15,9 +15,10 @@ use tokio::{task::JoinSet, time::timeout};
 
 use super::{
     faults::assert_sold,
+    rounds_end::{Bought, archived, close},
     selling::{assert_replays, strangers},
     support::{
-        app::{Answer, App, PATIENCE, id, insist, send, sql, try_send},
+        app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
         process::Served,
     },
 };
@@ -63,7 +64,11 @@ impl Load {
 
 /// A node on stores of its own, and a sale with more than anybody buys.
 async fn shop() -> (App, Served, String) {
-    let mut app = App::without_node(&[]).await;
+    shop_with(&[]).await
+}
+
+async fn shop_with(settings: &[(&str, &str)]) -> (App, Served, String) {
+    let mut app = App::without_node(settings).await;
     let node = Served::start(&app).await;
     app.speak_to(node.url());
     let sale = app
@@ -234,4 +239,52 @@ async fn a_node_dies_while_it_verifies_a_partition() {
         }
     }
     settle(app, node, &sale, bought).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_after_every_step_of_the_end_of_a_round() {
+    let soon = [
+        ("STOCKADE_SETTLE_AFTER", "0"),
+        ("STOCKADE_ARCHIVE_AFTER", "0"),
+    ];
+    let (mut app, mut node, sale) = shop_with(&soon).await;
+    // They leave in three calls.
+    for _ in 0..3 {
+        for answer in crowd(strangers(&app, &sale, 400)).await {
+            answer.expect(201);
+        }
+    }
+    let bought = Bought::some(&app, &sale, 3).await;
+    close(&app, &sale).await;
+    node.kill().await;
+    for point in [
+        "end.after_settle",
+        "end.after_certificate",
+        "end.after_archive",
+        "end.after_some_left",
+        "end.after_some_left:2",
+        "end.after_all_left",
+    ] {
+        node.set(FAIL_POINT, Some(point));
+        node.start_to_die().await;
+    }
+    node.set(FAIL_POINT, None);
+    node.start_again().await;
+    app.speak_to(node.url());
+    let mut sql = sql(&app).await;
+    archived(&mut sql, &sale).await;
+    for bought in &bought {
+        bought.replays(&app, &sale).await;
+    }
+    let counts: (i64, i64, i64) = sqlx::query_as(
+        "SELECT (SELECT count(*) FROM certificates),
+                (SELECT count(*) FROM round_events WHERE kind = 'settle'),
+                (SELECT count(*) FROM round_events WHERE kind = 'archive')",
+    )
+    .fetch_one(&mut sql)
+    .await
+    .unwrap();
+    assert_eq!(counts, (1, 1, 1));
+    app.finish().await;
+    assert!(node.stop().await.success());
 }

@@ -19,6 +19,7 @@ use uuid::Uuid;
 use super::{
     power::Load,
     replica::{Pair, until_info},
+    rounds_end::{Bought, archived, close, second_round},
     selling::{OrderRow, acceptances, assert_replays, refused, rows, stored, strangers, uuid},
     support::{
         Redis,
@@ -71,7 +72,11 @@ impl Postgres {
 
 /// An application on it.
 async fn app_on(postgres: &Postgres) -> App {
-    let mut app = App::without_node(&[]).await;
+    app_with(postgres, &[]).await
+}
+
+async fn app_with(postgres: &Postgres, settings: &[(&str, &str)]) -> App {
+    let mut app = App::without_node(settings).await;
     app.database_url = postgres.server.url().clone();
     app.run().await;
     until_durability(&app, true, "fsync").await;
@@ -471,6 +476,44 @@ async fn an_emptied_redis_takes_no_committed_order_along() {
         assert!(rows.contains(&OrderRow::of(body)), "lost: {body}");
     }
     app.abandon().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_committed_order_that_has_left_redis_is_told_again() {
+    let postgres = Postgres::start().await;
+    let settings = [
+        ("STOCKADE_SETTLE_AFTER", "0"),
+        ("STOCKADE_ARCHIVE_AFTER", "0"),
+    ];
+    let mut app = app_with(&postgres, &settings).await;
+    let sale = sale_with(&app, "committed", 3).await;
+    let bought = Bought::some(&app, &sale, 3).await;
+    close(&app, &sale).await;
+    let mut sql = sql(&app).await;
+    archived(&mut sql, &sale).await;
+    for bought in &bought {
+        bought.replays(&app, &sale).await;
+    }
+    app.stop().await;
+    second_round(&mut sql, 3).await;
+    app.run().await;
+    until_durability(&app, true, "fsync").await;
+    app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
+        .await;
+    for bought in &bought {
+        bought.replays(&app, &sale).await;
+    }
+    // What the next round sells is waited for as before.
+    sql.execute(SLOW).await.unwrap();
+    for answer in crowd(strangers(&app, &sale, 3)).await {
+        let body = answer.expect(201).json();
+        assert_eq!(body["round"], 2);
+        assert!(
+            is_stored(&app, &body).await,
+            "told before it was stored: {body}"
+        );
+    }
+    app.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,9 +14,9 @@ use stockade::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, RoundId,
             SaleNumber,
         },
-        model::{Command, Model, Reply},
+        model::{Cancelled, Command, Model, Reply},
         money::{Currency, Money},
-        order::{Decision, Durability, Purchase},
+        order::{Decision, Durability, Purchase, Refusal},
         round::{Intent, State, Terms, Window},
     },
     engine::{Engine, EngineError, InstallError, SaleImage},
@@ -28,11 +28,54 @@ const ACTOR: Uuid = Uuid::from_u128(0xac);
 /// A command with small names, so that random commands meet each other.
 #[derive(Clone, Debug)]
 enum Step {
-    Provision { round: u8, terms: RandomTerms },
+    Provision {
+        round: u8,
+        terms: RandomTerms,
+    },
     Purchase(Vec<RandomPurchase>),
-    Cancel { round: u8, buyer: u8, key: u8 },
-    Control { round: u8, intent: Intent },
-    Restock { round: u8, units: u64, key: u8 },
+    Cancel {
+        round: u8,
+        buyer: u8,
+        key: u8,
+    },
+    Control {
+        round: u8,
+        intent: Intent,
+    },
+    Restock {
+        round: u8,
+        units: u64,
+        key: u8,
+    },
+    Settle {
+        round: u8,
+    },
+    Archive {
+        round: u8,
+        orders: u8,
+    },
+    Trim {
+        behind: u64,
+        young: bool,
+    },
+    /// Closed and settled at once, and perhaps archived with some of its orders.
+    End {
+        round: u8,
+        orders: Option<u8>,
+    },
+}
+
+impl Step {
+    /// The commands of a step, one after the other.
+    fn parts(self) -> Vec<Self> {
+        let Self::End { round, orders } = self else {
+            return vec![self];
+        };
+        let intent = Intent::Closed;
+        let mut parts = vec![Self::Control { round, intent }, Self::Settle { round }];
+        parts.extend(orders.map(|orders| Self::Archive { round, orders }));
+        parts
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -51,6 +94,8 @@ struct RandomPurchase {
     key: u8,
     quantity: u64,
     redeem: bool,
+    /// Whether PostgreSQL was asked about archived rounds.
+    asks: bool,
 }
 
 /// What acceptances are written down as. Waiting for replicas is another lane, and another test.
@@ -93,14 +138,18 @@ fn step() -> impl Strategy<Value = Step> {
         0..5_u8,
         prop_oneof![4 => 1..3_u64, 1 => 3..9_u64],
         prop::bool::weighted(0.1),
+        prop::bool::weighted(0.9),
     )
-        .prop_map(|(round, buyer, key, quantity, redeem)| RandomPurchase {
-            round,
-            buyer,
-            key,
-            quantity,
-            redeem,
-        });
+        .prop_map(
+            |(round, buyer, key, quantity, redeem, asks)| RandomPurchase {
+                round,
+                buyer,
+                key,
+                quantity,
+                redeem,
+                asks,
+            },
+        );
     let intent = prop_oneof![
         3 => Just(Intent::Live),
         3 => Just(Intent::Paused),
@@ -112,8 +161,13 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (any_round.clone(), 0..6_u8, 0..5_u8)
             .prop_map(|(round, buyer, key)| Step::Cancel { round, buyer, key }),
         2 => (any_round.clone(), intent).prop_map(|(round, intent)| Step::Control { round, intent }),
-        2 => (any_round, prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
+        2 => (any_round.clone(), prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
             .prop_map(|(round, units, key)| Step::Restock { round, units, key }),
+        2 => any_round.clone().prop_map(|round| Step::Settle { round }),
+        2 => (any_round, 0..6_u8).prop_map(|(round, orders)| Step::Archive { round, orders }),
+        1 => (0..9_u64, any::<bool>()).prop_map(|(behind, young)| Step::Trim { behind, young }),
+        1 => (0..4_u8, prop::option::of(0..6_u8))
+            .prop_map(|(round, orders)| Step::End { round, orders }),
     ]
 }
 
@@ -125,6 +179,12 @@ struct Conformance {
     from_memory: usize,
     /// Redemptions that were accepted while nobody could buy.
     redeemed: usize,
+    /// Orders of settled rounds that could not be given back.
+    settled: usize,
+    /// Purchases that had to ask PostgreSQL first.
+    archived: usize,
+    /// Journals that led to the same state.
+    replayed: usize,
 }
 
 impl Conformance {
@@ -137,6 +197,9 @@ impl Conformance {
             operations: 0,
             from_memory: 0,
             redeemed: 0,
+            settled: 0,
+            archived: 0,
+            replayed: 0,
         }
     }
 
@@ -192,6 +255,7 @@ impl Conformance {
                     return;
                 }
                 let reply = self.engine.cancel(round, order, ACTOR).await.unwrap();
+                self.settled += usize::from(own.is_some() && reply == Cancelled::Settled);
                 let command = Command::Cancel {
                     round,
                     order,
@@ -244,6 +308,46 @@ impl Conformance {
                 self.apply(Some(standing.now_ms), command, Reply::Restocked(reply))
                     .await;
             }
+            Step::Settle { round: index } => {
+                let round = round(*index);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let (reply, standing) = self.engine.settle(round).await.unwrap();
+                let command = Command::Settle { round };
+                self.apply(Some(standing.now_ms), command, Reply::Settled(reply))
+                    .await;
+            }
+            Step::Archive {
+                round: index,
+                orders,
+            } => {
+                let round = round(*index);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let sale = &self.model.sales[&round.sale];
+                let own = sale.orders.values().filter(|order| order.round == round);
+                let mut ids: Vec<_> = own.map(|o| o.id).take(usize::from(*orders)).collect();
+                // One that is gone, or never was.
+                ids.push(OrderId::derive(round.sale, buyer(200), "nothing"));
+                let (reply, standing) = self.engine.archive(round, &ids).await.unwrap();
+                let command = Command::Archive { round, orders: ids };
+                self.apply(Some(standing.now_ms), command, Reply::Archived(reply))
+                    .await;
+            }
+            // Its parts run by themselves.
+            Step::End { .. } => {}
+            Step::Trim { behind, young } => {
+                let position = self.model.pseq.saturating_sub(*behind);
+                let before_ms = self.model.last_ms + if *young { 0 } else { 1_000 };
+                let reply = self.engine.trim(position, before_ms).await.unwrap();
+                let command = Command::Trim {
+                    position,
+                    before_ms,
+                };
+                self.apply(None, command, Reply::Trimmed(reply)).await;
+            }
         }
     }
 
@@ -260,6 +364,10 @@ impl Conformance {
                     fingerprint: Fingerprint::of(&[&item.quantity.to_be_bytes()]),
                     durability: DURABILITIES[usize::from(item.key) % DURABILITIES.len()],
                     redeem: item.redeem,
+                    archive: match self.model.sales.get(&round.sale) {
+                        Some(sale) if item.asks => sale.archived_rounds,
+                        _ => 0,
+                    },
                 }
             })
             .collect();
@@ -291,6 +399,8 @@ impl Conformance {
                 let state = self.model.rounds[&item.round].state(now_ms);
                 let accepted = matches!(decision, Decision::Accepted(_));
                 self.redeemed += usize::from(accepted && state != State::Open);
+                let asks = matches!(decision, Decision::Refused(Refusal::Archived { .. }));
+                self.archived += usize::from(asks);
             }
             self.operations += items.len();
             let command = Command::Purchase {
@@ -348,32 +458,53 @@ async fn load(
 /// Empties Redis but for the journal, makes it anew from that, and begins the next epoch: nothing but
 /// that differs, and the time of grace that one round gets.
 async fn rebuild(both: &mut Conformance, wire: &mut Wire) {
-    // The journal alone leads to the same state; the rules of a round are not in it.
-    let model = &both.model;
-    let terms = model.rounds.iter().map(|(id, round)| (*id, round.terms));
-    let terms: BTreeMap<_, _> = terms.collect();
-    let mut replayed = Model::default();
-    let mut entries = BTreeMap::new();
-    for entry in &model.journal {
-        replayed.replay(entry, &terms).unwrap();
+    // What PostgreSQL says: of an archived round it gives back no order.
+    let mut image = both.model.clone();
+    for sale in image.sales.values_mut() {
+        let before = sale.orders.len();
+        let rounds = &image.rounds;
+        sale.orders
+            .retain(|_, order| rounds[&order.round].intent != Intent::Archived);
+        sale.archived_orders += (before - sale.orders.len()) as u64;
+    }
+    let (epoch, pseq) = (image.epoch, image.pseq);
+    let last = JournalId { epoch, pseq };
+    let mut entries: BTreeMap<_, _> = image.rounds.keys().map(|id| (*id, last)).collect();
+    for entry in &image.journal {
         entries.extend(entry.rounds.iter().map(|(round, _)| (*round, entry.id)));
     }
-    replayed.journal.clone_from(&model.journal);
-    for (number, sale) in &mut replayed.sales {
-        // Rounds are provisioned in any order here.
-        sale.round = model.sales[number].round;
+    // A journal that was never trimmed leads there, too; the rules of a round are not in it.
+    if image.journal.len() as u64 == image.pseq {
+        let terms = image.rounds.iter().map(|(id, round)| (*id, round.terms));
+        let terms: BTreeMap<_, _> = terms.collect();
+        let mut replayed = Model::default();
+        for entry in &image.journal {
+            replayed.replay(entry, &terms).unwrap();
+        }
+        replayed.journal.clone_from(&image.journal);
+        for (number, sale) in &mut replayed.sales {
+            // Rounds are provisioned in any order here.
+            sale.round = image.sales[number].round;
+        }
+        assert_eq!(replayed, image);
+        both.replayed += 1;
     }
-    assert_eq!(&replayed, model);
-    let tail = both.engine.tail(JournalId::default()).await.unwrap();
-    assert_eq!(tail, model.journal);
+    if let Some(first) = image.journal.first() {
+        let before = JournalId {
+            pseq: first.id.pseq - 1,
+            ..first.id
+        };
+        assert_eq!(both.engine.tail(before).await.unwrap(), image.journal);
+    }
 
-    let (engine, end) = (&both.engine, model.pseq);
+    let (engine, end) = (&both.engine, image.pseq);
     let partition = engine.partition();
-    let epoch = Epoch(model.epoch.0 + 1);
+    let old = image.epoch;
+    let epoch = Epoch(old.0 + 1);
     let inspection = engine.inspect().await.unwrap();
-    let graced = *replayed.rounds.keys().next().unwrap();
+    let graced = *image.rounds.keys().next().unwrap();
     let grace_until_ms = inspection.now_ms + 40;
-    replayed.rounds.get_mut(&graced).unwrap().grace_until_ms = grace_until_ms;
+    image.rounds.get_mut(&graced).unwrap().grace_until_ms = grace_until_ms;
     let begun = engine.begin_rebuild(epoch, &inspection, end, true).await;
     begun.unwrap();
     // Nobody is let in, and neither are other rebuilds.
@@ -381,7 +512,7 @@ async fn rebuild(both: &mut Conformance, wire: &mut Wire) {
     assert!(matches!(let_in, Err(EngineError::Fenced(_))), "{let_in:?}");
     let late = engine.begin_rebuild(epoch, &inspection, end, true).await;
     assert_eq!(late, Err(InstallError::Changed));
-    let other = load(engine, model.epoch, &replayed, &entries).await;
+    let other = load(engine, old, &image, &entries).await;
     assert_eq!(other, Err(InstallError::Changed));
     let early = engine.install(epoch, &inspection).await;
     assert_eq!(early, Err(InstallError::Changed));
@@ -396,9 +527,9 @@ async fn rebuild(both: &mut Conformance, wire: &mut Wire) {
     let rounds = both.rounds();
     assert!(engine.dump(&rounds).await.is_err(), "nothing was taken");
     // One that is broken off leaves nothing behind for the next.
-    let half = load(engine, epoch, &replayed, &entries);
+    let half = load(engine, epoch, &image, &entries);
     drop(tokio::time::timeout(Duration::from_millis(1), half).await);
-    load(engine, epoch, &replayed, &entries).await.unwrap();
+    load(engine, epoch, &image, &entries).await.unwrap();
     let inspection = engine.inspect().await.unwrap();
     let incomplete = engine.incomplete(&inspection, &rounds).await;
     assert_eq!(incomplete, Ok(vec![]));
@@ -409,13 +540,12 @@ async fn rebuild(both: &mut Conformance, wire: &mut Wire) {
 
     let real = engine.dump(&rounds).await.unwrap();
     // The journal goes on with the entry that begins the new epoch.
-    both.model.journal.extend(real.journal.last().cloned());
-    (both.model.epoch, both.model.pseq) = (epoch, pseq);
-    assert!(real.last_ms >= both.model.last_ms);
-    both.model.last_ms = real.last_ms;
-    let round = both.model.rounds.get_mut(&graced).unwrap();
-    round.grace_until_ms = grace_until_ms;
-    assert_eq!(real, both.model);
+    image.journal.extend(real.journal.last().cloned());
+    (image.epoch, image.pseq) = (epoch, pseq);
+    assert!(real.last_ms >= image.last_ms);
+    image.last_ms = real.last_ms;
+    assert_eq!(real, image);
+    both.model = image;
 }
 
 /// Sequences of commands; `STOCKADE_TEST_CASES` asks for more.
@@ -435,6 +565,7 @@ async fn scripts_do_what_the_model_says() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &rng_seed);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let (mut operations, mut from_memory, mut redeemed) = (0, 0, 0);
+    let (mut settled, mut archived, mut replayed) = (0, 0, 0);
     for case in 0..cases() {
         let steps = steps.new_tree(&mut runner).unwrap().current();
         let mut both = Conformance::new(&redis, Partition(case)).await;
@@ -449,6 +580,7 @@ async fn scripts_do_what_the_model_says() {
             },
         };
         both.run(&provision).await;
+        let steps: Vec<_> = steps.into_iter().flat_map(Step::parts).collect();
         for (at, step) in steps.iter().enumerate() {
             both.run(step).await;
             if at % 16 == 0 {
@@ -465,8 +597,14 @@ async fn scripts_do_what_the_model_says() {
         operations += both.operations;
         from_memory += both.from_memory;
         redeemed += both.redeemed;
+        settled += both.settled;
+        archived += both.archived;
+        replayed += both.replayed;
     }
     println!("{operations} operations agreed, {from_memory} of them answered from memory");
+    assert!(settled > 0, "no order of a settled round was asked back");
+    assert!(archived > 0, "nobody had to ask for archived orders");
+    assert!(replayed > 0, "every journal was trimmed");
     assert!(redeemed > 0, "nothing was redeemed while nobody could buy");
     assert!(
         from_memory > 0,

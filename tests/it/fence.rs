@@ -61,6 +61,7 @@ fn item(sale: u32, buyer: u128) -> Purchase {
         fingerprint: Fingerprint([1; 8]),
         durability: Durability::Fsync,
         redeem: false,
+        archive: 0,
     }
 }
 

@@ -28,6 +28,7 @@ mod processes;
 mod receipts;
 mod refusals;
 mod replica;
+mod rounds_end;
 mod selling;
 mod standby;
 mod support;

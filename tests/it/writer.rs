@@ -133,6 +133,7 @@ impl Shop {
             fingerprint: Fingerprint::of(&[&quantity.to_be_bytes()]),
             durability: Durability::Fsync,
             redeem: false,
+            archive: 0,
         }
     }
 

@@ -9,12 +9,15 @@ use utoipa::ToSchema;
 
 use crate::{
     domain::{
-        id::JournalId,
+        id::{Epoch, JournalId},
         limits::ALLOCATION_MAX,
         round::{Counters, Intent},
     },
     engine::{Remains, RoundAudit, RoundKeys},
-    store::audit::{RoundSums, Stored},
+    store::{
+        audit::{RoundSums, Stored},
+        journal::Position,
+    },
 };
 
 /// What came of a check, or of all of them.
@@ -74,13 +77,29 @@ pub enum CheckName {
     DeadLetters,
     /// PostgreSQL: every order was accepted as the sale promises.
     Durability,
-    /// The leaderboard is the confirmed orders of PostgreSQL, in their order, to the last field.
+    /// PostgreSQL: an event explains the status of each order.
+    Statuses,
+    /// Redis has as many orders and operations of the sale as PostgreSQL.
+    SaleCounts,
+    /// Each order of PostgreSQL is in Redis, the same to the last field.
+    Orders,
+    /// The leaderboard is the confirmed orders of PostgreSQL, each at its place.
     Leaderboard,
+    /// Each buyer has the same units and acceptances on both sides.
+    Buyers,
+    /// The orders are those that the round's certificate names.
+    Certificate,
+    /// The partition's journal has every entry behind the position, without a gap.
+    Journal,
+    /// Redis is in no later timeline than PostgreSQL.
+    Epoch,
+    /// Redis is set up so that it drops nothing.
+    Settings,
 }
 
 impl CheckName {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 22] = [
         Self::Conservation,
         Self::Bounds,
         Self::RedisKeys,
@@ -94,8 +113,21 @@ impl CheckName {
         Self::BuyerLimit,
         Self::DeadLetters,
         Self::Durability,
+        Self::Statuses,
+        Self::SaleCounts,
+        Self::Orders,
         Self::Leaderboard,
+        Self::Buyers,
+        Self::Certificate,
+        Self::Journal,
+        Self::Epoch,
+        Self::Settings,
     ];
+
+    /// Whether it is about a partition: all its rounds share what comes of it.
+    pub fn is_of_partition(self) -> bool {
+        matches!(self, Self::Journal | Self::Epoch | Self::Settings)
+    }
 
     /// The word that the API and the metrics use.
     pub fn as_str(self) -> &'static str {
@@ -113,7 +145,15 @@ impl CheckName {
             Self::BuyerLimit => "buyer_limit",
             Self::DeadLetters => "dead_letters",
             Self::Durability => "durability",
+            Self::Statuses => "statuses",
+            Self::SaleCounts => "sale_counts",
+            Self::Orders => "orders",
             Self::Leaderboard => "leaderboard",
+            Self::Buyers => "buyers",
+            Self::Certificate => "certificate",
+            Self::Journal => "journal",
+            Self::Epoch => "epoch",
+            Self::Settings => "settings",
         }
     }
 }
@@ -163,31 +203,133 @@ pub fn verdict(checks: &[Check]) -> Status {
         .unwrap_or(Status::Pending)
 }
 
-/// Confirmed orders of one side, in short.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Board {
-    /// How many.
-    pub orders: u64,
-    /// Eight hexadecimal digits of the hash of all their fields, in order.
-    pub digest: String,
+/// How many of something each side has, and the first that differs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pair {
+    /// In Redis, of those that PostgreSQL has.
+    pub redis: u64,
+    /// In PostgreSQL.
+    pub postgres: u64,
+    /// The first that is not the same.
+    pub difference: Option<String>,
 }
 
-/// The leaderboard of both sides.
+impl Pair {
+    pub(super) fn differ(&mut self, what: impl FnOnce() -> String) {
+        self.difference.get_or_insert_with(what);
+    }
+}
+
+/// The orders and buyers of both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Boards {
+pub enum Sides {
     /// Nobody looked, because the writer was on its way.
     Unread,
-    /// Redis has the round, but its leaderboard cannot be read.
+    /// Redis has the round, but what belongs to it cannot be read.
     Damaged(String),
+    /// Only PostgreSQL has them.
+    Archived,
     /// Both were read.
     Read {
-        /// In Redis.
-        redis: Board,
-        /// In PostgreSQL.
-        postgres: Board,
-        /// The first place on which they differ.
-        difference: Option<String>,
+        /// Orders, whatever their status.
+        orders: Pair,
+        /// Confirmed orders and their places.
+        board: Pair,
+        /// Buyers.
+        buyers: Pair,
+        /// Something that Redis has less of than PostgreSQL.
+        lacking: Option<String>,
     },
+}
+
+/// What a partition and PostgreSQL say of its journal.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    /// The position before Redis was asked.
+    pub before: Position,
+    /// The position after that.
+    pub after: Position,
+    /// The timeline in Redis.
+    pub epoch: Epoch,
+    /// The last entry by Redis' own count.
+    pub pseq: u64,
+    /// Entries in the journal; `None` when it is none.
+    pub length: Option<u64>,
+    /// The oldest entry.
+    pub first: Option<JournalId>,
+    /// The newest entry.
+    pub last: Option<JournalId>,
+    /// Why Redis may drop what it must keep.
+    pub danger: Option<String>,
+}
+
+/// The checks of a partition, which all its rounds depend on.
+pub fn judge_journal(journal: &Journal) -> Vec<Check> {
+    let Journal {
+        before,
+        after,
+        epoch,
+        pseq,
+        length,
+        first,
+        last,
+        danger,
+    } = journal;
+    // Nothing is taken out of the journal that the position has not passed, so what is missing now
+    // and not stored by now is lost.
+    let stored = after.stored.pseq;
+    let (status, actual) = match (length, first, last) {
+        (None, ..) => (Status::Fail, "a key of another type".to_owned()),
+        (Some(length), Some(first), Some(last)) => {
+            let oldest = first.pseq.max(1);
+            let gap = last.pseq + 1 - oldest.min(last.pseq + 1);
+            if oldest > stored + 1 {
+                let missing = format!("entries {} to {} are missing", stored + 1, oldest - 1);
+                (Status::Fail, missing)
+            } else if *length != gap || last.pseq != *pseq {
+                let what = format!(
+                    "{length} entries from {oldest} to {}, the last should be {pseq}",
+                    last.pseq
+                );
+                (Status::Fail, what)
+            } else {
+                (Status::Pass, format!("entries {oldest} to {}", last.pseq))
+            }
+        }
+        _ if *pseq > stored => {
+            let missing = format!("entries {} to {pseq} are missing", stored + 1);
+            (Status::Fail, missing)
+        }
+        _ => (Status::Pass, "no entry".to_owned()),
+    };
+    // A PostgreSQL that was set back learns a later timeline from the journal.
+    let is_told = status == Status::Pass
+        && last.is_some_and(|last| last.epoch == *epoch && last.pseq > stored);
+    let timeline = match (*epoch <= after.epoch, after.stored.epoch <= after.epoch) {
+        (true, true) => Status::Pass,
+        (false, true) if is_told => Status::Pending,
+        _ => Status::Fail,
+    };
+    vec![
+        Check::new(
+            CheckName::Journal,
+            status,
+            format!("every entry from {} to {pseq}", before.stored.pseq + 1),
+            actual,
+        ),
+        Check::new(
+            CheckName::Epoch,
+            timeline,
+            format!("at most {}", after.epoch.0),
+            epoch.0.max(after.stored.epoch.0).to_string(),
+        ),
+        Check::new(
+            CheckName::Settings,
+            Status::of(danger.is_none()),
+            "nothing is dropped",
+            danger.as_deref().unwrap_or("nothing is dropped"),
+        ),
+    ]
 }
 
 /// Whether PostgreSQL has counted the round at the entry that Redis shows as its last.
@@ -213,7 +355,12 @@ pub fn judge_counters(redis: &RoundAudit, stored: &Stored) -> Vec<Check> {
 }
 
 /// Everything.
-pub fn judge(redis: &RoundAudit, sums: &RoundSums, boards: &Boards) -> Vec<Check> {
+pub fn judge(
+    redis: &RoundAudit,
+    sums: &RoundSums,
+    sides: &Sides,
+    orders: Option<&str>,
+) -> Vec<Check> {
     let stored = sums.stored();
     let mut checks = judge_counters(redis, &stored);
     let counted = sums.counted();
@@ -260,7 +407,32 @@ pub fn judge(redis: &RoundAudit, sums: &RoundSums, boards: &Boards) -> Vec<Check
         format!("all as `{mode}` says"),
         format!("{} otherwise", sums.otherwise),
     ));
-    checks.push(leaderboard(redis, &stored, boards));
+    checks.push(Check::new(
+        CheckName::Statuses,
+        Status::of(sums.unexplained == 0),
+        "every status has its event",
+        match sums.unexplained {
+            0 => "every status has its event".to_owned(),
+            some => format!("{some} statuses and events do not fit"),
+        },
+    ));
+    checks.push(sale_counts(redis, sums));
+    both(redis, &stored, sides, orders, &mut checks);
+    let certified = sums.certified.as_deref();
+    checks.push(match (certified, orders) {
+        (None, _) => Check::new(CheckName::Certificate, Status::Pass, "none yet", "none yet"),
+        (Some(certified), Some(orders)) => Check::equal(
+            CheckName::Certificate,
+            certified.to_owned(),
+            orders.to_owned(),
+        ),
+        (Some(certified), None) => Check::new(
+            CheckName::Certificate,
+            Status::Pending,
+            certified,
+            "not read",
+        ),
+    });
     checks
 }
 
@@ -287,13 +459,26 @@ fn whole(keys: &RoundKeys, stored: &Stored, checks: &mut Vec<Check>) {
             now.remaining, now.held, now.sold
         ),
     ));
-    let count = |buyers, board, orders| {
-        format!("{buyers} buyers, {board} on the leaderboard, {orders} orders of the sale")
+    let count = |buyers, board, orders, operations| {
+        format!(
+            "{buyers} buyers, {board} on the leaderboard, {orders} orders and {operations} \
+             operations of the sale"
+        )
     };
     checks.push(Check::equal(
         CheckName::RedisKeys,
-        count(keys.buyers.0, keys.board.0, keys.orders.0),
-        count(keys.buyers.1, keys.board.1, keys.orders.1),
+        count(
+            keys.buyers.0,
+            keys.board.0,
+            keys.orders.0,
+            keys.operations.0,
+        ),
+        count(
+            keys.buyers.1,
+            keys.board.1,
+            keys.orders.1,
+            keys.operations.1,
+        ),
     ));
     checks.push(journal(keys, stored));
     checks.push(postgres_redis(keys, stored));
@@ -422,7 +607,7 @@ fn postgres_redis(keys: &RoundKeys, stored: &Stored) -> Check {
         Status::of(stored.position < keys.entry && stored.counted_at < keys.entry)
             .max(Status::Pending)
     };
-    let word = |text: String, intent| format!("{text}, {}", intent_word(intent));
+    let word = |text: String, intent: Intent| format!("{text}, {}", intent.as_str());
     Check::new(
         CheckName::PostgresRedis,
         status,
@@ -468,42 +653,99 @@ fn dense(sums: &RoundSums) -> Check {
     )
 }
 
-fn leaderboard(redis: &RoundAudit, stored: &Stored, boards: &Boards) -> Check {
-    let name = CheckName::Leaderboard;
-    let shown = |board: &Board| format!("{} orders, {}", board.orders, board.digest);
-    match boards {
-        Boards::Damaged(what) if stored.provisioned => Check::new(
-            name,
-            Status::Fail,
-            "a leaderboard",
-            format!("damaged: {what}"),
-        ),
-        Boards::Read {
-            redis: in_redis,
-            postgres,
-            difference,
-        } if level(redis, stored) => {
-            let difference = difference
-                .as_ref()
-                .map_or(String::new(), |text| format!("; {text}"));
-            Check::new(
-                name,
-                Status::of(in_redis == postgres && difference.is_empty()),
-                shown(in_redis),
-                format!("{}{difference}", shown(postgres)),
-            )
+/// Orders and operations of the sale: equal once nothing of the sale is on its way.
+fn sale_counts(redis: &RoundAudit, sums: &RoundSums) -> Check {
+    let name = CheckName::SaleCounts;
+    let shown = |orders: u64, operations: i64| format!("{orders} orders, {operations} operations");
+    let stored = shown(sums.sale_orders, sums.sale_operations.cast_signed());
+    let Ok(keys) = &redis.keys else {
+        return Check::new(name, Status::Pending, "a whole round", stored);
+    };
+    let (orders, operations) = (keys.standing.orders, keys.operations.0);
+    // PostgreSQL was read first, so it has never more; the same only at the round's last entry.
+    let never_more = sums.sale_orders <= orders && sums.sale_operations.cast_signed() <= operations;
+    let at_rest = level(redis, &sums.stored()) && sums.others_final && sums.sale_letters == 0;
+    let the_same = sums.sale_orders == orders && sums.sale_operations.cast_signed() == operations;
+    let at_most = if at_rest { "" } else { "at most " };
+    Check::new(
+        name,
+        Status::of(never_more && (the_same || !at_rest)),
+        format!("{at_most}{}", shown(orders, operations)),
+        stored,
+    )
+}
+
+/// The orders, places and buyers of both sides.
+fn both(
+    redis: &RoundAudit,
+    stored: &Stored,
+    sides: &Sides,
+    hash: Option<&str>,
+    checks: &mut Vec<Check>,
+) {
+    use CheckName as N;
+    let all = [
+        (N::Orders, "orders"),
+        (N::Leaderboard, "places"),
+        (N::Buyers, "buyers"),
+    ];
+    match sides {
+        Sides::Damaged(what) if stored.provisioned => {
+            checks.extend(all.map(|(name, what_of)| {
+                Check::new(name, Status::Fail, what_of, format!("damaged: {what}"))
+            }));
         }
-        Boards::Unread | Boards::Damaged(_) | Boards::Read { .. } => {
+        Sides::Archived if level(redis, stored) => {
+            checks.extend(all.map(|(name, what)| {
+                let shown = format!("{what} in PostgreSQL alone");
+                Check::new(name, Status::Pass, shown.clone(), shown)
+            }));
+        }
+        Sides::Read {
+            orders,
+            board,
+            buyers,
+            ..
+        } if level(redis, stored) => {
+            let (places, people) = match &redis.keys {
+                Ok(keys) => (keys.board.1, keys.buyers.1),
+                Err(_) => (-1, -1),
+            };
+            let hash = hash.and_then(|hash| hash.get(..8)).unwrap_or_default();
+            let pairs = [
+                (orders, orders.redis.cast_signed(), format!(", {hash}")),
+                (board, places, String::new()),
+                (buyers, people, String::new()),
+            ];
+            checks.extend(all.into_iter().zip(pairs).map(
+                |((name, what), (pair, in_redis, hash))| {
+                    let difference = pair
+                        .difference
+                        .as_ref()
+                        .map_or(String::new(), |text| format!("; {text}"));
+                    let same = in_redis == pair.postgres.cast_signed();
+                    Check::new(
+                        name,
+                        Status::of(same && difference.is_empty()),
+                        format!("{in_redis} {what}{hash}"),
+                        format!("{} {what}{hash}{difference}", pair.postgres),
+                    )
+                },
+            ));
+        }
+        Sides::Unread | Sides::Damaged(_) | Sides::Archived | Sides::Read { .. } => {
             let entry = match &redis.keys {
                 Ok(keys) => keys.entry.to_string(),
                 Err(_) => "unknown".to_owned(),
             };
-            Check::new(
-                name,
-                Status::Pending,
-                format!("stored up to entry {entry}"),
-                format!("stored up to entry {}", stored.counted_at),
-            )
+            checks.extend(all.map(|(name, _)| {
+                Check::new(
+                    name,
+                    Status::Pending,
+                    format!("stored up to entry {entry}"),
+                    format!("stored up to entry {}", stored.counted_at),
+                )
+            }));
         }
     }
 }
@@ -521,14 +763,6 @@ fn counters(counters: &Counters) -> String {
 
 fn at(entry: JournalId, now: &Counters) -> String {
     format!("{} at entry {entry}", counters(now))
-}
-
-fn intent_word(intent: Intent) -> &'static str {
-    match intent {
-        Intent::Live => "live",
-        Intent::Paused => "paused",
-        Intent::Closed => "closed",
-    }
 }
 
 #[cfg(test)]

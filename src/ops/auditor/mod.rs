@@ -2,43 +2,46 @@
 //!
 //! [`Auditor`] looks at one round in full; [`Patrol`] looks at all of them, all the time.
 
+mod compare;
 mod judge;
 mod patrol;
 
-use std::{collections::VecDeque, fmt::Write, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Serialize, Serializer};
-use sha2::{Digest, Sha256};
 use tokio::{
     sync::Semaphore,
     time::{Instant, sleep},
 };
 use utoipa::ToSchema;
 
+pub(super) use self::patrol::kept_run;
 pub use self::{
-    judge::{Board, Boards, Check, CheckName, Status, judge, judge_counters, level, verdict},
+    compare::OrdersHash,
+    judge::{
+        Check, CheckName, Journal, Pair, Sides, Status, judge, judge_counters, judge_journal,
+        level, verdict,
+    },
     patrol::Patrol,
 };
 use crate::{
     clock,
     domain::{
         id::{Partition, RoundId, SaleId},
-        order::Order,
+        round::Intent,
     },
     engine::{Engine, EngineError, Engines},
     store::{
         Database, StoreError,
-        audit::Snapshot,
-        orders::Place,
+        audit::{RoundSums, Snapshot},
+        journal::Positions,
         sales::{SaleFacts, Sales},
     },
 };
 
 /// Looks in full at the same time: each has a connection to PostgreSQL, which others need too.
 const LOOKS_MAX: usize = 2;
-/// Orders of a page of the leaderboard: half a millisecond of Redis.
-const PAGE: usize = 500;
 /// Looks at a round whose last entry is just being stored, and the pause between two of them.
 const TRIES_MAX: u32 = 8;
 /// A commit of the writer takes a few of these at most.
@@ -83,23 +86,42 @@ pub enum AuditError {
 #[derive(Clone, Debug)]
 pub struct Auditor {
     database: Database,
+    positions: Positions,
     sales: Sales,
     engines: Engines,
     looks: Arc<Semaphore>,
 }
 
+/// Everything that a full look at a round saw.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    /// What came of it.
+    pub(super) report: RoundReport,
+    /// What PostgreSQL has.
+    pub(super) sums: RoundSums,
+    /// The hash over all orders of PostgreSQL; `None` when nobody read them.
+    pub(super) orders: Option<String>,
+    /// The timelines of the round.
+    pub(super) epochs: Vec<u32>,
+    /// Something that PostgreSQL has and Redis lacks, proved: selling on could oversell.
+    pub(super) lacking: Option<String>,
+    /// How long it took, milliseconds.
+    pub(super) took_ms: i64,
+}
+
 /// Which round, and where it lives.
 #[derive(Clone, Copy, Debug)]
-struct Subject {
-    sale: SaleId,
-    partition: Partition,
-    round: RoundId,
+pub(super) struct Subject {
+    pub(super) sale: SaleId,
+    pub(super) partition: Partition,
+    pub(super) round: RoundId,
 }
 
 impl Auditor {
     /// An auditor of the rounds of these stores.
     pub fn new(database: Database, engines: Engines) -> Self {
         Self {
+            positions: Positions::new(database.clone()),
             sales: Sales::new(database.clone()),
             database,
             engines,
@@ -142,15 +164,20 @@ impl Auditor {
                 round,
             },
         };
+        Ok(self.watch(subject).await?.map(|seen| seen.report))
+    }
+
+    /// Looks until there is a verdict, for about a second.
+    pub(super) async fn watch(&self, subject: Subject) -> Result<Option<Seen>, AuditError> {
         let begun = Instant::now();
         let mut tries = 1;
         loop {
-            let report = self.look(subject).await?;
-            let pending = report
+            let seen = self.look(subject).await?;
+            let pending = seen
                 .as_ref()
-                .is_some_and(|report| report.verdict == Status::Pending);
+                .is_some_and(|seen| seen.report.verdict == Status::Pending);
             if !pending || tries == TRIES_MAX || begun.elapsed() >= PATIENCE {
-                return Ok(report);
+                return Ok(seen);
             }
             tries += 1;
             sleep(TRY_AGAIN).await;
@@ -158,28 +185,32 @@ impl Auditor {
     }
 
     /// Looks at a round once, in full.
-    async fn look(&self, subject: Subject) -> Result<Option<RoundReport>, AuditError> {
+    async fn look(&self, subject: Subject) -> Result<Option<Seen>, AuditError> {
         // The semaphore is never closed.
         let Ok(turn) = Arc::clone(&self.looks).acquire_owned().await else {
             return Ok(None);
         };
         let this = self.clone();
         // To its end, whoever waits for it: it has a snapshot open.
-        self.database
-            .run(async move |_| {
-                let _turn = turn;
-                this.compare(subject).await
-            })
-            .await
+        let looking = tokio::spawn(async move {
+            let _turn = turn;
+            this.compare(subject).await
+        });
+        match looking.await {
+            Ok(seen) => seen,
+            // Nobody aborts the task, so it panicked; the panic goes on where it is awaited.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
     }
 
     /// Reads PostgreSQL as of one instant, then Redis, and judges.
-    async fn compare(&self, subject: Subject) -> Result<Option<RoundReport>, AuditError> {
+    async fn compare(&self, subject: Subject) -> Result<Option<Seen>, AuditError> {
         let Subject {
             sale,
             partition,
             round,
         } = subject;
+        let begun = Instant::now();
         let engine = self.engine(partition)?;
         let checked_at = clock::now();
         let mut snapshot = Snapshot::take(&self.database).await?;
@@ -187,20 +218,59 @@ impl Auditor {
             return Ok(None);
         };
         let mut redis = engine.audit(round).await?;
-        let mut boards = Boards::Unread;
+        let mut sides = Sides::Unread;
+        let mut orders = None;
+        let archived = matches!(&redis.keys, Ok(keys) if keys.standing.intent == Intent::Archived);
         if level(&redis, &sums.stored()) {
-            boards = read_boards(&mut snapshot, engine, round).await?;
-            // If the round has not moved since the snapshot, it had not when the leaderboard was
-            // read.
+            let mut hash = OrdersHash::default();
+            sides = if archived {
+                compare::read_stored(&mut snapshot, round, &mut hash).await?;
+                Sides::Archived
+            } else {
+                compare::read_both(&mut snapshot, engine, round, &mut hash).await?
+            };
+            orders = Some(hash.digest());
+            // If the round has not moved since the snapshot, it had not while it was compared.
             redis = engine.audit(round).await?;
         }
-        let checks = judge(&redis, &sums, &boards);
-        Ok(Some(RoundReport {
-            sale_id: sale,
-            round: round.round,
-            verdict: verdict(&checks),
-            checked_at,
-            checks,
+        let epochs = snapshot.epochs(round).await?;
+        drop(snapshot);
+        let mut checks = judge(&redis, &sums, &sides, orders.as_deref());
+        checks.extend(self.journal(engine).await?);
+        let lacking = match sides {
+            Sides::Read { lacking, .. } if level(&redis, &sums.stored()) => lacking,
+            _ => None,
+        };
+        Ok(Some(Seen {
+            report: RoundReport {
+                sale_id: sale,
+                round: round.round,
+                verdict: verdict(&checks),
+                checked_at,
+                checks,
+            },
+            sums,
+            orders,
+            epochs,
+            lacking,
+            took_ms: i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX),
+        }))
+    }
+
+    /// The checks of a partition: Redis is read between two looks at the position.
+    async fn journal(&self, engine: &Engine) -> Result<Vec<Check>, AuditError> {
+        let before = self.positions.of(engine.partition()).await?;
+        let inspection = engine.inspect().await?;
+        let after = self.positions.of(engine.partition()).await?;
+        Ok(judge_journal(&Journal {
+            before,
+            after,
+            epoch: inspection.epoch.unwrap_or_default(),
+            pseq: inspection.pseq,
+            length: inspection.journal_length,
+            first: inspection.journal_first,
+            last: inspection.journal_last,
+            danger: engine.settings().danger(),
         }))
     }
 
@@ -208,152 +278,6 @@ impl Auditor {
         self.engines
             .of(partition)
             .ok_or(AuditError::Elsewhere(partition))
-    }
-}
-
-/// Reads the confirmed orders of both sides, page by page.
-async fn read_boards(
-    snapshot: &mut Snapshot,
-    engine: &Engine,
-    round: RoundId,
-) -> Result<Boards, AuditError> {
-    let (mut redis, mut postgres) = (Side::default(), Side::default());
-    let mut places = 0;
-    let mut difference = None;
-    while !(redis.ended && postgres.ended) {
-        if redis.waiting.is_empty() && !redis.ended {
-            match engine.leaderboard(round, redis.last.seq, PAGE).await {
-                Ok(page) => {
-                    let mut seq = redis.last.seq;
-                    for order in &page.orders {
-                        if order.seq <= seq {
-                            let what = format!("seq {} stands behind seq {seq}", order.seq);
-                            return Ok(Boards::Damaged(what));
-                        }
-                        seq = order.seq;
-                    }
-                    redis.take(page.orders);
-                }
-                // Redis answers, but what it has is no leaderboard.
-                Err(EngineError::Damaged(what) | EngineError::Protocol(what)) => {
-                    return Ok(Boards::Damaged(what));
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if postgres.waiting.is_empty() && !postgres.ended {
-            let limit = i64::try_from(PAGE).unwrap_or(i64::MAX);
-            let page = snapshot.confirmed(round, postgres.last, limit).await?;
-            postgres.take(page);
-        }
-        while difference.is_none() && !redis.waiting.is_empty() && !postgres.waiting.is_empty() {
-            let pair = (redis.waiting.pop_front(), postgres.waiting.pop_front());
-            places += 1;
-            difference = differ(places, pair);
-        }
-        if difference.is_none() {
-            // One side is through: what the other still has is too much.
-            let longer = if redis.is_through() {
-                (None, postgres.waiting.pop_front())
-            } else if postgres.is_through() {
-                (redis.waiting.pop_front(), None)
-            } else {
-                (None, None)
-            };
-            difference = differ(places + 1, longer);
-        }
-        if difference.is_some() {
-            redis.waiting.clear();
-            postgres.waiting.clear();
-        }
-    }
-    Ok(Boards::Read {
-        redis: redis.board(),
-        postgres: postgres.board(),
-        difference,
-    })
-}
-
-/// What differs at a place, if anything does.
-fn differ(place: u64, orders: (Option<Order>, Option<Order>)) -> Option<String> {
-    let name = |order: Order| format!("order {} with seq {}", order.id, order.seq);
-    match orders {
-        (Some(redis), Some(postgres)) if redis == postgres => None,
-        (Some(redis), Some(postgres)) if redis.id == postgres.id => Some(format!(
-            "place {place}: {} is not the same in both",
-            name(redis)
-        )),
-        (Some(redis), Some(postgres)) => Some(format!(
-            "place {place}: {} in Redis, {} in PostgreSQL",
-            name(redis),
-            name(postgres)
-        )),
-        (Some(redis), None) => Some(format!("place {place}: {} is only in Redis", name(redis))),
-        (None, Some(postgres)) => Some(format!(
-            "place {place}: {} is only in PostgreSQL",
-            name(postgres)
-        )),
-        (None, None) => None,
-    }
-}
-
-/// The leaderboard of one side, as far as it has been read.
-#[derive(Default)]
-struct Side {
-    /// Read and not compared: a page at most.
-    waiting: VecDeque<Order>,
-    last: Place,
-    ended: bool,
-    orders: u64,
-    hash: Sha256,
-}
-
-impl Side {
-    fn is_through(&self) -> bool {
-        self.ended && self.waiting.is_empty()
-    }
-
-    fn take(&mut self, page: Vec<Order>) {
-        self.ended = page.len() < PAGE;
-        if let Some(last) = page.last() {
-            self.last = Place {
-                epoch: last.epoch,
-                seq: last.seq,
-            };
-        }
-        for order in &page {
-            self.orders += 1;
-            self.hash.update(order.id.0.as_bytes());
-            self.hash.update(order.buyer.0.as_bytes());
-            for number in [
-                u64::from(order.epoch.0),
-                order.seq,
-                order.pseq,
-                order.quantity,
-                order.unit_price.amount.cast_unsigned(),
-                order.accepted_at_ms.cast_unsigned(),
-            ] {
-                self.hash.update(number.to_be_bytes());
-            }
-            self.hash.update(order.unit_price.currency.as_str());
-            self.hash.update(order.status.as_str());
-            self.hash.update(order.accepted_as.as_str());
-            self.hash.update(order.durability.as_str());
-            self.hash.update(order.fingerprint.0);
-        }
-        self.waiting.extend(page);
-    }
-
-    fn board(self) -> Board {
-        let mut digest = String::new();
-        for byte in self.hash.finalize().iter().take(4) {
-            // Writing into a string cannot fail.
-            let _ = write!(digest, "{byte:02x}");
-        }
-        Board {
-            orders: self.orders,
-            digest,
-        }
     }
 }
 

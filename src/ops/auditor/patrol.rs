@@ -1,5 +1,5 @@
 //! All rounds, all the time: what one script and one row tell every second, everything now and
-//! then. Findings are gauges, and one line in the log when they begin and when they end.
+//! then, every full look a row. Findings are gauges, and one line in the log when they begin and when they end.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,15 +12,21 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{AuditError, Auditor, Check, CheckName, Status, Subject, judge_counters, verdict};
+use super::{
+    AuditError, Auditor, Check, CheckName, Seen, Status, Subject, judge_counters, verdict,
+};
 use crate::{
     clock,
     domain::{
-        id::{JournalId, RoundId},
-        round::State,
+        id::{JournalId, Partition, RoundId},
+        round::{Intent, State},
     },
-    metrics::{AuditMetrics, CheckLabels, VerdictLabels},
-    store::audit::{Glance, Glances},
+    engine::Standing,
+    metrics::{AuditMetrics, CheckLabels, PartitionLabels, VerdictLabels},
+    store::{
+        audit::{Glance, Glances},
+        endings::{AuditRun, Endings},
+    },
 };
 
 /// The time between two looks at a round that is open or was changed lately.
@@ -29,15 +35,24 @@ const PERIOD: Duration = Duration::from_secs(1);
 const OTHERS_EVERY: u64 = 10;
 /// A change was lately for so long.
 const LATELY: Duration = Duration::from_mins(1);
-/// The time between two full looks at a round that changes.
+/// The time between two full looks at a round that changes; a hundred times what one takes, if that
+/// is more.
 const FULL_EVERY: Duration = Duration::from_mins(1);
-/// The time between two full looks at a round that is closed and not all stored, or that failed.
+/// The time between two full looks at a round that is closed and not all stored, that failed, or at
+/// which a store did not answer; four times what one takes, if that is more.
 const UNSETTLED_EVERY: Duration = Duration::from_secs(5);
 /// The time between two full looks at a round that does not change.
 const AT_REST_EVERY: Duration = Duration::from_mins(10);
+/// The same of one that has left Redis: only somebody's hand changes its rows.
+const ARCHIVED_EVERY: Duration = Duration::from_hours(24);
 /// Rounds of one period, so that thousands of rounds cost no more than these: what is left out
 /// has its turn in the next.
 const ROUNDS_MAX: i64 = 200;
+/// Partitions of one period.
+const PARTITIONS_MAX: usize = 64;
+/// A difference between this node's clock and Redis' that an operator should know about. Redis' own
+/// decides, so nothing is wrong with what is sold.
+const CLOCK_SKEW_MS: i64 = 250;
 
 /// Audits all rounds, as long as it runs.
 #[derive(Debug)]
@@ -50,6 +65,13 @@ pub struct Patrol {
     open_after: Option<RoundId>,
     /// Where the next page of all rounds begins.
     all_after: Option<RoundId>,
+    /// Where the next page of partitions begins.
+    next_partition: usize,
+    /// What fails of partitions.
+    partitions: HashMap<Partition, BTreeSet<CheckName>>,
+    /// Partitions whose clock is off.
+    skewed: BTreeSet<Partition>,
+    endings: Endings,
     /// Whether the last look failed for want of a store, which is told once.
     blind: bool,
 }
@@ -64,15 +86,23 @@ struct Watched {
     changed_at: Instant,
     /// Whether it was over, when last seen.
     closed: bool,
+    /// Whether it had left Redis, when last seen.
+    archived: bool,
     full: Option<Full>,
     failing: BTreeSet<CheckName>,
+    /// Whether the last full look proved that Redis lacks something: said twice, it is believed.
+    lacking: bool,
 }
 
 /// The last full look at a round.
 #[derive(Clone, Copy, Debug)]
 struct Full {
     at: Instant,
+    /// The round's last entry then, if there was a verdict on it.
     entry: JournalId,
+    /// There was an answer.
+    seen: bool,
+    took: Duration,
     /// The round was over and everything was stored: nothing is left to change but by a cancel.
     settled: bool,
 }
@@ -82,10 +112,16 @@ impl Watched {
     fn is_due(&self, now: Instant) -> bool {
         self.full.is_none_or(|full| {
             let age = now.duration_since(full.at);
-            let unsettled = (self.closed && !full.settled) || !self.failing.is_empty();
-            age >= AT_REST_EVERY
-                || (full.entry != self.entry && age >= FULL_EVERY)
-                || (unsettled && age >= UNSETTLED_EVERY)
+            let unsettled =
+                !full.seen || (self.closed && !full.settled) || !self.failing.is_empty();
+            let at_rest = if self.archived {
+                ARCHIVED_EVERY
+            } else {
+                AT_REST_EVERY
+            };
+            age >= at_rest
+                || (full.entry != self.entry && age >= FULL_EVERY.max(100 * full.took))
+                || (unsettled && age >= UNSETTLED_EVERY.max(4 * full.took))
         })
     }
 }
@@ -97,6 +133,10 @@ impl Patrol {
             metrics.failing.get_or_create(&label(check)).set(0);
         }
         Self {
+            endings: Endings::new(auditor.database.clone()),
+            next_partition: 0,
+            partitions: HashMap::new(),
+            skewed: BTreeSet::new(),
             auditor,
             metrics,
             rounds: HashMap::new(),
@@ -116,7 +156,7 @@ impl Patrol {
                 () = stop.cancelled() => return,
                 _ = period.tick() => {}
             }
-            // Nothing here writes, so it may be dropped anywhere.
+            // It may be dropped anywhere: what it writes, it writes in one go.
             select! {
                 () = stop.cancelled() => return,
                 () = self.walk(periods.is_multiple_of(OTHERS_EVERY)) => {}
@@ -125,9 +165,13 @@ impl Patrol {
         }
     }
 
-    /// One period: a page of rounds at a glance, one round in full.
+    /// One period: partitions, a page of rounds at a glance, one round in full.
     async fn walk(&mut self, all: bool) {
         let mut failed = None;
+        if let Err(error) = self.journals().await {
+            self.metrics.errors.inc();
+            failed = Some(error);
+        }
         match self.page(all).await {
             Ok(page) => {
                 for glance in page {
@@ -200,9 +244,13 @@ impl Patrol {
         } = *glance;
         let redis = self.auditor.engine(partition)?.audit(round).await?;
         let now = Instant::now();
-        let (entry, closed) = match &redis.keys {
-            Ok(keys) => (keys.entry, keys.standing.state == State::Closed),
-            Err(_) => (stored.counted_at, false),
+        let (entry, closed, archived) = match &redis.keys {
+            Ok(keys) => {
+                let Standing { state, intent, .. } = keys.standing;
+                let (closed, archived) = (state == State::Closed, intent == Intent::Archived);
+                (keys.entry, closed, archived)
+            }
+            Err(_) => (stored.counted_at, false, false),
         };
         let watched = self.rounds.entry(round).or_insert_with(|| Watched {
             subject: Subject {
@@ -213,14 +261,17 @@ impl Patrol {
             entry,
             changed_at: now,
             closed,
+            archived,
             full: None,
             failing: BTreeSet::new(),
+            lacking: false,
         });
         if watched.entry != entry || watched.closed != closed {
             watched.changed_at = now;
         }
         watched.entry = entry;
         watched.closed = closed;
+        watched.archived = archived;
         self.note(round, &judge_counters(&redis, &stored));
         Ok(())
     }
@@ -235,26 +286,88 @@ impl Patrol {
             .min_by_key(|watched| watched.full.map(|full| full.at));
         let Some(watched) = due else { return Ok(()) };
         let (subject, entry, closed) = (watched.subject, watched.entry, watched.closed);
+        let before = watched.full.map(|full| full.entry).unwrap_or_default();
         // Also when it cannot be done: others have their turn first.
         watched.full = Some(Full {
             at: now,
-            entry: watched
-                .full
-                .map_or_else(JournalId::default, |full| full.entry),
+            entry: before,
+            seen: false,
+            took: Duration::ZERO,
             settled: false,
         });
-        let Some(report) = self.auditor.look(subject).await? else {
+        let Some(seen) = self.auditor.look(subject).await? else {
             return Ok(());
         };
+        let mut proved = None;
         if let Some(watched) = self.rounds.get_mut(&subject.round) {
+            let verdict = seen.report.verdict != Status::Pending;
             watched.full = Some(Full {
                 at: now,
-                entry,
-                settled: closed && report.verdict != Status::Pending,
+                // Without a verdict it is looked at again, also if nothing more happens.
+                entry: if verdict { entry } else { before },
+                seen: true,
+                took: now.elapsed(),
+                settled: closed && verdict,
             });
+            proved = seen.lacking.clone().filter(|_| watched.lacking);
+            watched.lacking = seen.lacking.is_some();
         }
-        self.note(subject.round, &report.checks);
+        self.note(subject.round, &seen.report.checks);
+        if let Some(run) = kept_run(&seen, subject.round, "patrol") {
+            self.endings.note(run).await?;
+        }
+        if let Some(missing) = proved {
+            // Selling on could sell a unit or serve a key twice. Recovery writes the round anew.
+            tracing::error!(sale = %subject.sale, round = %subject.round, missing,
+                "Redis lacks what PostgreSQL has: nothing of the round is sold");
+            let engine = self.auditor.engine(subject.partition)?;
+            engine.condemn(subject.round, &missing).await?;
+        }
         Ok(())
+    }
+
+    /// Journals, epochs, settings and clocks of a page of partitions.
+    async fn journals(&mut self) -> Result<(), AuditError> {
+        let engines = self.auditor.engines.clone();
+        let all = engines.all();
+        for at in 0..all.len().min(PARTITIONS_MAX) {
+            let Some(engine) = all.get((self.next_partition + at) % all.len()) else {
+                continue;
+            };
+            let partition = engine.partition();
+            let asked_ms = clock::now().timestamp_millis();
+            let checks = self.auditor.journal(engine).await?;
+            if let Some(redis_ms) = engine.redis_ms() {
+                self.note_clock(partition, asked_ms, redis_ms);
+            }
+            let failing = self.partitions.entry(partition).or_default();
+            for check in &checks {
+                tell(&self.metrics, failing, check, &partition);
+            }
+        }
+        self.next_partition = (self.next_partition + PARTITIONS_MAX) % all.len().max(1);
+        Ok(())
+    }
+
+    /// Says once when Redis' clock and this node's are too far apart, and when they agree again.
+    fn note_clock(&mut self, partition: Partition, asked_ms: i64, redis_ms: i64) {
+        let now_ms = clock::now().timestamp_millis();
+        // What lies between asking and now is the time it took.
+        let skew_ms = (redis_ms - now_ms).max(0) + (redis_ms - asked_ms).min(0);
+        let seconds = Duration::from_millis(skew_ms.unsigned_abs()).as_secs_f64();
+        self.metrics
+            .clock_skew
+            .get_or_create(&PartitionLabels {
+                partition: partition.0,
+            })
+            .set(seconds);
+        if skew_ms.abs() <= CLOCK_SKEW_MS {
+            if self.skewed.remove(&partition) {
+                tracing::info!(%partition, "the clocks agree again");
+            }
+        } else if self.skewed.insert(partition) {
+            tracing::warn!(%partition, skew_ms, "Redis' clock and this node's are apart");
+        }
     }
 
     /// Tells what has begun to fail and what has stopped to. What is pending stays as it was.
@@ -262,27 +375,10 @@ impl Patrol {
         let Some(watched) = self.rounds.get_mut(&round) else {
             return;
         };
-        let sale = watched.subject.sale;
+        let whose = format!("sale {} round {round}", watched.subject.sale);
         for check in checks {
-            let name = check.name.as_str();
-            let changed = match check.status {
-                Status::Fail => watched.failing.insert(check.name),
-                Status::Pass => watched.failing.remove(&check.name),
-                Status::Pending => false,
-            };
-            if !changed {
-                continue;
-            }
-            let failing = self.metrics.failing.get_or_create(&label(check.name));
-            let Check {
-                expected, actual, ..
-            } = check;
-            if check.status == Status::Fail {
-                failing.inc();
-                tracing::error!(%sale, %round, check = name, expected, actual, "audit fails");
-            } else {
-                failing.dec();
-                tracing::info!(%sale, %round, check = name, expected, actual, "audit passes again");
+            if !check.name.is_of_partition() {
+                tell(&self.metrics, &mut watched.failing, check, &whose);
             }
         }
         self.metrics
@@ -292,6 +388,54 @@ impl Patrol {
             })
             .inc();
     }
+}
+
+/// Tells a check that has begun to fail, or has stopped to.
+fn tell(
+    metrics: &AuditMetrics,
+    failing: &mut BTreeSet<CheckName>,
+    check: &Check,
+    whose: &dyn std::fmt::Display,
+) {
+    let name = check.name.as_str();
+    let changed = match check.status {
+        Status::Fail => failing.insert(check.name),
+        Status::Pass => failing.remove(&check.name),
+        Status::Pending => false,
+    };
+    if !changed {
+        return;
+    }
+    let gauge = metrics.failing.get_or_create(&label(check.name));
+    let Check {
+        expected, actual, ..
+    } = check;
+    if check.status == Status::Fail {
+        gauge.inc();
+        tracing::error!(%whose, check = name, expected, actual, "audit fails");
+    } else {
+        gauge.dec();
+        tracing::info!(%whose, check = name, expected, actual, "audit passes again");
+    }
+}
+
+/// A look as it is kept; `None` for one without a verdict.
+pub(in crate::ops) fn kept_run(seen: &Seen, round: RoundId, cause: &str) -> Option<AuditRun> {
+    let report = &seen.report;
+    let failing: Vec<_> = report
+        .checks
+        .iter()
+        .filter(|check| check.status == Status::Fail)
+        .collect();
+    (report.verdict != Status::Pending).then(|| AuditRun {
+        id: 0,
+        round,
+        checked_at: report.checked_at,
+        took_ms: seen.took_ms,
+        verdict: report.verdict.as_str().to_owned(),
+        cause: cause.to_owned(),
+        failing: serde_json::to_value(failing).unwrap_or_default(),
+    })
 }
 
 fn label(check: CheckName) -> CheckLabels {

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     domain::{
-        id::{Epoch, RoundId, SaleNumber},
+        id::{Epoch, JournalId, RoundId, SaleNumber},
         order::Mode,
         round::{State, Window},
     },
@@ -20,8 +20,11 @@ fn entry(pseq: u64) -> JournalId {
 struct Evidence {
     redis: RoundAudit,
     sums: RoundSums,
-    boards: Boards,
+    sides: Sides,
+    orders: Option<&'static str>,
 }
+
+const HASH: &str = "00c0ffee00c0ffee";
 
 impl Evidence {
     fn sound() -> Self {
@@ -32,9 +35,10 @@ impl Evidence {
             sold: 50,
             seq: 61,
         };
-        let board = Board {
-            orders: 40,
-            digest: "00c0ffee".to_owned(),
+        let pair = |both| Pair {
+            redis: both,
+            postgres: both,
+            difference: None,
         };
         let standing = Standing {
             round: RoundId {
@@ -51,6 +55,7 @@ impl Evidence {
             },
             per_order_limit: 2,
             orders: 50,
+            archived_rounds: 0,
             now_ms: 5,
         };
         Self {
@@ -60,6 +65,7 @@ impl Evidence {
                     buyers: (30, 30),
                     board: (40, 40),
                     orders: (50, 50),
+                    operations: (1, 1),
                     entry: entry(70),
                     journal: Some(counters),
                 }),
@@ -87,12 +93,22 @@ impl Evidence {
                 most_units: 4,
                 mode: Mode::Committed,
                 otherwise: 0,
+                orders: 50,
+                cancelled_orders: 10,
+                unexplained: 0,
+                sale_orders: 50,
+                sale_operations: 1,
+                sale_letters: 0,
+                others_final: true,
+                certified: None,
             },
-            boards: Boards::Read {
-                redis: board.clone(),
-                postgres: board,
-                difference: None,
+            sides: Sides::Read {
+                orders: pair(50),
+                board: pair(40),
+                buyers: pair(30),
+                lacking: None,
             },
+            orders: Some(HASH),
         }
     }
 
@@ -104,19 +120,23 @@ impl Evidence {
         &mut self.keys().standing.counters
     }
 
-    fn boards(&mut self) -> (&mut Board, &mut Board, &mut Option<String>) {
-        match &mut self.boards {
-            Boards::Read {
-                redis,
-                postgres,
-                difference,
-            } => (redis, postgres, difference),
-            Boards::Unread | Boards::Damaged(_) => panic!("not read"),
+    /// Orders, places and buyers.
+    fn pairs(&mut self) -> (&mut Pair, &mut Pair, &mut Pair) {
+        match &mut self.sides {
+            Sides::Read {
+                orders,
+                board,
+                buyers,
+                ..
+            } => (orders, board, buyers),
+            Sides::Unread | Sides::Damaged(_) | Sides::Archived => panic!("not read"),
         }
     }
 
     fn checks(&self) -> Vec<Check> {
-        judge(&self.redis, &self.sums, &self.boards)
+        let mut checks = judge(&self.redis, &self.sums, &self.sides, self.orders);
+        checks.extend(judge_journal(&sound_journal()));
+        checks
     }
 
     fn with(&self, status: Status) -> Vec<CheckName> {
@@ -126,6 +146,132 @@ impl Evidence {
             .map(|check| check.name)
             .collect()
     }
+}
+
+/// Entries 40 to 75 are there, and stored up to 74.
+fn sound_journal() -> Journal {
+    let position = Position {
+        epoch: Epoch(2),
+        installed: Epoch(2),
+        stored: entry(74),
+    };
+    Journal {
+        before: position,
+        after: position,
+        epoch: Epoch(2),
+        pseq: 75,
+        length: Some(36),
+        first: Some(entry(40)),
+        last: Some(entry(75)),
+        danger: None,
+    }
+}
+
+#[test]
+fn a_journal_must_have_every_entry_behind_the_position() {
+    use CheckName as N;
+    type Corruption = (fn(&mut Journal), &'static [CheckName], &'static str);
+    let corruptions: &[Corruption] = &[
+        (|_| {}, &[], ""),
+        (
+            |j| {
+                j.first = Some(entry(75));
+                j.length = Some(1);
+            },
+            &[],
+            "",
+        ),
+        (
+            |j| (j.length, j.first, j.last, j.pseq) = (Some(0), None, None, 74),
+            &[],
+            "",
+        ),
+        // What is gone may be stored while we look.
+        (
+            |j| {
+                (j.length, j.first) = (Some(6), Some(entry(70)));
+                j.before.stored = entry(60);
+            },
+            &[],
+            "",
+        ),
+        (
+            |j| {
+                (j.length, j.first) = (Some(6), Some(entry(70)));
+                (j.before.stored, j.after.stored) = (entry(60), entry(64));
+            },
+            &[N::Journal],
+            "entries 65 to 69 are missing",
+        ),
+        (
+            |j| (j.length, j.first, j.last) = (Some(0), None, None),
+            &[N::Journal],
+            "entries 75 to 75 are missing",
+        ),
+        (
+            |j| j.length = Some(35),
+            &[N::Journal],
+            "35 entries from 40 to 75, the last should be 75",
+        ),
+        (
+            |j| j.pseq = 76,
+            &[N::Journal],
+            "36 entries from 40 to 75, the last should be 76",
+        ),
+        (|j| j.length = None, &[N::Journal], "a key of another type"),
+        (|j| j.epoch = Epoch(3), &[N::Epoch], "3"),
+        (
+            |j| j.danger = Some("maxmemory-policy is allkeys-lru".to_owned()),
+            &[N::Settings],
+            "maxmemory-policy is allkeys-lru",
+        ),
+    ];
+    for (at, (corrupt, expected, actual)) in corruptions.iter().enumerate() {
+        let mut journal = sound_journal();
+        corrupt(&mut journal);
+        let checks = judge_journal(&journal);
+        let failing: Vec<_> = checks
+            .iter()
+            .filter(|check| check.status == Status::Fail)
+            .collect();
+        let names: Vec<_> = failing.iter().map(|check| check.name).collect();
+        assert_eq!(names, *expected, "{at}");
+        assert!(
+            failing.iter().all(|check| check.actual == *actual),
+            "{checks:#?}"
+        );
+    }
+}
+
+#[test]
+fn a_later_timeline_that_the_journal_will_bring_is_waited_for() {
+    let told = |stored: u64| {
+        let mut journal = sound_journal();
+        journal.epoch = Epoch(3);
+        journal.last = journal.last.map(|last| JournalId {
+            epoch: Epoch(3),
+            ..last
+        });
+        journal.after.stored.pseq = stored;
+        let checks = judge_journal(&journal);
+        let check = checks.iter().find(|check| check.name == CheckName::Epoch);
+        check.unwrap().status
+    };
+    assert_eq!(told(74), Status::Pending);
+    // Nothing is left that could bring it.
+    assert_eq!(told(75), Status::Fail);
+}
+
+#[test]
+fn of_an_archived_round_only_postgresql_is_compared_with_its_certificate() {
+    let mut evidence = Evidence::sound();
+    evidence.sides = Sides::Archived;
+    evidence.sums.certified = Some(HASH.to_owned());
+    assert_eq!(verdict(&evidence.checks()), Status::Pass);
+    evidence.orders = None;
+    assert_eq!(evidence.with(Status::Pending), [CheckName::Certificate]);
+    evidence.orders = Some("deadbeef");
+    assert_eq!(evidence.with(Status::Fail), [CheckName::Certificate]);
 }
 
 #[test]
@@ -234,17 +380,17 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
         (
             "buyers are lost",
             |e| e.keys().buyers.1 = 29,
-            &[N::RedisKeys],
+            &[N::RedisKeys, N::Buyers],
         ),
         (
             "the buyers are of another type",
             |e| e.keys().buyers.1 = -1,
-            &[N::RedisKeys],
+            &[N::RedisKeys, N::Buyers],
         ),
         (
             "a place is lost",
             |e| e.keys().board.1 = 39,
-            &[N::RedisKeys],
+            &[N::RedisKeys, N::Leaderboard],
         ),
         (
             "an order is lost",
@@ -371,21 +517,57 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
         (
             "an order is only in Redis",
             |e| {
-                let (_, postgres, difference) = e.boards();
-                postgres.orders = 39;
-                *difference = Some("place 40".to_owned());
+                let (orders, board, _) = e.pairs();
+                orders.differ(|| "order 40".to_owned());
+                board.postgres = 39;
+                e.sums.sale_orders = 49;
             },
-            &[N::Leaderboard],
+            &[N::Orders, N::Leaderboard, N::SaleCounts],
         ),
         (
             "two orders changed places",
-            |e| e.boards().1.digest = "deadbeef".to_owned(),
+            |e| e.pairs().1.differ(|| "place 3".to_owned()),
             &[N::Leaderboard],
         ),
         (
-            "the leaderboard cannot be read",
-            |e| e.boards = Boards::Damaged("orders".to_owned()),
-            &[N::Leaderboard],
+            "a buyer has more in Redis",
+            |e| e.pairs().2.differ(|| "buyer 7".to_owned()),
+            &[N::Buyers],
+        ),
+        (
+            "there are buyers whom PostgreSQL does not know",
+            |e| e.pairs().2.postgres = 29,
+            &[N::Buyers],
+        ),
+        (
+            "what belongs to the round cannot be read",
+            |e| e.sides = Sides::Damaged("orders".to_owned()),
+            &[N::Orders, N::Leaderboard, N::Buyers],
+        ),
+        (
+            "an operation is lost",
+            |e| e.keys().operations.1 = 0,
+            &[N::RedisKeys],
+        ),
+        (
+            "an operation was never carried out in Redis",
+            |e| e.sums.sale_operations = 2,
+            &[N::SaleCounts],
+        ),
+        (
+            "an order of the sale is only in Redis",
+            |e| e.keys().standing.orders = 51,
+            &[N::SaleCounts],
+        ),
+        (
+            "a status has no event",
+            |e| e.sums.unexplained = 1,
+            &[N::Statuses],
+        ),
+        (
+            "the orders are not those of the certificate",
+            |e| e.sums.certified = Some("deadbeef".to_owned()),
+            &[N::Certificate],
         ),
     ];
     for (name, corrupt, expected) in corruptions {
@@ -420,12 +602,18 @@ fn while_the_writer_is_on_its_way_nothing_is_compared_and_nothing_is_passed() {
     evidence.sums.confirmed = 48;
     evidence.sums.events = 59;
     evidence.sums.last_seq = 59;
-    for boards in [Boards::Unread, evidence.boards.clone()] {
-        evidence.boards = boards;
+    evidence.sums.sale_orders = 48;
+    for sides in [Sides::Unread, Sides::Archived, evidence.sides.clone()] {
+        evidence.sides = sides;
         assert_eq!(evidence.with(Status::Fail), []);
         assert_eq!(
             evidence.with(Status::Pending),
-            [CheckName::PostgresRedis, CheckName::Leaderboard]
+            [
+                CheckName::PostgresRedis,
+                CheckName::Orders,
+                CheckName::Leaderboard,
+                CheckName::Buyers
+            ]
         );
         assert_eq!(verdict(&evidence.checks()), Status::Pending);
     }
@@ -465,7 +653,8 @@ fn a_round_that_redis_does_not_have_yet_is_pending() {
         most_units: 0,
         ..evidence.sums
     };
-    evidence.boards = Boards::Unread;
+    evidence.sides = Sides::Unread;
+    evidence.orders = None;
     assert_eq!(evidence.with(Status::Fail), []);
     assert_eq!(verdict(&evidence.checks()), Status::Pending);
     // Somebody said that Redis has it.

@@ -25,9 +25,9 @@ test: ## Run every test, against real services that the tests start
 	@.ci/install
 	cargo test --workspace --locked
 
-conformance: ## Compare the scripts with their model: CASES=800 random sequences, about 100,000 operations
+conformance: ## Compare the scripts with their model: CASES=600 random sequences, about 130,000 operations
 	@.ci/install
-	STOCKADE_TEST_CASES=$(or $(CASES),800) cargo test --package stockade --locked --test it engine:: -- --nocapture
+	STOCKADE_TEST_CASES=$(or $(CASES),600) cargo test --package stockade --locked --test it engine:: -- --nocapture
 
 mutants: ## Switch on one seeded bug after the other, and see each noticed; then the crash tests
 	@.ci/install

@@ -29,6 +29,20 @@ local function parse(entry)
   end
   return tonumber(epoch), tonumber(pseq), at_ms
 end
+-- The entry of this number, or the first one after it. Numbers go on from epoch to epoch, ids do not.
+local function entry_at(epoch, pseq)
+  while true do
+    local found = entry_from(whole(epoch) .. '-' .. whole(pseq))
+    local found_epoch, found_pseq
+    if found then
+      found_epoch, found_pseq = parse(found)
+    end
+    if not found or found_pseq >= pseq then
+      return found
+    end
+    epoch = found_epoch
+  end
+end
 
 local position, before_ms = tonumber(ARGV[2]), tonumber(ARGV[3])
 local first, wrong = entry_from('-')
@@ -41,7 +55,7 @@ if first then
   local step = 1000
   -- The first that stays: entries are as old as they are early, so few looks find one.
   while step >= 1 do
-    local stays = entry_from(whole(epoch) .. '-' .. whole(oldest + step))
+    local stays = entry_at(epoch, oldest + step)
     if stays then
       local _, pseq, at_ms = parse(stays)
       if pseq <= position and at_ms and at_ms < before_ms then

@@ -467,9 +467,12 @@ async fn rebuild(both: &mut Conformance, wire: &mut Wire) {
             .retain(|_, order| rounds[&order.round].intent != Intent::Archived);
         sale.archived_orders += (before - sale.orders.len()) as u64;
     }
-    let (epoch, pseq) = (image.epoch, image.pseq);
-    let last = JournalId { epoch, pseq };
-    let mut entries: BTreeMap<_, _> = image.rounds.keys().map(|id| (*id, last)).collect();
+    // What was trimmed is not in the journal any more, whatever its number.
+    let gone = JournalId {
+        epoch: Epoch(1),
+        pseq: 0,
+    };
+    let mut entries: BTreeMap<_, _> = image.rounds.keys().map(|id| (*id, gone)).collect();
     for entry in &image.journal {
         entries.extend(entry.rounds.iter().map(|(round, _)| (*round, entry.id)));
     }

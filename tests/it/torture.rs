@@ -17,7 +17,7 @@ use super::{
         app::{App, PATIENCE, sql},
         history::assert_kept,
         market::{Bustle, Market},
-        process::Served,
+        process::{Served, stockade},
         proxy::{BadWeather, Proxy},
         seed,
         shim::Shim,
@@ -34,6 +34,9 @@ const SECONDS: u64 = 20;
 
 /// Kills when nobody asks for more.
 const CYCLES: u64 = 6;
+
+/// How long after its death a node is waited for no more, with a good margin.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// What the adversary can do. A further one is a variant here, a line in [`Fault::ALL`] and an arm
 /// in [`World::strike`].
@@ -86,6 +89,8 @@ struct World {
     random: StdRng,
     /// The machine under Redis.
     shim: Shim,
+    /// When a node was killed last.
+    killed: Option<Instant>,
     /// How to do it all again.
     repeat: String,
 }
@@ -94,6 +99,7 @@ impl World {
     async fn new(seed: u64, repeat: String) -> Self {
         let shim = Shim::new();
         let mut app = App::to_be_tormented(seed, &shim).await;
+        app.set("STOCKADE_GRACE_SECONDS", "0");
         let mut nodes = Vec::new();
         for _ in 0..2 {
             nodes.push(Served::start(&app).await);
@@ -107,6 +113,7 @@ impl World {
             bustle: market.open(BUYERS, seed),
             random: StdRng::seed_from_u64(seed),
             shim,
+            killed: None,
             repeat,
         }
     }
@@ -139,6 +146,7 @@ impl World {
         match fault {
             Fault::NodeKilled => {
                 self.nodes[node].kill().await;
+                self.killed = Some(Instant::now());
                 self.a_while(300).await;
                 self.nodes[node].start_again().await;
             }
@@ -175,6 +183,16 @@ impl World {
                 let url = self.app.redis.server.url().expose_secret();
                 assert_eq!(redis(url, "FLUSHALL"), "+OK");
                 drop(silence);
+                // A node that was killed can no longer say how far it has seen: then an operator
+                // decides. Nothing is missing, as the judge will see.
+                if self.killed.is_some_and(|at| at.elapsed() < FORGOTTEN) {
+                    let deciding = async {
+                        while !self.market().sells().await {
+                            stockade(&self.app, &[], &["rebuild", "--accept-loss"]).await;
+                        }
+                    };
+                    timeout(PATIENCE, deciding).await.unwrap();
+                }
             }
             Fault::RedisRestarted => self.app.redis.server.restart().await.unwrap(),
             Fault::PostgresKilled => {

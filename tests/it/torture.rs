@@ -36,7 +36,7 @@ const SECONDS: u64 = 20;
 const CYCLES: u64 = 6;
 
 /// How long after its death a node is waited for no more, with a good margin.
-const FORGOTTEN: Duration = Duration::from_secs(60);
+const FORGOTTEN: Duration = Duration::from_mins(1);
 
 /// What the adversary can do. A further one is a variant here, a line in [`Fault::ALL`] and an arm
 /// in [`World::strike`].

@@ -340,7 +340,16 @@ impl Conformance {
             Step::End { .. } => {}
             Step::Trim { behind, young } => {
                 let position = self.model.pseq.saturating_sub(*behind);
-                let before_ms = self.model.last_ms + if *young { 0 } else { 1_000 };
+                // All are old enough, or only the first half of those that are there.
+                let journal = &self.model.journal;
+                let half = journal
+                    .get(journal.len() / 2)
+                    .map_or(0, |entry| entry.at_ms);
+                let before_ms = if *young {
+                    half
+                } else {
+                    self.model.last_ms + 1_000
+                };
                 let reply = self.engine.trim(position, before_ms).await.unwrap();
                 let command = Command::Trim {
                     position,

@@ -5,8 +5,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
-use secrecy::ExposeSecret;
+use anyhow::{Context, bail};
 use serde::Serialize;
 use stockade::clock;
 use stockade::config::Config;
@@ -15,9 +14,9 @@ use stockade::domain::id::{Partition, SaleId};
 use stockade::engine::{Engine, EngineOptions, Engines, RedisUrl};
 use stockade::metrics::EngineMetrics;
 use stockade::ops::auditor::{Auditor, RoundReport, Status};
+use stockade::store::DatabaseSettings;
 use stockade::store::journal::Positions;
 use stockade::store::sales::{Filter, Sale, Sales};
-use stockade::store::{Database, DatabaseSettings};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -57,14 +56,10 @@ struct Findings {
 
 /// Audits, prints, and says by its exit code: 0 pass, 2 fail or fenced, 3 pending; 1 is an error.
 pub(super) fn run(arguments: &AuditArguments, config: &Config) -> anyhow::Result<ExitCode> {
-    let findings = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(audit(arguments, config))?;
+    let findings = super::block_on(audit(arguments, config))?;
     let mut out = io::stdout().lock();
     if arguments.json {
-        serde_json::to_writer_pretty(&mut out, &findings)?;
-        writeln!(out)?;
+        super::print_json(&mut out, &findings)?;
     } else {
         print(&mut out, &findings)?;
     }
@@ -81,11 +76,7 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
         statement_timeout: STATEMENT_TIMEOUT,
         ..DatabaseSettings::default()
     };
-    let database = Database::new(endpoints.database_url.expose_secret(), settings)?;
-    ensure!(
-        database.migrated().await?,
-        "PostgreSQL does not have the schema of this version: run `stockade migrate`"
-    );
+    let database = super::migrated(&endpoints, settings).await?;
     let deadline = Instant::now() + arguments.wait;
     let sales = sales(&Sales::new(database.clone()), arguments.sale).await?;
 

@@ -3,15 +3,13 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use anyhow::ensure;
-use secrecy::ExposeSecret;
 use serde::Serialize;
 use stockade::config::Config;
 use stockade::domain::id::Partition;
+use stockade::store::DatabaseSettings;
 use stockade::store::audit::Snapshot;
 use stockade::store::journal::Ledger;
 use stockade::store::rebuild::StoredLetter;
-use stockade::store::{Database, DatabaseSettings};
 use stockade::writer::{Redriven, redrive};
 
 /// Some are still dead letters.
@@ -56,14 +54,10 @@ pub(super) fn run(command: &DeadLettersCommand, config: &Config) -> anyhow::Resu
         DeadLettersCommand::List(output) => (false, output),
         DeadLettersCommand::Redrive(output) => (true, output),
     };
-    let (lines, kept) = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(letters(retry, config))?;
+    let (lines, kept) = super::block_on(letters(retry, config))?;
     let mut out = io::stdout().lock();
     if output.json {
-        serde_json::to_writer_pretty(&mut out, &lines)?;
-        writeln!(out)?;
+        super::print_json(&mut out, &lines)?;
     } else {
         for line in &lines {
             writeln!(
@@ -93,12 +87,7 @@ pub(super) fn run(command: &DeadLettersCommand, config: &Config) -> anyhow::Resu
 
 async fn letters(retry: bool, config: &Config) -> anyhow::Result<(Vec<Line>, bool)> {
     let endpoints = super::endpoints(config)?;
-    let url = endpoints.database_url.expose_secret();
-    let database = Database::new(url, DatabaseSettings::default())?;
-    ensure!(
-        database.migrated().await?,
-        "PostgreSQL does not have the schema of this version: run `stockade migrate`"
-    );
+    let database = super::migrated(&endpoints, DatabaseSettings::default()).await?;
     let mut lines = Vec::new();
     let mut kept = false;
     for number in 0..config.partitions {

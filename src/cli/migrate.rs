@@ -7,11 +7,8 @@ use stockade::store::{Database, DatabaseSettings};
 
 pub(super) fn run(config: &Config) -> anyhow::Result<()> {
     let endpoints = super::endpoints(config)?;
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(async {
-            let url = endpoints.database_url.expose_secret();
-            app::migrate(&Database::new(url, DatabaseSettings::default())?).await
-        })
+    super::block_on(async {
+        let url = endpoints.database_url.expose_secret();
+        app::migrate(&Database::new(url, DatabaseSettings::default())?).await
+    })
 }

@@ -12,14 +12,18 @@ mod serve;
 mod user;
 
 use std::collections::HashMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::ensure;
 use clap::{Parser, Subcommand};
+use secrecy::ExposeSecret;
+use serde::Serialize;
 use stockade::app::Role;
 use stockade::config::{Config, ConfigError, Endpoints, LogFormat, Stores};
 use stockade::embedded;
+use stockade::store::{Database, DatabaseSettings};
 use tracing_subscriber::EnvFilter;
 
 /// Read in development: variables that the environment does not have.
@@ -114,6 +118,31 @@ fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
         Stores::External(endpoints) => Ok(endpoints),
         Stores::Embedded => Ok(embedded::running(&config.data_dir)?),
     }
+}
+
+/// Runs the work of a subcommand to its end.
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
+}
+
+/// PostgreSQL, which must have the schema of this version.
+async fn migrated(endpoints: &Endpoints, settings: DatabaseSettings) -> anyhow::Result<Database> {
+    let database = Database::new(endpoints.database_url.expose_secret(), settings)?;
+    ensure!(
+        database.migrated().await?,
+        "PostgreSQL does not have the schema of this version: run `stockade migrate`"
+    );
+    Ok(database)
+}
+
+/// What `--json` prints: one document, and the end of its line.
+fn print_json(out: &mut impl Write, document: &impl Serialize) -> anyhow::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, document)?;
+    writeln!(out)?;
+    Ok(())
 }
 
 /// The environment, over `.env` in the working directory if there is one.

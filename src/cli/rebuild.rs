@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use secrecy::ExposeSecret;
 use serde::Serialize;
 use stockade::clock;
 use stockade::config::Config;
@@ -15,12 +14,12 @@ use stockade::engine::{Engine, EngineOptions, Engines, RedisUrl};
 use stockade::metrics::{EngineMetrics, RecoveryMetrics};
 use stockade::ops::assess::{Assessment, Loss, Verdict};
 use stockade::ops::recovery::{Recovery, StaysFenced, Verified};
+use stockade::store::DatabaseSettings;
 use stockade::store::epochs::Epochs;
 use stockade::store::floors::Floors;
 use stockade::store::incidents::Incidents;
 use stockade::store::journal::Positions;
 use stockade::store::rounds::Rounds;
-use stockade::store::{Database, DatabaseSettings};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -132,14 +131,10 @@ impl From<&Acceptance> for InDanger {
 /// Rebuilds, prints, and says by its exit code: 0 done or nothing to do, 2 something would be lost;
 /// 1 is an error.
 pub(super) fn run(arguments: &RebuildArguments, config: &Config) -> anyhow::Result<ExitCode> {
-    let reports = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(rebuild(arguments, config))?;
+    let reports = super::block_on(rebuild(arguments, config))?;
     let mut out = io::stdout().lock();
     if arguments.json {
-        serde_json::to_writer_pretty(&mut out, &reports)?;
-        writeln!(out)?;
+        super::print_json(&mut out, &reports)?;
     } else {
         for report in &reports {
             print(&mut out, report)?;
@@ -161,11 +156,7 @@ async fn rebuild(arguments: &RebuildArguments, config: &Config) -> anyhow::Resul
         statement_timeout: STATEMENT_TIMEOUT,
         ..DatabaseSettings::default()
     };
-    let database = Database::new(endpoints.database_url.expose_secret(), settings)?;
-    ensure!(
-        database.migrated().await?,
-        "PostgreSQL does not have the schema of this version: run `stockade migrate`"
-    );
+    let database = super::migrated(&endpoints, settings).await?;
     let numbers = match arguments.partition {
         Some(number) => vec![number],
         None => (0..config.partitions).collect(),

@@ -63,10 +63,7 @@ pub(super) fn run(command: &UserCommand, config: &Config) -> anyhow::Result<()> 
         bytes: secret.as_bytes(),
     }];
     let tokens = Arc::new(TokenKeys::new(&keys, LIFETIME_MAX_SECONDS)?);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let user = runtime.block_on(async {
+    let user = super::block_on(async {
         let url = endpoints.database_url.expose_secret();
         let database = Database::new(url, DatabaseSettings::default())?;
         let accounts = Accounts {

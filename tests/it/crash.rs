@@ -15,7 +15,7 @@ use tokio::{task::JoinSet, time::timeout};
 
 use super::{
     faults::assert_sold,
-    rounds_end::{Bought, archived, close},
+    rounds_end::{AT_ONCE, Bought, archived, close},
     selling::{assert_replays, strangers},
     support::{
         app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
@@ -243,11 +243,7 @@ async fn a_node_dies_while_it_verifies_a_partition() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_dies_after_every_step_of_the_end_of_a_round() {
-    let soon = [
-        ("STOCKADE_SETTLE_AFTER", "0"),
-        ("STOCKADE_ARCHIVE_AFTER", "0"),
-    ];
-    let (mut app, mut node, sale) = shop_with(&soon).await;
+    let (mut app, mut node, sale) = shop_with(&AT_ONCE).await;
     // They leave in three calls.
     for _ in 0..3 {
         for answer in crowd(strangers(&app, &sale, 400)).await {

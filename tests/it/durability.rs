@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::{
     power::Load,
     replica::{Pair, until_info},
-    rounds_end::{Bought, archived, close, second_round},
+    rounds_end::{AT_ONCE, Bought, archived, close, second_round},
     selling::{OrderRow, acceptances, assert_replays, refused, rows, stored, strangers, uuid},
     support::{
         Redis,
@@ -481,11 +481,7 @@ async fn an_emptied_redis_takes_no_committed_order_along() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_committed_order_that_has_left_redis_is_told_again() {
     let postgres = Postgres::start().await;
-    let settings = [
-        ("STOCKADE_SETTLE_AFTER", "0"),
-        ("STOCKADE_ARCHIVE_AFTER", "0"),
-    ];
-    let mut app = app_with(&postgres, &settings).await;
+    let mut app = app_with(&postgres, &AT_ONCE).await;
     let sale = sale_with(&app, "committed", 3).await;
     let bought = Bought::some(&app, &sale, 3).await;
     close(&app, &sale).await;

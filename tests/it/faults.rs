@@ -7,7 +7,7 @@ use std::{collections::HashSet, fs, path::Path, time::Duration};
 use futures::StreamExt;
 use reqwest::{Method, RequestBuilder};
 use serde_json::json;
-use sqlx::PgConnection;
+use sqlx::{AssertSqlSafe, PgConnection};
 use stockade::clock;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use uuid::Uuid;
@@ -256,7 +256,7 @@ async fn a_round_is_made_anew_with_what_only_the_journal_has() {
     let sale = drop_of(&app, 10).await;
     let (again_stored, first_stored) = bought(strangers(&app, &sale, 2)).await;
     assert_eq!(stored(&app, &sale).await.len(), 2);
-    let mut sql = lock_orders(&app).await;
+    let mut sql = lock_orders(&app, "SHARE").await;
     let (again, first) = bought(strangers(&app, &sale, 3)).await;
     let number: i32 = sqlx::query_scalar("SELECT number FROM sales WHERE id = $1")
         .bind(sale.parse::<Uuid>().unwrap())
@@ -292,10 +292,12 @@ pub(crate) fn copy_files(from: &Path, to: &Path) {
     }
 }
 
-/// From now on nothing is stored, as long as this lives. What is stored can be read.
-pub(crate) async fn lock_orders(app: &App) -> PgConnection {
+/// From now on nothing is stored, as long as this lives. In `SHARE` mode what is stored can be read,
+/// in `ACCESS EXCLUSIVE` mode nothing can.
+pub(crate) async fn lock_orders(app: &App, mode: &str) -> PgConnection {
     let mut lock = sql(app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
+    let locking = format!("BEGIN; LOCK TABLE orders IN {mode} MODE");
+    sqlx::raw_sql(AssertSqlSafe(locking))
         .execute(&mut lock)
         .await
         .unwrap();
@@ -431,11 +433,7 @@ async fn until_looked_at(sql: &mut PgConnection) {
 async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
     let app = App::start().await;
     let sale = drop_of(&app, 10).await;
-    let mut sql = sql(&app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
-        .execute(&mut sql)
-        .await
-        .unwrap();
+    let mut sql = lock_orders(&app, "ACCESS EXCLUSIVE").await;
     bought(strangers(&app, &sale, 1)).await;
     // The writer has read the first, and waits for the lock.
     let mut other = self::sql(&app).await;
@@ -509,11 +507,7 @@ async fn two_nodes_agree_on_what_was_sold_before_redis_is_made_anew() {
 async fn selling_goes_on_while_postgresql_is_locked() {
     let app = App::start().await;
     let sale = drop_of(&app, 60).await;
-    let mut sql = sql(&app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
-        .execute(&mut sql)
-        .await
-        .unwrap();
+    let mut sql = lock_orders(&app, "ACCESS EXCLUSIVE").await;
     let answers = crowd(strangers(&app, &sale, 100)).await;
     let accepted = acceptances(&answers);
     assert_eq!(accepted.len(), 60);

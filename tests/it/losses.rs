@@ -38,7 +38,7 @@ use super::{
 /// Nothing more is stored from now on: the writer has read the first of these orders, and waits.
 /// Gives whoever must let go.
 async fn hold_up_the_writer(app: &App, sale: &str) -> (PgConnection, Answer) {
-    let lock = lock_orders(app).await;
+    let lock = lock_orders(app, "SHARE").await;
     let first = send(strangers(app, sale, 1).remove(0)).await.expect(201);
     let mut other = sql(app).await;
     let blocked = async {

@@ -15,7 +15,7 @@ use super::{
     selling::{acceptances, refused, strangers},
     support::{
         Redis,
-        app::{Answer, App, PATIENCE, crowd, id, insist, send, sql},
+        app::{Answer, App, PATIENCE, crowd, id, insist, send},
         shim::Shim,
         wire::Wire,
     },
@@ -133,11 +133,7 @@ async fn a_full_disk_under_postgresql_delays_storing_and_loses_nothing() {
 async fn a_journal_that_fills_memory_while_postgresql_is_away_refuses_and_drains() {
     let app = App::start().await;
     let sale = drop_of(&app, 1_000_000).await;
-    let mut sql = sql(&app).await;
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
-        .execute(&mut sql)
-        .await
-        .unwrap();
+    let mut sql = lock_orders(&app, "ACCESS EXCLUSIVE").await;
     let mut wire = Wire::connect(&app.redis).await;
     let used = async |wire: &mut Wire| {
         let memory = wire.ask(&["INFO", "memory"]).await.remove(0);
@@ -273,7 +269,7 @@ async fn a_torn_end_of_the_file_sells_nothing() {
         let mut app = App::start().await;
         let sale = drop_of(&app, 50).await;
         // What PostgreSQL has is no loss, and would be made anew: nothing of this is stored.
-        let _lock = lock_orders(&app).await;
+        let _lock = lock_orders(&app, "SHARE").await;
         for answer in crowd(strangers(&app, &sale, 30)).await {
             answer.expect(201);
         }

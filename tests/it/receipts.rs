@@ -24,7 +24,7 @@ use stockade::{
 use uuid::Uuid;
 
 use super::{
-    faults::copy_files,
+    faults::{copy_files, lock_orders},
     selling::{
         OrderRow, acceptances, ask, assert_replays, cancel, refused, rows, steer, stored,
         strangers, uuid,
@@ -66,14 +66,10 @@ fn buyers(count: usize) -> Vec<Uuid> {
 /// It stands for the loss of everything behind the last sync or the last replica, and for the
 /// recovery that lets the partition sell again.
 async fn lose(app: &mut App, sell: impl AsyncFnOnce(&App) -> Vec<Answer>) -> Vec<Answer> {
-    let mut sql = sql(app).await;
     for sale in app.pages("/v1/sales").await {
         stored(app, id(&sale)).await;
     }
-    sqlx::raw_sql("BEGIN; LOCK TABLE orders IN SHARE MODE")
-        .execute(&mut sql)
-        .await
-        .unwrap();
+    let mut sql = lock_orders(app, "SHARE").await;
     let position = "SELECT epoch, position FROM journal_positions WHERE partition = 0";
     let row = sqlx::query(position).fetch_one(&mut sql).await.unwrap();
     let (epoch, end): (i32, i64) = (row.get("epoch"), row.get("position"));

@@ -99,7 +99,7 @@ async fn a_replica_that_was_behind_sells_nothing() {
     stored(app, &sale).await;
     pair.cable.stall();
     // What PostgreSQL has is no loss, and would be made anew: nothing of this is stored.
-    let lock = lock_orders(app).await;
+    let lock = lock_orders(app, "SHARE").await;
     for answer in crowd(strangers(app, &sale, 20)).await {
         answer.expect(201);
     }
@@ -149,7 +149,7 @@ async fn an_old_primary_that_comes_back_keeps_nothing() {
     pair.promote().await;
     // What PostgreSQL has would be given to the old one, too: nothing of this is stored.
     stored(app, &sale).await;
-    let lock = lock_orders(app).await;
+    let lock = lock_orders(app, "SHARE").await;
     answers.extend(
         Crowd::send(strangers(app, &sale, 10), vec![app.door()])
             .done()

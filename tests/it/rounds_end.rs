@@ -9,8 +9,15 @@ use uuid::Uuid;
 
 use super::{
     embedded::redis,
+    faults::lock_orders,
     support::app::{Answer, App, PATIENCE, crowd, id, insist, send, sql},
 };
+
+/// A round ends as soon as it is closed.
+pub(crate) const AT_ONCE: [(&str, &str); 2] = [
+    ("STOCKADE_SETTLE_AFTER", "0"),
+    ("STOCKADE_ARCHIVE_AFTER", "0"),
+];
 
 /// The hash over all orders of a round, as anybody can compute it.
 const HASH: &str = "SELECT encode(sha256(convert_to(coalesce(string_agg(concat_ws(' ',
@@ -291,11 +298,7 @@ async fn verified_by_the_command(certified: &Value, keys: &Value) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_of_an_archived_round_replays_in_the_next_round() {
-    let mut app = App::start_with(&[
-        ("STOCKADE_SETTLE_AFTER", "0"),
-        ("STOCKADE_ARCHIVE_AFTER", "0"),
-    ])
-    .await;
+    let mut app = App::start_with(&AT_ONCE).await;
     let sale = app
         .sale(json!({ "allocation": 3, "per_buyer_limit": 3 }))
         .await;
@@ -336,11 +339,7 @@ async fn sells_without_postgresql(app: &App, sale: &str) {
     let sold = async {
         loop {
             // Which orders have left is read once, at a purchase that waits for nobody.
-            let mut sql = sql(app).await;
-            sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
-                .execute(&mut sql)
-                .await
-                .unwrap();
+            let mut sql = lock_orders(app, "ACCESS EXCLUSIVE").await;
             let answer = app.buy(sale, buyer, "no-postgresql", 1).await;
             sqlx::raw_sql("ROLLBACK").execute(&mut sql).await.unwrap();
             if answer.status != 503 {
@@ -370,11 +369,7 @@ pub(crate) async fn second_round(sql: &mut PgConnection, allocation: u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_emptied_redis_brings_no_archived_round_back_and_no_settled_one_to_life() {
-    let mut app = App::start_with(&[
-        ("STOCKADE_SETTLE_AFTER", "0"),
-        ("STOCKADE_ARCHIVE_AFTER", "0"),
-    ])
-    .await;
+    let mut app = App::start_with(&AT_ONCE).await;
     let sale = app
         .sale(json!({ "allocation": 9, "per_buyer_limit": 3 }))
         .await;
@@ -461,11 +456,7 @@ async fn an_emptied_redis_brings_no_archived_round_back_and_no_settled_one_to_li
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_nodes_settle_certify_and_archive_once() {
-    let app = App::start_with(&[
-        ("STOCKADE_SETTLE_AFTER", "0"),
-        ("STOCKADE_ARCHIVE_AFTER", "0"),
-    ])
-    .await;
+    let app = App::start_with(&AT_ONCE).await;
     let other = app.node().await;
     let mut sql = sql(&app).await;
     let mut sales = Vec::new();
@@ -508,11 +499,7 @@ fn many() -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_round_leaves_in_steps_while_another_sale_sells() {
-    let app = App::start_with(&[
-        ("STOCKADE_SETTLE_AFTER", "0"),
-        ("STOCKADE_ARCHIVE_AFTER", "0"),
-    ])
-    .await;
+    let app = App::start_with(&AT_ONCE).await;
     let orders = many();
     let leaving = app.sale(json!({ "allocation": orders })).await;
     let leaving = id(&leaving).to_owned();

@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     embedded::redis,
+    faults::lock_orders,
     support::{
         app::{App, PATIENCE, sql},
         history::assert_kept,
@@ -222,11 +223,7 @@ impl World {
                 }
             }
             Fault::OrdersLocked => {
-                let mut sql = sql(&self.app).await;
-                sqlx::raw_sql("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
-                    .execute(&mut sql)
-                    .await
-                    .unwrap();
+                let _lock = lock_orders(&self.app, "ACCESS EXCLUSIVE").await;
                 self.a_while(2_000).await;
             }
             Fault::PositionSetBack => {

@@ -70,20 +70,6 @@ impl Connection {
         answer.await
     }
 
-    /// Whether another request may be sent.
-    pub(crate) fn is_open(&self) -> bool {
-        self.driver.is_some() && !self.sender.is_closed()
-    }
-
-    /// Waits until the server closes the connection.
-    pub(crate) async fn closed(&mut self) {
-        if let Some(driver) = &mut self.driver {
-            // How it ended makes no difference to a connection without a request.
-            let _ = driver.await;
-            self.driver = None;
-        }
-    }
-
     /// Sends a request whose answer is read as it comes. The connection serves nothing else.
     ///
     /// # Errors

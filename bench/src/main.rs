@@ -5,19 +5,16 @@
 
 mod client;
 mod clock;
-mod crowd;
-mod drop;
 mod host;
+mod load;
 mod operator;
-mod outage;
-mod outcome;
 mod report;
-mod sender;
+mod sale_run;
+mod scenarios;
 #[cfg(test)]
 mod shop;
 mod sse;
 mod target;
-mod tokens;
 mod verdict;
 mod witness;
 
@@ -25,6 +22,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::scenarios::drop;
 
 const UNUSABLE: u8 = 1;
 const VIOLATION: u8 = 2;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
 use http_body_util::Full;
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -30,9 +30,10 @@ const START_MAX: Duration = Duration::from_secs(15);
 const PAGE: usize = 100;
 
 /// The operator of one run.
+#[derive(Clone)]
 pub(crate) struct Operator {
     pub(crate) target: Target,
-    pub(crate) bearer: HeaderValue,
+    pub(crate) bearer: String,
     /// How long a call is tried while the server is away.
     pub(crate) patience: Duration,
 }
@@ -105,7 +106,7 @@ struct Page {
 pub(crate) async fn reach(target: &Target) -> Result<()> {
     let begun = Instant::now();
     loop {
-        let request = Request::get("/readyz").header(HOST, &target.host);
+        let request = Request::get("/readyz").header(HOST, &target.authority);
         let request = request.body(Full::new(Bytes::new()))?;
         let Ok(answer) = client::call(target.address, request, ANSWER_MAX).await else {
             bail!(
@@ -143,7 +144,12 @@ impl Operator {
     }
 
     /// Makes a sale; its round is provisioned when this returns.
-    pub(crate) async fn create_sale(&self, product: Uuid, terms: &Terms) -> Result<Sale> {
+    pub(crate) async fn create_sale(
+        &self,
+        product: Uuid,
+        terms: &Terms,
+        key: &str,
+    ) -> Result<Sale> {
         let sale = json!({
             "product_id": product,
             "name": terms.name,
@@ -151,8 +157,7 @@ impl Operator {
             "per_buyer_limit": terms.per_buyer_limit,
             "opens_at": terms.opens_at.to_rfc3339_opts(SecondsFormat::Millis, true),
         });
-        let key = format!("sale-{product}");
-        self.ask(&Method::POST, "/v1/sales", Some(&key), Some(sale))
+        self.ask(&Method::POST, "/v1/sales", Some(key), Some(sale))
             .await
             .context("the sale was not made")
     }
@@ -256,7 +261,7 @@ impl Operator {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header(HOST, &self.target.host)
+            .header(HOST, &self.target.authority)
             .header(AUTHORIZATION, &self.bearer);
         if let Some(key) = key {
             request = request.header("idempotency-key", key);

@@ -12,10 +12,10 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::load::outcome::Outcome;
+use crate::load::sender::Record;
 use crate::operator::Audit;
-use crate::outage::Effect;
-use crate::outcome::Outcome;
-use crate::sender::Record;
+use crate::scenarios::outage::Effect;
 use crate::verdict::{Check, Status};
 
 /// Names the shape of the document.

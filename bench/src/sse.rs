@@ -153,7 +153,7 @@ impl Drop for Subscriber {
 
 async fn follow(target: &Target, path: &Uri, seen: &watch::Sender<Vec<Frame>>) -> Result<()> {
     let mut request = Request::get(path.clone())
-        .header(HOST, &target.host)
+        .header(HOST, &target.authority)
         .header(ACCEPT, HeaderValue::from_static("text/event-stream"));
     if let Some(last) = seen.borrow().last() {
         request = request.header("last-event-id", &last.id);

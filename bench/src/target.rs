@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use hyper::Uri;
-use hyper::header::HeaderValue;
 use serde::Deserialize;
 
 /// The file in the data directory that holds the secret of an embedded server.
@@ -25,7 +24,7 @@ pub(crate) struct Target {
     /// Where to connect.
     pub(crate) address: SocketAddr,
     /// What the requests say in `Host`.
-    pub(crate) host: HeaderValue,
+    pub(crate) authority: String,
 }
 
 impl Target {
@@ -53,7 +52,7 @@ impl Target {
         let address = addresses.iter().find(|address| address.is_ipv4());
         Ok(Self {
             address: *address.or(addresses.first()).context("no address")?,
-            host: HeaderValue::from_str(authority.as_str())?,
+            authority: authority.to_string(),
         })
     }
 }

@@ -741,6 +741,37 @@ pub(crate) fn check(history: &History) -> Vec<Check> {
     ]
 }
 
+/// The verdict over several sales: a promise is kept if it is kept in each of them.
+pub(crate) fn of_all(mut sales: Vec<Vec<Check>>) -> Vec<Check> {
+    if sales.len() <= 1 {
+        return sales.pop().unwrap_or_default();
+    }
+    let count = sales.len();
+    let names = sales[0].len();
+    let mut checks = Vec::with_capacity(names);
+    for n in 0..names {
+        let same: Vec<&Check> = sales.iter().map(|sale| &sale[n]).collect();
+        let kept = same.iter().filter(|check| check.status == Status::Pass);
+        let kept = kept.count();
+        let broken = same.iter().find(|check| check.status == Status::Fail);
+        checks.push(match broken {
+            Some(broken) => (*broken).clone(),
+            None => Check {
+                name: same[0].name,
+                status: if kept > 0 {
+                    Status::Pass
+                } else {
+                    Status::Skipped
+                },
+                expected: format!("in {count} sales"),
+                actual: format!("in {kept}"),
+                counter_example: Vec::new(),
+            },
+        });
+    }
+    checks
+}
+
 /// The numbers in a frame's id, which order all frames of a sale.
 fn order_of(id: &str) -> Option<Vec<u128>> {
     id.split(|char: char| !char.is_ascii_digit())

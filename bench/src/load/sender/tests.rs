@@ -2,20 +2,23 @@
 
 use std::collections::HashSet;
 
+use bytes::Bytes;
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::*;
 use crate::clock;
-use crate::crowd::{Arrivals, Crowd};
+use crate::load::crowd::{Arrivals, Crowd};
+use crate::load::outcome::judge;
+use crate::load::tokens::Signer;
 use crate::report::Speed;
 use crate::shop::{Faults, SECRET, Shop};
-use crate::tokens::Signer;
 
 const SALE: Uuid = Uuid::from_u128(7);
 
 /// A crowd whose connections stand.
 struct Ready {
+    target: Target,
     crowd: Crowd,
     pool: Pool,
     tally: Arc<Tally>,
@@ -29,36 +32,45 @@ impl Ready {
             threads: 2,
             timeout: Duration::from_secs(20),
             patience,
+            cuts_every: None,
             seed: 11,
         };
         let crowd = Crowd {
             buyers,
             tries: 1,
             quantity: 1,
+            sales: 1,
+            copies: 1,
             arrivals,
             seed: 11,
         };
-        let pool = Pool::open(load).await.unwrap();
+        let pool = Pool::open(&load).await.unwrap();
         assert_eq!(pool.opened, 16);
         let tally = Arc::default();
-        Self { crowd, pool, tally }
+        Self {
+            target: load.target,
+            crowd,
+            pool,
+            tally,
+        }
     }
 
     /// One purchase of every buyer.
     async fn go(self) -> Vec<Record> {
-        let keys = (0..self.crowd.buyers).map(|n| HeaderValue::try_from(format!("key-{n}")));
         let signer = Signer::new(SECRET, clock::now());
+        let bearers = signer.buyers(&self.crowd.ids()).unwrap();
+        let path = format!("/v1/sales/{SALE}/orders");
+        let body = r#"{"quantity":1}"#;
+        let requests = Requests::new(&self.target, [path], bearers, "key".to_owned(), body);
         let sending = Sending {
-            path: format!("/v1/sales/{SALE}/orders").parse().unwrap(),
-            bearers: signer.buyers(&self.crowd.ids()).unwrap(),
-            keys: keys.collect::<Result<_, _>>().unwrap(),
-            body: Bytes::from_static(br#"{"quantity":1}"#),
+            requests: Arc::new(requests),
+            judge,
             plan: self.crowd.plan(),
             opening: Instant::now(),
         };
-        let records = self.pool.run(Arc::new(sending), self.tally).await.unwrap();
-        assert_eq!(records.len(), self.crowd.buyers);
-        records
+        let sent = self.pool.run(Arc::new(sending), self.tally).await.unwrap();
+        assert_eq!(sent.records.len(), self.crowd.buyers);
+        sent.records
     }
 }
 

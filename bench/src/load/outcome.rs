@@ -1,16 +1,28 @@
 //! What an answer means to a buyer: it is final, or the purchase is tried again with the same key.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::header::RETRY_AFTER;
-use hyper::{Response, StatusCode};
 use serde::Deserialize;
 
 /// A purchase call cannot run later than two seconds after it was sent (the server's deadline in
 /// every call), so what is refused later than this after a lost answer has certainly no order.
 const DOUBT_LASTS: Duration = Duration::from_secs(3);
+
+/// An answer, as far as a buyer reads it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    /// `Idempotency-Replayed: true`.
+    pub(crate) replayed: bool,
+    /// Seconds.
+    pub(crate) retry_after: Option<u64>,
+    /// The connection carries nothing more.
+    pub(crate) closes: bool,
+    pub(crate) body: Bytes,
+}
 
 /// How a purchase ended for its buyer.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,43 +81,35 @@ pub(crate) enum Next {
 }
 
 #[derive(Deserialize)]
-struct Problem {
-    code: String,
-    outcome: String,
-    retry: String,
+struct Problem<'a> {
+    #[serde(borrow)]
+    code: Cow<'a, str>,
+    #[serde(borrow)]
+    outcome: Cow<'a, str>,
+    #[serde(borrow)]
+    retry: Cow<'a, str>,
     starts_in_ms: Option<u64>,
 }
 
 /// Reads an answer. `doubt` says how long ago an answer to this key was last lost.
-pub(crate) fn judge(answer: Response<Bytes>, doubt: Option<Duration>) -> Next {
-    let status = answer.status();
-    if status == StatusCode::CREATED {
-        let replayed = answer
-            .headers()
-            .get("idempotency-replayed")
-            .is_some_and(|value| value == "true");
-        let body = answer.into_body();
+pub(crate) fn judge(answer: Answer, doubt: Option<Duration>) -> Next {
+    let status = answer.status;
+    if status == 201 {
+        let Answer { replayed, body, .. } = answer;
         return Next::Done(Outcome::Accepted { replayed, body });
     }
-    let Ok(problem) = serde_json::from_slice::<Problem>(answer.body()) else {
+    let Ok(problem) = serde_json::from_slice::<Problem>(&answer.body) else {
         // Nothing that the contract knows; believing anything would be guessing.
         return Next::Again {
-            setback: Setback::Broken(format!(
-                "status {} without a problem document",
-                status.as_u16()
-            )),
+            setback: Setback::Broken(format!("status {status} without a problem document")),
             doubtful: true,
             wait: Duration::ZERO,
         };
     };
-    let asked = answer
-        .headers()
-        .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .map(Duration::from_secs);
+    let asked = answer.retry_after.map(Duration::from_secs);
     let opens = problem.starts_in_ms.map(Duration::from_millis);
     let wait = opens.or(asked).unwrap_or_default();
-    let code = problem.code;
+    let code = problem.code.into_owned();
     if problem.outcome != "not_applied" {
         return Next::Again {
             setback: Setback::Broken(code),
@@ -113,7 +117,7 @@ pub(crate) fn judge(answer: Response<Bytes>, doubt: Option<Duration>) -> Next {
             wait,
         };
     }
-    if status.is_server_error() {
+    if status >= 500 {
         return Next::Again {
             setback: Setback::Broken(code),
             doubtful: false,
@@ -121,12 +125,8 @@ pub(crate) fn judge(answer: Response<Bytes>, doubt: Option<Duration>) -> Next {
         };
     }
     // Only a script looks the key up, and only scripts refuse with these.
-    let looked_up = problem.retry == "never"
-        && matches!(
-            status,
-            StatusCode::CONFLICT | StatusCode::UNPROCESSABLE_ENTITY
-        );
-    match (problem.retry.as_str(), doubt) {
+    let looked_up = problem.retry == "never" && matches!(status, 409 | 422);
+    match (&*problem.retry, doubt) {
         ("after", _) => Next::Again {
             setback: Setback::Refused(code),
             doubtful: false,
@@ -142,18 +142,36 @@ pub(crate) fn judge(answer: Response<Bytes>, doubt: Option<Duration>) -> Next {
     }
 }
 
+/// Reads an answer of a server that does not speak our API: it was done, or it was not.
+pub(crate) fn judge_plainly(answer: Answer, _: Option<Duration>) -> Next {
+    Next::Done(match answer.status {
+        200..=299 => Outcome::Accepted {
+            replayed: answer.replayed,
+            body: answer.body,
+        },
+        status => Outcome::Refused {
+            code: format!("status {status}"),
+        },
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn problem(status: u16, code: &str, outcome: &str, retry: &str) -> Response<Bytes> {
+    fn problem(status: u16, code: &str, outcome: &str, retry: &str) -> Answer {
         let body = format!(
             r#"{{"type":"/docs/problems/{code}","title":"t","status":{status},"detail":"d","instance":"i","code":"{code}","outcome":"{outcome}","retry":"{retry}"}}"#
         );
-        Response::builder()
-            .status(status)
-            .body(Bytes::from(body))
-            .unwrap()
+        answer(status, body)
+    }
+
+    fn answer(status: u16, body: impl Into<Bytes>) -> Answer {
+        Answer {
+            status,
+            body: body.into(),
+            ..Answer::default()
+        }
     }
 
     fn refused(code: &str) -> Next {
@@ -164,13 +182,13 @@ mod tests {
 
     #[test]
     fn a_201_is_final_and_says_whether_it_is_a_replay() {
-        for (header, replayed) in [(None, false), (Some("true"), true)] {
-            let mut answer = Response::builder().status(201);
-            if let Some(value) = header {
-                answer = answer.header("Idempotency-Replayed", value);
-            }
-            let next = judge(answer.body(Bytes::from_static(b"{}")).unwrap(), None);
+        for replayed in [false, true] {
             let body = Bytes::from_static(b"{}");
+            let answer = Answer {
+                replayed,
+                ..answer(201, body.clone())
+            };
+            let next = judge(answer, None);
             assert_eq!(next, Next::Done(Outcome::Accepted { replayed, body }));
         }
     }
@@ -209,43 +227,33 @@ mod tests {
 
     #[test]
     fn an_unknown_outcome_is_tried_again_and_leaves_a_doubt() {
-        let mut answer = problem(503, "unavailable", "unknown", "same_key");
-        answer
-            .headers_mut()
-            .insert(RETRY_AFTER, "2".parse().unwrap());
+        let mut unknown = problem(503, "unavailable", "unknown", "same_key");
+        unknown.retry_after = Some(2);
         assert_eq!(
-            judge(answer, None),
+            judge(unknown, None),
             Next::Again {
                 setback: Setback::Broken("unavailable".to_owned()),
                 doubtful: true,
                 wait: Duration::from_secs(2),
             }
         );
-        let garbage = Response::builder()
-            .status(502)
-            .body(Bytes::from_static(b"<html>"));
         assert!(matches!(
-            judge(garbage.unwrap(), None),
+            judge(answer(502, "<html>"), None),
             Next::Again { doubtful: true, .. }
         ));
     }
 
     #[test]
     fn what_passes_by_waiting_is_waited_for() {
-        let mut answer = problem(429, "rate_limited", "not_applied", "after");
-        answer
-            .headers_mut()
-            .insert(RETRY_AFTER, "1".parse().unwrap());
-        let Next::Again { wait, doubtful, .. } = judge(answer, None) else {
+        let mut limited = problem(429, "rate_limited", "not_applied", "after");
+        limited.retry_after = Some(1);
+        let Next::Again { wait, doubtful, .. } = judge(limited, None) else {
             panic!("final");
         };
         assert_eq!((wait, doubtful), (Duration::from_secs(1), false));
         let early =
-            br#"{"code":"not_open","outcome":"not_applied","retry":"after","starts_in_ms":30}"#;
-        let early = Response::builder()
-            .status(409)
-            .body(Bytes::from_static(early));
-        let Next::Again { wait, .. } = judge(early.unwrap(), None) else {
+            r#"{"code":"not_open","outcome":"not_applied","retry":"after","starts_in_ms":30}"#;
+        let Next::Again { wait, .. } = judge(answer(409, early), None) else {
             panic!("final");
         };
         assert_eq!(wait, Duration::from_millis(30));

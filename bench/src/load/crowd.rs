@@ -1,5 +1,6 @@
 //! Who comes and when: the plan of a crowd, made before the first request is sent.
 
+use std::iter;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -24,17 +25,25 @@ pub(crate) struct Crowd {
     pub(crate) tries: usize,
     /// Units per purchase.
     pub(crate) quantity: u64,
+    /// Sales that they spread over evenly, each buyer at one.
+    pub(crate) sales: usize,
+    /// Requests for each purchase, at once and with the same key.
+    pub(crate) copies: usize,
     /// When they come.
     pub(crate) arrivals: Arrivals,
     /// Decides everything random, so that a run can be repeated.
     pub(crate) seed: u64,
 }
 
-/// One purchase that the plan foresees.
+/// One request that the plan foresees.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Arrival {
     /// Which buyer, from 0.
     pub(crate) buyer: usize,
+    /// Which purchase, from 0: copies of one have the same key.
+    pub(crate) key: usize,
+    /// Which sale, from 0.
+    pub(crate) sale: usize,
     /// When the request is to be sent, counted from the opening.
     pub(crate) due: Duration,
 }
@@ -48,31 +57,51 @@ impl Crowd {
             .collect()
     }
 
-    /// Every purchase with its instant, in order of time. A buyer's next try comes after
+    /// Every request with its instant, in order of time. A buyer's next try comes after
     /// everybody else's last one.
     pub(crate) fn plan(&self) -> Vec<Arrival> {
         let mut random = StdRng::seed_from_u64(self.seed ^ 0x5eed_0000_0000_0001);
         let mut due = Duration::ZERO;
-        (0..self.buyers * self.tries)
-            .map(|n| {
+        (0..self.purchases())
+            .flat_map(|key| {
                 if let Arrivals::Rate(per_second) = self.arrivals {
                     let gap = -(1.0 - random.random::<f64>()).ln() / per_second;
                     due += Duration::from_secs_f64(gap);
                 }
-                Arrival {
-                    buyer: n % self.buyers,
+                let buyer = key % self.buyers;
+                let arrival = Arrival {
+                    buyer,
+                    key,
+                    sale: buyer % self.sales,
                     due,
-                }
+                };
+                iter::repeat_n(arrival, self.copies)
             })
             .collect()
     }
 
-    /// Orders that a shop with this stock and limit must accept if it answers everybody; with
-    /// `lost` requests that never got an answer, at least how many.
-    pub(crate) fn orders_expected(&self, stock: u64, limit: u64, lost: u64) -> (u64, u64) {
+    /// Different purchases.
+    pub(crate) fn purchases(&self) -> usize {
+        self.buyers * self.tries
+    }
+
+    /// Those who come to one of the sales.
+    fn buyers_of(&self, sale: usize) -> usize {
+        self.buyers / self.sales + usize::from(sale < self.buyers % self.sales)
+    }
+
+    /// Orders that a sale with this stock and limit must accept if everybody is answered; with
+    /// `lost` purchases that never got an answer, at least how many.
+    pub(crate) fn orders_expected(
+        &self,
+        sale: usize,
+        stock: u64,
+        limit: u64,
+        lost: u64,
+    ) -> (u64, u64) {
         let supply = stock / self.quantity;
         let tries = u64::try_from(self.tries).unwrap_or(u64::MAX);
-        let buyers = u64::try_from(self.buyers).unwrap_or(u64::MAX);
+        let buyers = u64::try_from(self.buyers_of(sale)).unwrap_or(u64::MAX);
         let demand = buyers.saturating_mul(tries.min(limit / self.quantity));
         (supply.min(demand.saturating_sub(lost)), supply.min(demand))
     }
@@ -87,6 +116,8 @@ mod tests {
             buyers: 1000,
             tries: 2,
             quantity: 2,
+            sales: 1,
+            copies: 1,
             arrivals,
             seed: 7,
         }
@@ -122,13 +153,30 @@ mod tests {
     }
 
     #[test]
+    fn copies_have_one_key_and_sales_share_the_crowd() {
+        let crowd = Crowd {
+            buyers: 5,
+            tries: 1,
+            sales: 2,
+            copies: 3,
+            ..crowd(Arrivals::Burst)
+        };
+        let keys: Vec<_> = crowd.plan().iter().map(|arrival| arrival.key).collect();
+        assert_eq!(keys, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]);
+        let sales: Vec<_> = crowd.plan().iter().map(|arrival| arrival.sale).collect();
+        assert_eq!(sales, [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0]);
+        let expected = |sale| crowd.orders_expected(sale, 100, 2, 0);
+        assert_eq!((expected(0), expected(1)), ((3, 3), (2, 2)));
+    }
+
+    #[test]
     fn expected_orders_follow_stock_demand_limit_and_losses() {
         let crowd = crowd(Arrivals::Burst);
-        assert_eq!(crowd.orders_expected(101, 4, 0), (50, 50));
-        assert_eq!(crowd.orders_expected(10_000, 4, 0), (2000, 2000));
-        assert_eq!(crowd.orders_expected(10_000, 3, 0), (1000, 1000));
-        assert_eq!(crowd.orders_expected(10_000, 1, 0), (0, 0));
-        assert_eq!(crowd.orders_expected(10_000, 4, 5), (1995, 2000));
-        assert_eq!(crowd.orders_expected(101, 4, 1980), (20, 50));
+        assert_eq!(crowd.orders_expected(0, 101, 4, 0), (50, 50));
+        assert_eq!(crowd.orders_expected(0, 10_000, 4, 0), (2000, 2000));
+        assert_eq!(crowd.orders_expected(0, 10_000, 3, 0), (1000, 1000));
+        assert_eq!(crowd.orders_expected(0, 10_000, 1, 0), (0, 0));
+        assert_eq!(crowd.orders_expected(0, 10_000, 4, 5), (1995, 2000));
+        assert_eq!(crowd.orders_expected(0, 101, 4, 1980), (20, 50));
     }
 }

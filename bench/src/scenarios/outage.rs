@@ -12,9 +12,9 @@ use sqlx::{Connection, PgConnection};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
 
+use crate::load::sender::Record;
 use crate::operator::Operator;
 use crate::report::Percentiles;
-use crate::sender::Record;
 use crate::target::Backstage;
 
 /// Between two looks at what PostgreSQL has.
@@ -77,7 +77,7 @@ impl Effect {
 /// Stops PostgreSQL at an instant, for so long, and waits until it has caught up.
 pub(crate) async fn run(
     backstage: &Backstage,
-    operator: &Operator,
+    operator: Operator,
     sale: Uuid,
     opening: Instant,
     after: Duration,
@@ -228,7 +228,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
-    use crate::outcome::Outcome;
+    use crate::load::outcome::Outcome;
 
     #[test]
     fn purchases_are_sorted_by_when_they_were_planned() {

@@ -1,0 +1,366 @@
+//! `stockade-bench drop`: one sale at the running server, one crowd, one verdict.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use chrono::SecondsFormat;
+use clap::ArgAction;
+
+use super::outage::{self, Effect};
+use crate::load::crowd::{Arrivals, Crowd};
+use crate::operator;
+use crate::report::{self, Generator, Live, Outcomes, Report, SCHEMA, Setup, Speed};
+use crate::sale_run::{SaleRun, Server, Wish};
+use crate::sse::Frame;
+use crate::target::{Backstage, Target};
+
+/// What the run is to be like.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The server, on this machine.
+    #[arg(long, default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// The server's data directory, with its secret and the address of its database.
+    /// `STOCKADE_JWT_SECRET` and `DATABASE_URL` serve where there is none.
+    #[arg(long, env = "STOCKADE_DATA_DIR", default_value = ".stockade")]
+    data_dir: PathBuf,
+    /// People who come.
+    #[arg(long, default_value_t = 10_000, value_parser = count(10_000_000))]
+    buyers: u64,
+    /// Units for sale.
+    #[arg(long, default_value_t = 200, value_parser = count(10_000_000))]
+    stock: u64,
+    /// Units that each purchase asks for.
+    #[arg(long, default_value_t = 1, value_parser = count(1_000_000))]
+    quantity: u64,
+    /// Units that one buyer may have.
+    #[arg(long, default_value_t = 1, value_parser = count(1_000_000))]
+    limit: u64,
+    /// Purchases that each buyer tries, each with a key of its own.
+    #[arg(long, default_value_t = 1, value_parser = count(1000))]
+    tries: u64,
+    /// Arrivals per second, on average, such as 2000/s.
+    #[arg(long, value_parser = rate, conflicts_with = "burst")]
+    rate: Option<f64>,
+    /// Everybody at the instant of the opening; so it is without a rate.
+    #[arg(long)]
+    burst: bool,
+    /// How long the PostgreSQL of an embedded server stands still while the crowd buys.
+    #[arg(long, value_parser = humantime::parse_duration, requires = "rate")]
+    outage: Option<Duration>,
+    /// From the opening to the outage.
+    #[arg(long, default_value = "15s", value_parser = humantime::parse_duration, requires = "outage")]
+    outage_after: Duration,
+    /// Kept-alive connections, and so requests in flight [default: 4096, or one per purchase].
+    #[arg(long, value_parser = count(1_000_000))]
+    connections: Option<u64>,
+    /// Threads that drive the connections. One leaves most of a small machine to the server.
+    #[arg(long, default_value_t = 1, value_parser = count(256))]
+    threads: u64,
+    /// From making the sale to its opening.
+    #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
+    opens_in: Duration,
+    /// Watch the live stock from the start.
+    #[arg(long, default_value_t = true, action = ArgAction::Set, value_name = "BOOL")]
+    attach_sse: bool,
+    /// Accepted purchases to send once more after the crowd and after the end of the sale.
+    #[arg(long, default_value_t = 20)]
+    retry_after_end: usize,
+    /// Time for one answer.
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// How long a buyer tries again while the server is away, and an operator waits for a verdict.
+    #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+    patience: Duration,
+    /// Writes the result as JSON to this file, too.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Repeats the randomness of an earlier run.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// A parser of counts from 1.
+fn count(most: u64) -> clap::builder::RangedU64ValueParser {
+    clap::value_parser!(u64).range(1..=most)
+}
+
+/// Reads `2000` and `2000/s`.
+fn rate(text: &str) -> Result<f64, String> {
+    match text.trim_end_matches("/s").parse::<f64>() {
+        Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(rate),
+        _ => Err("a rate is a number of arrivals per second, such as 2000/s".to_owned()),
+    }
+}
+
+/// Makes the run.
+///
+/// # Errors
+///
+/// The run could not be made: no server, no secret, no right to make a sale.
+pub(crate) fn run(args: &Args) -> Result<Report> {
+    // The crowd has threads of its own; this one watches.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(drop(args))
+}
+
+async fn drop(args: &Args) -> Result<Report> {
+    let server = Server {
+        target: Target::parse(&args.url)?,
+        backstage: Backstage::new(&args.data_dir),
+    };
+    operator::reach(&server.target).await?;
+    let seed = args.seed.unwrap_or_else(rand::random);
+    let crowd = Crowd {
+        buyers: usize::try_from(args.buyers)?,
+        tries: usize::try_from(args.tries)?,
+        quantity: args.quantity,
+        sales: 1,
+        copies: 1,
+        arrivals: args.rate.map_or(Arrivals::Burst, Arrivals::Rate),
+        seed,
+    };
+    if let (Some(lasts), Some(last)) = (args.outage, crowd.plan().last())
+        && last.due < args.outage_after + lasts
+    {
+        bail!("the crowd is over before the outage is: send more with --buyers or --tries");
+    }
+    let wish = Wish {
+        limit: args.limit,
+        connections: args.connections.map(usize::try_from).transpose()?,
+        threads: usize::try_from(args.threads)?,
+        timeout: args.timeout,
+        patience: args.patience,
+        opens_in: args.opens_in,
+        attach_sse: args.attach_sse,
+        replays: args.retry_after_end,
+        ..Wish::new(&format!("Drop {seed}"), crowd, args.stock)
+    };
+    let mut run = SaleRun::prepare(&server, wish).await?;
+    let setup = Setup {
+        server: args.url.clone(),
+        sale_id: run.sales[0],
+        opens_at: run.opens_at.to_rfc3339_opts(SecondsFormat::Millis, true),
+        buyers: run.wish.crowd.buyers,
+        tries: run.wish.crowd.tries,
+        stock: args.stock,
+        quantity: args.quantity,
+        limit: args.limit,
+        rate_per_s: args.rate,
+        connections: run.connections,
+        connections_wanted: run.connections_wanted,
+        seed,
+    };
+    let standstill = args.outage.map(|lasts| {
+        let operator = run.operator.clone();
+        let (opening, after) = (run.opening.into(), args.outage_after);
+        outage::run(
+            &server.backstage,
+            operator,
+            run.sales[0],
+            opening,
+            after,
+            lasts,
+        )
+    });
+    let standstill = async {
+        match standstill {
+            Some(outage) => outage.await.map(Some),
+            None => Ok(None),
+        }
+    };
+    let (crowded, outage) = tokio::try_join!(run.send(), standstill)?;
+    let judged = run.judge(&crowded).await?;
+
+    let passed = judged.passed();
+    let sold_out_after = judged.sold_out_after();
+    let Some(history) = judged.histories.into_iter().next() else {
+        bail!("there was no sale");
+    };
+    let records = &crowded.records;
+    let report = Report {
+        schema: SCHEMA,
+        verdict: if passed { "pass" } else { "fail" },
+        outcomes: Outcomes::of(records),
+        speed: if passed {
+            Some(Speed::of(records, sold_out_after, crowded.stored_after)?)
+        } else {
+            None
+        },
+        outage: match outage {
+            Some(outage) if passed => Some(Effect::of(records, &outage)?),
+            _ => None,
+        },
+        live: history.frames.as_deref().map(live),
+        generator: Generator::new(crowded.cpu, crowded.wall, usize::try_from(args.threads)?),
+        checks: judged.checks,
+        audit: history.audit.ok(),
+        setup,
+    };
+    if let Some(file) = &args.json {
+        fs::write(file, report::json(&report)?)
+            .with_context(|| format!("{} cannot be written", file.display()))?;
+    }
+    Ok(report)
+}
+
+fn live(frames: &[Frame]) -> Live {
+    let remaining = |frame: Option<&Frame>| Some(frame?.stock.as_ref().ok()?.remaining);
+    Live {
+        frames: frames.len(),
+        first_remaining: remaining(frames.first()),
+        last_remaining: remaining(frames.last()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::shop::{Faults, SECRET, Shop};
+    use crate::verdict::Status;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(more: &[&str]) -> Args {
+        Command::try_parse_from(["drop"].iter().chain(more))
+            .unwrap()
+            .args
+    }
+
+    /// A drop at a small shop, whose database nobody knows.
+    fn drop_at(faults: Faults, more: &[&str]) -> (Report, Value) {
+        let shop = Shop::start(faults);
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("jwt_secret"), SECRET).unwrap();
+        let file = dir.path().join("out.json");
+        let args = Args {
+            url: shop.url(),
+            data_dir: dir.path().to_owned(),
+            json: Some(file.clone()),
+            opens_in: Duration::from_millis(500),
+            ..args(more)
+        };
+        let report = run(&args).unwrap();
+        let json = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        (report, json)
+    }
+
+    fn broken(report: &Report) -> Vec<&'static str> {
+        let failed = report
+            .checks
+            .iter()
+            .filter(|check| check.status == Status::Fail);
+        failed.map(|check| check.name).collect()
+    }
+
+    const CROWD: [&str; 6] = ["--buyers", "300", "--stock", "40", "--connections", "60"];
+
+    #[test]
+    fn a_sound_shop_fails_only_for_want_of_a_database() {
+        let (report, json) = drop_at(Faults::default(), &CROWD);
+        assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
+        assert_eq!(
+            (
+                report.outcomes.accepted,
+                report.outcomes.refused["sold_out"]
+            ),
+            (40, 260)
+        );
+        let live = report.live.as_ref().unwrap();
+        assert_eq!(
+            (live.first_remaining, live.last_remaining),
+            (Some(40), Some(0))
+        );
+        assert_eq!(json["schema"], SCHEMA);
+        assert_eq!(json["verdict"], "fail");
+    }
+
+    #[test]
+    fn a_shop_that_oversells_gets_no_throughput() {
+        let faults = Faults {
+            oversells: 1,
+            ..Faults::default()
+        };
+        let (report, json) = drop_at(faults, &CROWD);
+        let broken = broken(&report);
+        assert!(broken.contains(&"exactly the stock"), "{broken:?}");
+        assert!(broken.contains(&"the server's audit"), "{broken:?}");
+        assert_eq!(json["speed"], Value::Null);
+        let text = report.to_string();
+        assert!(
+            text.contains("oversold: 41 orders for 41 units exist"),
+            "{text}"
+        );
+        assert!(
+            text.contains("FAIL") && !text.contains("accepted/s"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn limits_and_quantities_are_judged_too() {
+        let more = [
+            "--tries",
+            "3",
+            "--quantity",
+            "2",
+            "--limit",
+            "4",
+            "--rate",
+            "2000/s",
+        ];
+        let (report, _) = drop_at(Faults::default(), &[&CROWD[..], &more].concat());
+        assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
+        assert_eq!(report.outcomes.accepted, 20);
+    }
+
+    #[test]
+    fn demand_below_the_stock_is_met_whole() {
+        let more = [
+            "--buyers", "20", "--tries", "3", "--stock", "100", "--limit", "2",
+        ];
+        let (report, _) = drop_at(Faults::default(), &more);
+        assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
+        assert_eq!(
+            (
+                report.outcomes.accepted,
+                report.outcomes.refused["buyer_limit"]
+            ),
+            (40, 20)
+        );
+    }
+
+    #[test]
+    fn no_server_is_one_clear_line() {
+        let mut shop = Shop::start(Faults::default());
+        shop.stop();
+        let args = Args {
+            url: shop.url(),
+            ..args(&[])
+        };
+        let error = run(&args).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("no server at {} — start one with `make run`", shop.url())
+        );
+    }
+
+    #[test]
+    fn rates_are_read_with_and_without_their_unit() {
+        assert_eq!((rate("2000"), rate("12.5/s")), (Ok(2000.0), Ok(12.5)));
+        for text in ["0", "-1", "fast", "inf", "NaN/s"] {
+            assert!(rate(text).is_err(), "{text}");
+        }
+    }
+}

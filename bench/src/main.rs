@@ -23,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::report::Verdict;
 use crate::scenarios::drop;
 
 const UNUSABLE: u8 = 1;
@@ -40,7 +41,9 @@ struct Cli {
 enum Command {
     /// Makes a sale of its own on the running server, sends a crowd at it, and says whether
     /// exactly the stock was sold.
-    Drop(drop::Args),
+    Drop(Box<drop::Args>),
+    /// Prints the JSON schema of the documents that runs write.
+    Schema,
 }
 
 fn main() -> ExitCode {
@@ -59,11 +62,17 @@ fn main() -> ExitCode {
             };
         }
     };
-    let Command::Drop(args) = cli.command;
+    let args = match cli.command {
+        Command::Drop(args) => args,
+        Command::Schema => {
+            let _ = io::stdout().lock().write_all(report::schema().as_bytes());
+            return ExitCode::SUCCESS;
+        }
+    };
     match drop::run(&args) {
-        Ok(report) => {
-            let _ = write!(io::stdout().lock(), "{report}");
-            if report.verdict == "pass" {
+        Ok(run) => {
+            let _ = write!(io::stdout().lock(), "{run}");
+            if run.verdict == Verdict::Pass {
                 ExitCode::SUCCESS
             } else {
                 VIOLATION.into()

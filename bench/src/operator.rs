@@ -8,6 +8,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use http_body_util::Full;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response, StatusCode};
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -60,7 +61,7 @@ pub(crate) struct Terms {
 }
 
 /// The server's own audit of a sale.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Audit {
     /// `pass`, `fail` or `pending`.
     pub(crate) verdict: String,
@@ -68,7 +69,7 @@ pub(crate) struct Audit {
 }
 
 /// One check of the server's audit.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct AuditCheck {
     pub(crate) name: String,
     pub(crate) status: String,

@@ -123,7 +123,6 @@ pub(crate) struct Crowded {
     /// One for each request of the plan.
     pub(crate) records: Vec<Record>,
     /// Tries that the harness sent late although a connection was free.
-    #[allow(dead_code, reason = "the report of a drop does not show it")]
     pub(crate) late: usize,
     /// Processor time of the harness, and for how long.
     pub(crate) cpu: Duration,
@@ -141,6 +140,7 @@ pub(crate) struct Judged {
 
 impl Judged {
     /// Whether every promise was kept.
+    #[allow(dead_code, reason = "a drop asks its document")]
     pub(crate) fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.status != Status::Fail)
     }

@@ -3,11 +3,13 @@
 //! Pure, and fast enough for every run: sorting is the most expensive step. Each check holds both
 //! numbers, and when it fails the first few events that prove it.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -88,24 +90,27 @@ pub(crate) struct History {
 }
 
 /// What a check found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Status {
+    /// Kept.
     Pass,
+    /// Broken, or not seen.
     Fail,
     /// Switched off for this run.
     Skipped,
 }
 
 /// One promise, looked at.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Check {
-    pub(crate) name: &'static str,
+    pub(crate) name: Cow<'static, str>,
     pub(crate) status: Status,
     pub(crate) expected: String,
     pub(crate) actual: String,
     /// The first few events that break the promise.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) counter_example: Vec<String>,
 }
 
@@ -126,7 +131,7 @@ impl Check {
             Status::Fail
         };
         Self {
-            name,
+            name: name.into(),
             status,
             expected: expected.to_string(),
             actual: actual.to_string(),
@@ -757,7 +762,7 @@ pub(crate) fn of_all(mut sales: Vec<Vec<Check>>) -> Vec<Check> {
         checks.push(match broken {
             Some(broken) => (*broken).clone(),
             None => Check {
-                name: same[0].name,
+                name: same[0].name.clone(),
                 status: if kept > 0 {
                     Status::Pass
                 } else {

@@ -5,13 +5,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use chrono::SecondsFormat;
 use clap::ArgAction;
+use serde_json::json;
 
 use super::outage::{self, Effect};
+use crate::clock;
 use crate::load::crowd::{Arrivals, Crowd};
 use crate::operator;
-use crate::report::{self, Generator, Live, Outcomes, Report, SCHEMA, Setup, Speed};
+use crate::report::{
+    self, Begun, Document, Findings, Generator, Live, Machine, Offered, Phase, Run, Versions, ms,
+};
 use crate::sale_run::{SaleRun, Server, Wish};
 use crate::sse::Frame;
 use crate::target::{Backstage, Target};
@@ -100,7 +103,7 @@ fn rate(text: &str) -> Result<f64, String> {
 /// # Errors
 ///
 /// The run could not be made: no server, no secret, no right to make a sale.
-pub(crate) fn run(args: &Args) -> Result<Report> {
+pub(crate) fn run(args: &Args) -> Result<Run> {
     // The crowd has threads of its own; this one watches.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -108,7 +111,8 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         .block_on(drop(args))
 }
 
-async fn drop(args: &Args) -> Result<Report> {
+async fn drop(args: &Args) -> Result<Run> {
+    let (started_at, machine) = (clock::now(), Machine::here());
     let server = Server {
         target: Target::parse(&args.url)?,
         backstage: Backstage::new(&args.data_dir),
@@ -141,19 +145,27 @@ async fn drop(args: &Args) -> Result<Report> {
         ..Wish::new(&format!("Drop {seed}"), crowd, args.stock)
     };
     let mut run = SaleRun::prepare(&server, wish).await?;
-    let setup = Setup {
-        server: args.url.clone(),
-        sale_id: run.sales[0],
-        opens_at: run.opens_at.to_rfc3339_opts(SecondsFormat::Millis, true),
-        buyers: run.wish.crowd.buyers,
-        tries: run.wish.crowd.tries,
-        stock: args.stock,
-        quantity: args.quantity,
-        limit: args.limit,
-        rate_per_s: args.rate,
+    let settings = [
+        ("server", json!(args.url)),
+        ("sale_id", json!(run.sales[0])),
+        ("opens_at", json!(run.opens_at)),
+        ("buyers", json!(args.buyers)),
+        ("tries", json!(args.tries)),
+        ("stock", json!(args.stock)),
+        ("quantity", json!(args.quantity)),
+        ("limit", json!(args.limit)),
+        ("threads", json!(args.threads)),
+    ];
+    let offered = Offered {
+        name: "drop".to_owned(),
+        arrivals: args
+            .rate
+            .map_or(report::Arrivals::Burst, |per_s| report::Arrivals::Rate {
+                per_s,
+            }),
         connections: run.connections,
         connections_wanted: run.connections_wanted,
-        seed,
+        stock: Some((args.stock, args.quantity)),
     };
     let standstill = args.outage.map(|lasts| {
         let operator = run.operator.clone();
@@ -176,36 +188,46 @@ async fn drop(args: &Args) -> Result<Report> {
     let (crowded, outage) = tokio::try_join!(run.send(), standstill)?;
     let judged = run.judge(&crowded).await?;
 
-    let passed = judged.passed();
-    let sold_out_after = judged.sold_out_after();
-    let Some(history) = judged.histories.into_iter().next() else {
-        bail!("there was no sale");
-    };
     let records = &crowded.records;
-    let report = Report {
-        schema: SCHEMA,
-        verdict: if passed { "pass" } else { "fail" },
-        outcomes: Outcomes::of(records),
-        speed: if passed {
-            Some(Speed::of(records, sold_out_after, crowded.stored_after)?)
-        } else {
-            None
-        },
-        outage: match outage {
-            Some(outage) if passed => Some(Effect::of(records, &outage)?),
-            _ => None,
-        },
-        live: history.frames.as_deref().map(live),
-        generator: Generator::new(crowded.cpu, crowded.wall, usize::try_from(args.threads)?),
-        checks: judged.checks,
-        audit: history.audit.ok(),
-        setup,
+    let generator = Generator {
+        late: crowded.late as u64,
+        ..Generator::new(crowded.cpu, crowded.wall, usize::try_from(args.threads)?)
     };
+    let mut phase = Phase::of(offered, records, generator)?;
+    if let Some(speed) = &mut phase.speed {
+        speed.sold_out_after_ms = judged.sold_out_after().map(ms);
+        speed.stored_after_ms = crowded.stored_after.map(ms);
+    }
+    let history = judged.histories.into_iter().next();
+    let history = history.context("there was no sale")?;
+    let findings = Findings {
+        phases: vec![phase],
+        figures: Vec::new(),
+        checks: judged.checks,
+        live: history.frames.as_deref().map(live),
+        outage: outage
+            .map(|outage| Effect::of(records, &outage))
+            .transpose()?,
+        audit: history.audit.ok(),
+    };
+    let begun = Begun {
+        scenario: "drop",
+        started_at,
+        seed,
+        machine,
+        versions: Versions::here(),
+        settings: settings
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
+    };
+    let run = Run::new(begun, findings);
     if let Some(file) = &args.json {
-        fs::write(file, report::json(&report)?)
+        let document = Document::Run(Box::new(run.clone()));
+        fs::write(file, document.json()?)
             .with_context(|| format!("{} cannot be written", file.display()))?;
     }
-    Ok(report)
+    Ok(run)
 }
 
 fn live(frames: &[Frame]) -> Live {
@@ -239,7 +261,7 @@ mod tests {
     }
 
     /// A drop at a small shop, whose database nobody knows.
-    fn drop_at(faults: Faults, more: &[&str]) -> (Report, Value) {
+    fn drop_at(faults: Faults, more: &[&str]) -> (Run, Value) {
         let shop = Shop::start(faults);
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("jwt_secret"), SECRET).unwrap();
@@ -256,12 +278,12 @@ mod tests {
         (report, json)
     }
 
-    fn broken(report: &Report) -> Vec<&'static str> {
+    fn broken(report: &Run) -> Vec<&str> {
         let failed = report
             .checks
             .iter()
             .filter(|check| check.status == Status::Fail);
-        failed.map(|check| check.name).collect()
+        failed.map(|check| &*check.name).collect()
     }
 
     const CROWD: [&str; 6] = ["--buyers", "300", "--stock", "40", "--connections", "60"];
@@ -272,8 +294,8 @@ mod tests {
         assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
         assert_eq!(
             (
-                report.outcomes.accepted,
-                report.outcomes.refused["sold_out"]
+                report.phases[0].outcomes.accepted,
+                report.phases[0].outcomes.refused["sold_out"]
             ),
             (40, 260)
         );
@@ -282,7 +304,7 @@ mod tests {
             (live.first_remaining, live.last_remaining),
             (Some(40), Some(0))
         );
-        assert_eq!(json["schema"], SCHEMA);
+        assert_eq!(json["schema"], "stockade-bench/run/1");
         assert_eq!(json["verdict"], "fail");
     }
 
@@ -296,7 +318,8 @@ mod tests {
         let broken = broken(&report);
         assert!(broken.contains(&"exactly the stock"), "{broken:?}");
         assert!(broken.contains(&"the server's audit"), "{broken:?}");
-        assert_eq!(json["speed"], Value::Null);
+        assert_eq!(json["phases"][0]["speed"], Value::Null);
+        assert_eq!(json["figures"], json!([]));
         let text = report.to_string();
         assert!(
             text.contains("oversold: 41 orders for 41 units exist"),
@@ -322,7 +345,7 @@ mod tests {
         ];
         let (report, _) = drop_at(Faults::default(), &[&CROWD[..], &more].concat());
         assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
-        assert_eq!(report.outcomes.accepted, 20);
+        assert_eq!(report.phases[0].outcomes.accepted, 20);
     }
 
     #[test]
@@ -334,8 +357,8 @@ mod tests {
         assert_eq!(broken(&report), ["orders in PostgreSQL"], "{report}");
         assert_eq!(
             (
-                report.outcomes.accepted,
-                report.outcomes.refused["buyer_limit"]
+                report.phases[0].outcomes.accepted,
+                report.phases[0].outcomes.refused["buyer_limit"]
             ),
             (40, 20)
         );

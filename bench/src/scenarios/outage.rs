@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
@@ -33,7 +34,8 @@ pub(crate) struct Outage {
 }
 
 /// What an outage did to those who bought.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Effect {
     /// From the planned instant to the final answer, by when the purchase was planned.
     pub(crate) before_ms: Percentiles,

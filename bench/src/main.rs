@@ -8,40 +8,75 @@ mod clock;
 mod host;
 mod load;
 mod operator;
+mod redis_info;
 mod report;
 mod sale_run;
 mod scenarios;
 #[cfg(test)]
 mod shop;
 mod sse;
+mod stage;
 mod target;
+mod trial;
+mod usage;
 mod verdict;
 mod witness;
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-use crate::report::Verdict;
-use crate::scenarios::drop;
+use crate::report::{Document, Run, Verdict};
+use crate::scenarios::{
+    canonical, drain, drop, herd, ladder, many_sales, retry_storm, scale, soak, soldout,
+};
 
 const UNUSABLE: u8 = 1;
 const VIOLATION: u8 = 2;
 
-/// Sends a crowd at a running Stockade and proves speed and exactness in one run.
+/// Sends crowds at a Stockade and proves speed and exactness in one run. Without a scenario it makes
+/// the canonical run: the one to quote.
 #[derive(Debug, Parser)]
-#[command(name = "stockade-bench", version)]
+#[command(
+    name = "stockade-bench",
+    version,
+    args_conflicts_with_subcommands = true
+)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    #[command(flatten)]
+    canonical: Box<Scenario<canonical::Args>>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The run to quote: the highest rate with the writer draining and paused, latencies at 70 % of
+    /// it, and a stock that is sold to the last unit.
+    Canonical(Box<Scenario<canonical::Args>>),
     /// Makes a sale of its own on the running server, sends a crowd at it, and says whether
     /// exactly the stock was sold.
     Drop(Box<drop::Args>),
+    /// Everybody at the instant of the opening, for a small stock.
+    Herd(Box<Scenario<herd::Args>>),
+    /// Refusals per second once everything is sold, and every retry of an order still its 201.
+    Soldout(Box<Scenario<soldout::Args>>),
+    /// Every purchase several times at once with one key, and connections that are cut.
+    RetryStorm(Box<Scenario<retry_storm::Args>>),
+    /// Many sales that open at the same instant.
+    ManySales(Box<Scenario<many_sales::Args>>),
+    /// A million orders at 70 % of the highest rate, and how far the writer falls behind.
+    Drain(Box<Scenario<drain::Args>>),
+    /// A long run at half the highest rate: memory, and whether it gets slower.
+    Soak(Box<Scenario<soak::Args>>),
+    /// Rates that grow until the server no longer keeps up, then 80 % of that.
+    Ladder(Box<Scenario<ladder::Args>>),
+    /// What a purchase costs in a round of a thousand units, and in one of ten million.
+    Scale(Box<Scenario<scale::Args>>),
     /// Prints the JSON schema of the documents that runs write.
     Schema,
 }
@@ -62,25 +97,60 @@ fn main() -> ExitCode {
             };
         }
     };
-    let args = match cli.command {
-        Command::Drop(args) => args,
-        Command::Schema => {
-            let _ = io::stdout().lock().write_all(report::schema().as_bytes());
-            return ExitCode::SUCCESS;
-        }
-    };
-    match drop::run(&args) {
-        Ok(run) => {
-            let _ = write!(io::stdout().lock(), "{run}");
-            if run.verdict == Verdict::Pass {
-                ExitCode::SUCCESS
-            } else {
-                VIOLATION.into()
-            }
-        }
+    match run(cli.command.unwrap_or(Command::Canonical(cli.canonical))) {
+        Ok(Verdict::Pass) => ExitCode::SUCCESS,
+        Ok(Verdict::Fail) => VIOLATION.into(),
         Err(error) => {
             let _ = writeln!(io::stderr().lock(), "stockade-bench: {error:#}");
             UNUSABLE.into()
+        }
+    }
+}
+
+/// What a scenario takes, and where its document goes.
+#[derive(Debug, clap::Args)]
+struct Scenario<A: clap::Args> {
+    #[command(flatten)]
+    args: A,
+    /// Writes the result as JSON to this file, too.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+impl<A: clap::Args> Scenario<A> {
+    /// Makes the run and puts it out.
+    fn run(&self, run: impl FnOnce(&A) -> Result<Run>) -> Result<Verdict> {
+        let run = run(&self.args)?;
+        let verdict = run.verdict;
+        let _ = write!(io::stdout().lock(), "{run}");
+        if let Some(file) = &self.json {
+            let document = Document::Run(Box::new(run));
+            fs::write(file, document.json()?)
+                .with_context(|| format!("{} cannot be written", file.display()))?;
+        }
+        Ok(verdict)
+    }
+}
+
+fn run(command: Command) -> Result<Verdict> {
+    match command {
+        Command::Canonical(scenario) => scenario.run(canonical::run),
+        Command::Drop(args) => {
+            let run = drop::run(&args)?;
+            let _ = write!(io::stdout().lock(), "{run}");
+            Ok(run.verdict)
+        }
+        Command::Herd(scenario) => scenario.run(herd::run),
+        Command::Soldout(scenario) => scenario.run(soldout::run),
+        Command::RetryStorm(scenario) => scenario.run(retry_storm::run),
+        Command::ManySales(scenario) => scenario.run(many_sales::run),
+        Command::Drain(scenario) => scenario.run(drain::run),
+        Command::Soak(scenario) => scenario.run(soak::run),
+        Command::Ladder(scenario) => scenario.run(ladder::run),
+        Command::Scale(scenario) => scenario.run(scale::run),
+        Command::Schema => {
+            let _ = io::stdout().lock().write_all(report::schema().as_bytes());
+            Ok(Verdict::Pass)
         }
     }
 }

@@ -12,8 +12,8 @@ mod terminal;
 #[cfg(test)]
 pub(crate) use document::Speed;
 pub(crate) use document::{
-    Arrivals, Begun, Document, Findings, Generator, Live, Machine, Percentiles, Phase, Run,
-    Verdict, Versions,
+    Arrivals, Begun, Document, Figure, Findings, Generator, Goal, Live, Machine, Percentiles,
+    Phase, Process, Run, Sample, Verdict, Versions,
 };
 pub(crate) use measure::{Offered, ms};
 pub(crate) use schema::schema;

@@ -13,7 +13,8 @@ use anyhow::{Result, bail};
 use bytes::Bytes;
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::time::{sleep, sleep_until};
+use tokio::sync::watch;
+use tokio::time::{sleep, sleep_until, timeout};
 use uuid::Uuid;
 
 use crate::clock;
@@ -25,8 +26,9 @@ use crate::load::tokens::{Role, Signer};
 use crate::operator::{self, Operator, Terms};
 use crate::sse::{Frame, Subscriber};
 use crate::target::{Backstage, Target};
+use crate::usage::{Look, Roots};
 use crate::verdict::{self, Check, Ending, History, Order, Purchase, Replay, Status};
-use crate::witness;
+use crate::witness::{self, Watch};
 
 /// Connections unless asked for otherwise: several thousand requests in flight.
 const CONNECTIONS: usize = 4096;
@@ -39,6 +41,9 @@ const FRAME_MAX: Duration = Duration::from_secs(5);
 
 /// Pause between two looks at the crowd.
 const REDRAW: Duration = Duration::from_millis(50);
+
+/// Between two looks at the server's processes.
+const SAMPLE: Duration = Duration::from_millis(500);
 
 /// Codes of refusals that the shop may give for want of stock or room under the limit.
 const FAIR_REFUSALS: [&str; 4] = ["sold_out", "insufficient", "buyer_limit", "order_limit"];
@@ -76,6 +81,8 @@ pub(crate) struct Wish {
     pub(crate) attach_sse: bool,
     /// Accepted purchases to send again after the crowd and after the end.
     pub(crate) replays: usize,
+    /// Between two looks at how much is stored.
+    pub(crate) looks_every: Duration,
 }
 
 impl Wish {
@@ -94,6 +101,7 @@ impl Wish {
             opens_in: Duration::from_millis(500),
             attach_sse: false,
             replays: 20,
+            looks_every: Duration::from_millis(20),
         }
     }
 }
@@ -127,22 +135,80 @@ pub(crate) struct Crowded {
     /// Processor time of the harness, and for how long.
     pub(crate) cpu: Duration,
     pub(crate) wall: Duration,
-    /// From the opening until every acceptance was seen to be stored.
-    pub(crate) stored_after: Option<Duration>,
+    /// How many orders were seen to be stored, and when.
+    pub(crate) stored: Vec<(Duration, u64)>,
+    /// What the server's processes had used, and when: at the opening, every now and then, and when
+    /// the last answer was in.
+    pub(crate) looks: Vec<(Duration, Look)>,
+}
+
+impl Crowded {
+    /// Purchases that were accepted.
+    pub(crate) fn accepted(&self) -> usize {
+        self.acceptances().count()
+    }
+
+    /// When each acceptance was answered.
+    pub(crate) fn acceptances(&self) -> impl Iterator<Item = Duration> {
+        let accepted = |record: &&Record| matches!(record.outcome, Outcome::Accepted { .. });
+        let records = self.records.iter().filter(accepted);
+        records.map(|record| record.finished)
+    }
+
+    /// Refusals with a code, per second between the first and the last of them.
+    pub(crate) fn refusals_per_s(&self, wanted: &str) -> f64 {
+        let refused = |record: &&Record| matches!(&record.outcome, Outcome::Refused { code } if code == wanted);
+        let refused = self.records.iter().filter(refused);
+        let instants: Vec<Duration> = refused.map(|record| record.finished).collect();
+        let (Some(first), Some(last)) = (instants.iter().min(), instants.iter().max()) else {
+            return 0.0;
+        };
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+        let count = instants.len() as f64;
+        count / last.saturating_sub(*first).as_secs_f64().max(1e-6)
+    }
+
+    /// From the opening until as many orders as were accepted were seen to be stored.
+    pub(crate) fn stored_after(&self) -> Option<Duration> {
+        let accepted = self.accepted() as u64;
+        let all = self.stored.iter().find(|(_, stored)| *stored >= accepted);
+        all.map(|(instant, _)| *instant)
+    }
+
+    /// From each 201 to the look that found its row. Of one sale whose orders are all there is.
+    pub(crate) fn lags(&self, history: &History) -> Vec<Duration> {
+        let orders = history.purchases.iter();
+        let orders = orders.filter_map(|purchase| match &purchase.ending {
+            Ending::Accepted(Ok(order)) => Some((order.seq, purchase.finished)),
+            _ => None,
+        });
+        self.lags_of(orders.collect())
+    }
+
+    fn lags_of(&self, mut answered: Vec<(u64, Duration)>) -> Vec<Duration> {
+        answered.sort_unstable();
+        let mut looks = self.stored.iter().peekable();
+        let lag = |(seq, answered): (u64, Duration)| {
+            while looks.next_if(|(_, stored)| *stored < seq).is_some() {}
+            let (seen, _) = looks.peek()?;
+            Some(seen.saturating_sub(answered))
+        };
+        answered.into_iter().filter_map(lag).collect()
+    }
 }
 
 /// What came of it.
 pub(crate) struct Judged {
-    pub(crate) checks: Vec<Check>,
     /// Of each sale.
+    pub(crate) checks: Vec<Vec<Check>>,
     pub(crate) histories: Vec<History>,
 }
 
 impl Judged {
     /// Whether every promise was kept.
-    #[allow(dead_code, reason = "a drop asks its document")]
     pub(crate) fn passed(&self) -> bool {
-        self.checks.iter().all(|check| check.status != Status::Fail)
+        let mut checks = self.checks.iter().flatten();
+        checks.all(|check| check.status != Status::Fail)
     }
 
     /// From the opening to the acceptance of the last unit, if there is none left of the first
@@ -241,12 +307,12 @@ impl SaleRun {
         })
     }
 
-    /// Sends the crowd, and waits until what it bought is stored.
+    /// Sends the crowd; looks at the server's processes meanwhile, if it is known which they are.
     ///
     /// # Errors
     ///
     /// The crowd was already sent, or could not be followed.
-    pub(crate) async fn send(&mut self) -> Result<Crowded> {
+    pub(crate) async fn send(&mut self, roots: Option<Roots>) -> Result<Crowded> {
         let Some(pool) = self.pool.take() else {
             bail!("the crowd was already sent");
         };
@@ -256,51 +322,74 @@ impl SaleRun {
         let opening = self.opening;
         let opened_at = async {
             sleep_until(opening.into()).await;
-            Ok(host::cpu_time())
+            host::cpu_time()
         };
+        let (over, is_over) = watch::channel(false);
         let sent = async {
             let (sending, tally) = (Arc::clone(&self.sending), Arc::clone(&self.tally));
-            let sent = pool.run(sending, tally).await?;
-            Ok((sent, host::cpu_time(), opening.elapsed()))
+            let sent = pool.run(sending, tally).await;
+            over.send_replace(true);
+            (sent, host::cpu_time(), opening.elapsed())
         };
-        let (cpu_before, (sent, cpu_after, wall), stored_after) =
-            tokio::try_join!(opened_at, sent, self.stored())?;
+        let stored = self.stored(is_over.clone());
+        let looks = looks(roots, opening, is_over);
+        let (cpu_before, (sent, cpu_after, wall), stored, looks) =
+            tokio::join!(opened_at, sent, stored, looks);
         watch.abort();
-        let Sent { records, late } = sent;
+        let Sent { records, late } = sent?;
         Ok(Crowded {
             records,
             late,
             cpu: cpu_after.saturating_sub(cpu_before),
             wall,
-            stored_after,
+            stored,
+            looks: looks?,
         })
     }
 
-    /// Waits until no more can be bought and everything that was is stored.
-    async fn stored(&self) -> Result<Option<Duration>> {
-        // Once the last order is in, the rest of the crowd only gets refused.
-        let Wish {
-            crowd,
-            stock,
-            limit,
-            ..
-        } = &self.wish;
-        let orders: u64 = (0..crowd.sales)
-            .map(|sale| crowd.orders_expected(sale, *stock, *limit, 0).1)
-            .sum();
-        let orders = usize::try_from(orders)?;
-        let requests = self.sending.plan.len();
-        while self.tally.accepted.load(Ordering::Relaxed) < orders && self.tally.ended() < requests
-        {
-            sleep(REDRAW).await;
+    /// Looks at how many orders are stored, until the crowd is over.
+    async fn stored(&self, mut is_over: watch::Receiver<bool>) -> Vec<(Duration, u64)> {
+        let mut seen = Vec::new();
+        let Some(mut watch) = Watch::of(&self.server.backstage, &self.sales).await else {
+            return seen;
+        };
+        sleep_until(self.opening.into()).await;
+        loop {
+            let is_last = *is_over.borrow();
+            self.look_at_stored(&mut watch, &mut seen).await;
+            if is_last {
+                return seen;
+            }
+            // The end of the crowd ends the pause, too.
+            let _ = timeout(self.wish.looks_every, is_over.changed()).await;
         }
-        for sale in &self.sales {
-            match self.operator.audit(*sale).await {
-                Ok(audit) if audit.verdict != "pending" => {}
-                _ => return Ok(None),
+    }
+
+    async fn look_at_stored(&self, watch: &mut Watch, seen: &mut Vec<(Duration, u64)>) {
+        if let Ok(Some(units)) = watch.sold().await {
+            let orders = units / self.wish.crowd.quantity;
+            if seen.last().is_none_or(|(_, before)| *before < orders) {
+                seen.push((self.opening.elapsed(), orders));
             }
         }
-        Ok(Some(self.opening.elapsed()))
+    }
+
+    /// Waits until everything that was accepted is stored, at most as long as the operator does.
+    pub(crate) async fn settle(&self, crowded: &mut Crowded) {
+        let accepted = crowded.accepted() as u64;
+        let Some(mut watch) = Watch::of(&self.server.backstage, &self.sales).await else {
+            return;
+        };
+        let begun = Instant::now();
+        while begun.elapsed() < self.wish.patience {
+            self.look_at_stored(&mut watch, &mut crowded.stored).await;
+            if crowded.stored_after().is_some() {
+                return;
+            }
+            sleep(self.wish.looks_every).await;
+        }
+        self.progress
+            .set_message(format!("{accepted} orders are not all stored"));
     }
 
     /// Sends some accepted purchases again, ends the sales, and judges the whole history.
@@ -363,9 +452,8 @@ impl SaleRun {
             });
         }
         self.progress.finish_and_clear();
-        let checks = histories.iter().map(verdict::check).collect();
         Ok(Judged {
-            checks: verdict::of_all(checks),
+            checks: histories.iter().map(verdict::check).collect(),
             histories,
         })
     }
@@ -448,6 +536,28 @@ impl SaleRun {
             purchases.push((first.purchase, purchase));
         }
         by_sale
+    }
+}
+
+/// Looks at processes every now and then until the crowd is over.
+async fn looks(
+    roots: Option<Roots>,
+    opening: Instant,
+    mut is_over: watch::Receiver<bool>,
+) -> Result<Vec<(Duration, Look)>> {
+    let mut looks = Vec::new();
+    let Some(roots) = roots else {
+        return Ok(looks);
+    };
+    sleep_until(opening.into()).await;
+    loop {
+        let is_last = *is_over.borrow();
+        looks.push((opening.elapsed(), roots.look()?));
+        if is_last {
+            return Ok(looks);
+        }
+        // The end of the crowd ends the pause, too.
+        let _ = timeout(SAMPLE, is_over.changed()).await;
     }
 }
 
@@ -585,4 +695,101 @@ fn sold_out_after(history: &History) -> Option<Duration> {
 #[expect(clippy::needless_pass_by_value, reason = "it is passed to `map_err`")]
 fn line(error: anyhow::Error) -> String {
     format!("{error:#}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arrival(key: usize) -> Arrival {
+        Arrival {
+            buyer: key,
+            key,
+            sale: 0,
+            due: Duration::ZERO,
+        }
+    }
+
+    fn record(purchase: usize, ms: u64, outcome: Outcome) -> Record {
+        Record {
+            purchase,
+            due: Duration::ZERO,
+            first_sent: Some(Duration::ZERO),
+            last_sent: Duration::ZERO,
+            finished: Duration::from_millis(ms),
+            retries: 0,
+            outcome,
+        }
+    }
+
+    fn accepted(body: &'static str) -> Outcome {
+        Outcome::Accepted {
+            replayed: false,
+            body: Bytes::from_static(body.as_bytes()),
+        }
+    }
+
+    fn refused() -> Outcome {
+        Outcome::Refused {
+            code: "sold_out".to_owned(),
+        }
+    }
+
+    #[test]
+    fn every_copy_must_get_the_first_201_and_nothing_else() {
+        let plan: Vec<Arrival> = [0, 0, 0, 1, 1, 2].map(arrival).into();
+        let lost = Outcome::Unknown {
+            reason: "connection lost".to_owned(),
+        };
+        let records = [
+            record(0, 9, accepted("b")),
+            record(1, 5, accepted("a")),
+            record(2, 1, refused()),
+            record(3, 1, lost),
+            record(4, 2, accepted("c")),
+            record(5, 1, accepted("d")),
+        ];
+        let copies = copies(&plan, &records);
+        let again: Vec<_> = copies.iter().map(|copy| copy.again.clone()).collect();
+        let bytes = |text: &'static str| Ok(Bytes::from_static(text.as_bytes()));
+        let wanted = [
+            bytes("b"),
+            bytes("a"),
+            Err("sold_out".to_owned()),
+            bytes("c"),
+        ];
+        assert_eq!(again, wanted);
+        let firsts: Vec<_> = copies.iter().map(|copy| &copy.first[..]).collect();
+        assert_eq!(firsts, [&b"a"[..], b"a", b"a", b"c"]);
+    }
+
+    #[test]
+    fn a_purchase_with_copies_is_accepted_if_any_of_them_is() {
+        let copies = [record(0, 1, refused()), record(1, 7, accepted("{}"))];
+        let purchase = purchase(&copies, Uuid::nil());
+        assert!(matches!(purchase.ending, Ending::Accepted(_)));
+        assert_eq!(purchase.finished, Duration::from_millis(7));
+    }
+
+    #[test]
+    fn rates_and_the_way_to_the_row_follow_from_what_was_seen() {
+        let second = Duration::from_secs;
+        let crowded = Crowded {
+            records: vec![
+                record(0, 0, accepted("{}")),
+                record(1, 1000, accepted("{}")),
+                record(2, 1000, refused()),
+                record(3, 3000, refused()),
+            ],
+            late: 0,
+            cpu: Duration::ZERO,
+            wall: second(3),
+            stored: vec![(second(0), 0), (second(2), 1), (second(5), 2)],
+            looks: Vec::new(),
+        };
+        assert!((crowded.refusals_per_s("sold_out") - 1.0).abs() < f64::EPSILON);
+        assert_eq!(crowded.stored_after(), Some(second(5)));
+        let orders = [(1, 0), (2, 1000)].map(|(seq, ms)| (seq, Duration::from_millis(ms)));
+        assert_eq!(crowded.lags_of(orders.into()), [second(2), second(4)]);
+    }
 }

@@ -68,9 +68,11 @@ pub(crate) struct Backstage {
     pub(crate) database: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Endpoints {
-    database_url: String,
+/// The services behind an embedded server.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Endpoints {
+    pub(crate) redis_url: String,
+    pub(crate) database_url: String,
 }
 
 impl Backstage {
@@ -99,13 +101,18 @@ impl Backstage {
         Ok(secret.trim_end().to_owned())
     }
 
+    /// The services behind an embedded server.
+    pub(crate) fn endpoints(&self) -> Result<Endpoints> {
+        let file = self.data_dir.join(ENDPOINTS_FILE);
+        let text = fs::read(&file).with_context(|| format!("{} cannot be read", file.display()))?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+
     /// Addresses where the server's database may be, best first. Read anew on every call: an
     /// embedded database has another port after a restart.
     pub(crate) fn databases(&self) -> Vec<String> {
-        let embedded = fs::read(self.data_dir.join(ENDPOINTS_FILE))
-            .ok()
-            .and_then(|text| serde_json::from_slice::<Endpoints>(&text).ok())
-            .map(|endpoints| endpoints.database_url);
+        let embedded = self.endpoints().ok();
+        let embedded = embedded.map(|endpoints| endpoints.database_url);
         embedded.into_iter().chain(self.database.clone()).collect()
     }
 }

@@ -22,6 +22,48 @@ pub(crate) struct Row {
     pub(crate) status: String,
 }
 
+/// Looks again and again at what PostgreSQL has of some sales.
+pub(crate) struct Watch {
+    connection: PgConnection,
+    sales: Vec<Uuid>,
+}
+
+impl Watch {
+    /// None: the server's database is not known, or does not have the sales.
+    pub(crate) async fn of(backstage: &Backstage, sales: &[Uuid]) -> Option<Self> {
+        for database in backstage.databases() {
+            if let Ok(Ok(connection)) = timeout(LOOK_MAX, PgConnection::connect(&database)).await {
+                let sales = sales.to_vec();
+                let mut watch = Self { connection, sales };
+                if watch.sold().await.is_ok_and(|sold| sold.is_some()) {
+                    return Some(watch);
+                }
+            }
+        }
+        None
+    }
+
+    /// Units that are stored as sold; none if there are no such sales.
+    pub(crate) async fn sold(&mut self) -> Result<Option<u64>> {
+        let sold: Option<i64> = sqlx::query_scalar(
+            "SELECT sum(rounds.sold)::bigint FROM rounds JOIN sales ON sales.number = rounds.sale
+             WHERE sales.id = ANY ($1)",
+        )
+        .bind(&self.sales)
+        .fetch_one(&mut self.connection)
+        .await?;
+        Ok(sold.map(i64::cast_unsigned))
+    }
+}
+
+/// The version of PostgreSQL, if it can be asked.
+pub(crate) async fn version(backstage: &Backstage) -> Option<String> {
+    let database = backstage.databases().into_iter().next()?;
+    let mut connection = PgConnection::connect(&database).await.ok()?;
+    let version = sqlx::query_scalar("SELECT current_setting('server_version')");
+    version.fetch_one(&mut connection).await.ok()
+}
+
 /// Every order of a sale.
 ///
 /// # Errors

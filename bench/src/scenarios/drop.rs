@@ -12,12 +12,11 @@ use super::outage::{self, Effect};
 use crate::clock;
 use crate::load::crowd::{Arrivals, Crowd};
 use crate::operator;
-use crate::report::{
-    self, Begun, Document, Findings, Generator, Live, Machine, Offered, Phase, Run, Versions, ms,
-};
+use crate::report::{Begun, Document, Findings, Machine, Run, Versions, ms};
 use crate::sale_run::{SaleRun, Server, Wish};
-use crate::sse::Frame;
 use crate::target::{Backstage, Target};
+use crate::trial::{live, phase};
+use crate::verdict;
 
 /// What the run is to be like.
 #[derive(Clone, Debug, clap::Args)]
@@ -156,17 +155,6 @@ async fn drop(args: &Args) -> Result<Run> {
         ("limit", json!(args.limit)),
         ("threads", json!(args.threads)),
     ];
-    let offered = Offered {
-        name: "drop".to_owned(),
-        arrivals: args
-            .rate
-            .map_or(report::Arrivals::Burst, |per_s| report::Arrivals::Rate {
-                per_s,
-            }),
-        connections: run.connections,
-        connections_wanted: run.connections_wanted,
-        stock: Some((args.stock, args.quantity)),
-    };
     let standstill = args.outage.map(|lasts| {
         let operator = run.operator.clone();
         let (opening, after) = (run.opening.into(), args.outage_after);
@@ -185,28 +173,23 @@ async fn drop(args: &Args) -> Result<Run> {
             None => Ok(None),
         }
     };
-    let (crowded, outage) = tokio::try_join!(run.send(), standstill)?;
+    let (mut crowded, outage) = tokio::try_join!(run.send(None), standstill)?;
+    run.settle(&mut crowded).await;
+    let mut phase = phase("drop", &run, &crowded)?;
     let judged = run.judge(&crowded).await?;
-
-    let records = &crowded.records;
-    let generator = Generator {
-        late: crowded.late as u64,
-        ..Generator::new(crowded.cpu, crowded.wall, usize::try_from(args.threads)?)
-    };
-    let mut phase = Phase::of(offered, records, generator)?;
     if let Some(speed) = &mut phase.speed {
         speed.sold_out_after_ms = judged.sold_out_after().map(ms);
-        speed.stored_after_ms = crowded.stored_after.map(ms);
+        speed.stored_after_ms = crowded.stored_after().map(ms);
     }
     let history = judged.histories.into_iter().next();
     let history = history.context("there was no sale")?;
     let findings = Findings {
         phases: vec![phase],
         figures: Vec::new(),
-        checks: judged.checks,
+        checks: verdict::of_all(judged.checks),
         live: history.frames.as_deref().map(live),
         outage: outage
-            .map(|outage| Effect::of(records, &outage))
+            .map(|outage| Effect::of(&crowded.records, &outage))
             .transpose()?,
         audit: history.audit.ok(),
     };
@@ -228,15 +211,6 @@ async fn drop(args: &Args) -> Result<Run> {
             .with_context(|| format!("{} cannot be written", file.display()))?;
     }
     Ok(run)
-}
-
-fn live(frames: &[Frame]) -> Live {
-    let remaining = |frame: Option<&Frame>| Some(frame?.stock.as_ref().ok()?.remaining);
-    Live {
-        frames: frames.len(),
-        first_remaining: remaining(frames.first()),
-        last_remaining: remaining(frames.last()),
-    }
 }
 
 #[cfg(test)]

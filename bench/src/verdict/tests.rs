@@ -453,3 +453,18 @@ fn a_large_history_is_checked_quickly_and_its_proof_is_short() {
     assert_eq!(window.actual, n.to_string());
     assert_eq!(window.counter_example.len(), EXAMPLES + 1);
 }
+
+#[test]
+fn over_several_sales_a_promise_is_kept_only_in_all_of_them() {
+    let sound = check(&sound());
+    let all = of_all(vec![sound.clone(), sound.clone()]);
+    assert_eq!(all.len(), sound.len());
+    assert!(all.iter().all(|check| check.status != Status::Fail));
+    let mut broken = sound.clone();
+    broken[3].status = Status::Fail;
+    let all = of_all(vec![sound, broken]);
+    let failed: Vec<usize> = (0..all.len())
+        .filter(|n| all[*n].status == Status::Fail)
+        .collect();
+    assert_eq!(failed, [3]);
+}

@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop check sqlx conformance mutants power-loss rebuild-time torture kills outage
+.PHONY: help run test drop bench check sqlx conformance mutants power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -20,6 +20,12 @@ drop: ## Send a crowd at the running server and print the audit's verdict (ARGS=
 	@.ci/install
 	cargo build --release --locked --package stockade-bench
 	@exec $(TARGET_DIR)/release/stockade-bench drop $(ARGS)
+
+bench: ## Measure every goal: Stockade, floors and baselines in one go, about ten minutes (ARGS="--short", "--only baselines,floor")
+	@.ci/install
+	@.ci/node
+	cargo build --release --locked --workspace
+	@exec $(TARGET_DIR)/release/stockade-bench suite --json bench/results/suite.json $(ARGS)
 
 test: ## Run every test, against real services that the tests start
 	@.ci/install

@@ -16,7 +16,9 @@ use anyhow::{Context, Result};
 use axum::Router;
 use axum::serve::ListenerExt;
 use clap::{Parser, Subcommand};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{
+    Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit,
+};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
@@ -72,6 +74,8 @@ impl Shop {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Nobody else would end it.
+    let _ = set_parent_process_death_signal(Some(Signal::TERM));
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -3,8 +3,10 @@
 //!
 //! Exit codes: 0 every promise was kept, 1 the run could not be made, 2 a promise was broken.
 
+mod baseline;
 mod client;
 mod clock;
+mod floor;
 mod host;
 mod load;
 mod operator;
@@ -30,9 +32,10 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-use crate::report::{Document, Run, Verdict};
+use crate::report::{Document, Run, Suite, Verdict};
 use crate::scenarios::{
-    canonical, drain, drop, herd, ladder, many_sales, retry_storm, scale, soak, soldout,
+    baselines, canonical, drain, drop, herd, ladder, many_sales, retry_storm, scale, soak, soldout,
+    suite,
 };
 
 const UNUSABLE: u8 = 1;
@@ -77,6 +80,12 @@ enum Command {
     Ladder(Box<Scenario<ladder::Args>>),
     /// What a purchase costs in a round of a thousand units, and in one of ten million.
     Scale(Box<Scenario<scale::Args>>),
+    /// Stockade beside the designs that it is compared with, in turns, on the same stores.
+    Baselines(Box<Scenario<baselines::Args>>),
+    /// The script alone on a bare Redis, and the writer beside `COPY` of the same rows.
+    Floor(Box<Scenario<scenarios::floor::Args>>),
+    /// Every goal: all scenarios that measure one, and the table that follows.
+    Suite(Box<Scenario<suite::Args>>),
     /// Prints the JSON schema of the documents that runs write.
     Schema,
 }
@@ -121,14 +130,23 @@ impl<A: clap::Args> Scenario<A> {
     /// Makes the run and puts it out.
     fn run(&self, run: impl FnOnce(&A) -> Result<Run>) -> Result<Verdict> {
         let run = run(&self.args)?;
-        let verdict = run.verdict;
         let _ = write!(io::stdout().lock(), "{run}");
+        self.deliver(&Document::Run(Box::new(run)))
+    }
+
+    /// The same of several runs.
+    fn run_suite(&self, suite: impl FnOnce(&A) -> Result<Suite>) -> Result<Verdict> {
+        let suite = suite(&self.args)?;
+        let _ = write!(io::stdout().lock(), "{}", suite::table(&suite));
+        self.deliver(&Document::Suite(Box::new(suite)))
+    }
+
+    fn deliver(&self, document: &Document) -> Result<Verdict> {
         if let Some(file) = &self.json {
-            let document = Document::Run(Box::new(run));
             fs::write(file, document.json()?)
                 .with_context(|| format!("{} cannot be written", file.display()))?;
         }
-        Ok(verdict)
+        Ok(document.verdict())
     }
 }
 
@@ -148,6 +166,9 @@ fn run(command: Command) -> Result<Verdict> {
         Command::Soak(scenario) => scenario.run(soak::run),
         Command::Ladder(scenario) => scenario.run(ladder::run),
         Command::Scale(scenario) => scenario.run(scale::run),
+        Command::Baselines(scenario) => scenario.run(baselines::run),
+        Command::Floor(scenario) => scenario.run(scenarios::floor::run),
+        Command::Suite(scenario) => scenario.run_suite(suite::run),
         Command::Schema => {
             let _ = io::stdout().lock().write_all(report::schema().as_bytes());
             Ok(Verdict::Pass)

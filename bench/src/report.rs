@@ -13,7 +13,8 @@ mod terminal;
 pub(crate) use document::Speed;
 pub(crate) use document::{
     Arrivals, Begun, Document, Figure, Findings, Generator, Goal, Live, Machine, Percentiles,
-    Phase, Process, Run, Sample, Verdict, Versions,
+    Phase, Process, Ratio, Run, Sample, Suite, Term, Verdict, Versions,
 };
+pub(crate) use facts::command;
 pub(crate) use measure::{Offered, ms};
 pub(crate) use schema::schema;

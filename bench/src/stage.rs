@@ -254,14 +254,14 @@ fn binary(given: Option<&Path>) -> Result<PathBuf> {
 }
 
 /// A process of ours; it is asked to end when this is dropped.
-struct Process {
+pub(crate) struct Process {
     child: Child,
-    pid: Pid,
+    pub(crate) pid: Pid,
     url: Option<oneshot::Receiver<String>>,
 }
 
 impl Process {
-    fn spawn(command: &mut Command) -> Result<Self> {
+    pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
         let mut child = command
             .spawn()
             .with_context(|| format!("{} cannot be run", command.get_program().display()))?;
@@ -271,8 +271,7 @@ impl Process {
             // It reads to the end, lest the process is stopped by a full pipe.
             thread::spawn(move || {
                 for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                    let url = line.strip_prefix("stockade serves ");
-                    let url = url.and_then(|url| url.split(' ').next());
+                    let url = line.split(' ').find(|word| word.starts_with("http://"));
                     if let (Some(url), Some(tell)) = (url, tell.take_if(|_| url.is_some())) {
                         // Nobody waits any more only if the start was given up.
                         let _ = tell.send(url.to_owned());
@@ -288,7 +287,7 @@ impl Process {
     }
 
     /// The address that it says it serves.
-    async fn said(&mut self) -> Result<String> {
+    pub(crate) async fn said(&mut self) -> Result<String> {
         let url = self.url.take().context("it was asked before")?;
         Ok(url.await?)
     }

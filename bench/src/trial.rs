@@ -147,6 +147,11 @@ impl Bench {
         }
     }
 
+    /// Threads that drive the connections of a crowd.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
     /// Says what was asked for.
     pub(crate) fn set(&mut self, name: &str, value: impl Into<serde_json::Value>) {
         self.begun.settings.insert(name.to_owned(), value.into());
@@ -328,6 +333,17 @@ pub(crate) fn live(frames: &[Frame]) -> Live {
         frames: frames.len(),
         first_remaining: remaining(frames.first()),
         last_remaining: remaining(frames.last()),
+    }
+}
+
+/// The value in the middle; of none, nothing.
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.get(middle) {
+        Some(value) if values.len() % 2 == 1 => *value,
+        Some(value) => f64::midpoint(values[middle - 1], *value),
+        None => 0.0,
     }
 }
 

@@ -1,8 +1,6 @@
 //! As many requests as a server takes: every connection sends its next one as soon as it has the
 //! last answer. For servers that do not sell, or not by our API.
 
-#![allow(dead_code, reason = "floors and baselines are measured with it")]
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

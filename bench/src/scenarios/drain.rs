@@ -120,7 +120,7 @@ fn behind(trial: &Trial) -> f64 {
 }
 
 /// Orders stored per second between the first look that saw some and the one that saw all.
-fn rate_of_drain(trial: &Trial) -> Option<f64> {
+pub(crate) fn rate_of_drain(trial: &Trial) -> Option<f64> {
     let mut looks = trial
         .crowded
         .stored

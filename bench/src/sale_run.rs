@@ -4,7 +4,7 @@
 //! [`SaleRun::prepare`] makes the sales and opens the connections, [`SaleRun::send`] sends the
 //! crowd, [`SaleRun::judge`] gathers the history from every side and looks at every promise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -130,6 +130,8 @@ pub(crate) struct SaleRun {
 pub(crate) struct Crowded {
     /// One for each request of the plan.
     pub(crate) records: Vec<Record>,
+    /// Purchases that were accepted: copies of one have one order.
+    pub(crate) orders: usize,
     /// Tries that the harness sent late although a connection was free.
     pub(crate) late: usize,
     /// Processor time of the harness, and for how long.
@@ -143,7 +145,7 @@ pub(crate) struct Crowded {
 }
 
 impl Crowded {
-    /// Purchases that were accepted.
+    /// Requests that were accepted.
     pub(crate) fn accepted(&self) -> usize {
         self.acceptances().count()
     }
@@ -170,8 +172,8 @@ impl Crowded {
 
     /// From the opening until as many orders as were accepted were seen to be stored.
     pub(crate) fn stored_after(&self) -> Option<Duration> {
-        let accepted = self.accepted() as u64;
-        let all = self.stored.iter().find(|(_, stored)| *stored >= accepted);
+        let orders = self.orders as u64;
+        let all = self.stored.iter().find(|(_, stored)| *stored >= orders);
         all.map(|(instant, _)| *instant)
     }
 
@@ -337,8 +339,15 @@ impl SaleRun {
             tokio::join!(opened_at, sent, stored, looks);
         watch.abort();
         let Sent { records, late } = sent?;
+        let accepted = records
+            .iter()
+            .filter(|record| matches!(record.outcome, Outcome::Accepted { .. }));
+        let keys: HashSet<usize> = accepted
+            .map(|record| self.sending.plan[record.purchase].key)
+            .collect();
         Ok(Crowded {
             records,
+            orders: keys.len(),
             late,
             cpu: cpu_after.saturating_sub(cpu_before),
             wall,
@@ -376,7 +385,6 @@ impl SaleRun {
 
     /// Waits until everything that was accepted is stored, at most as long as the operator does.
     pub(crate) async fn settle(&self, crowded: &mut Crowded) {
-        let accepted = crowded.accepted() as u64;
         let Some(mut watch) = Watch::of(&self.server.backstage, &self.sales).await else {
             return;
         };
@@ -388,8 +396,7 @@ impl SaleRun {
             }
             sleep(self.wish.looks_every).await;
         }
-        self.progress
-            .set_message(format!("{accepted} orders are not all stored"));
+        self.progress.set_message("not all orders are stored");
     }
 
     /// Sends some accepted purchases again, ends the sales, and judges the whole history.
@@ -781,6 +788,7 @@ mod tests {
                 record(2, 1000, refused()),
                 record(3, 3000, refused()),
             ],
+            orders: 2,
             late: 0,
             cpu: Duration::ZERO,
             wall: second(3),

@@ -330,6 +330,8 @@ struct Crew {
     request: Vec<u8>,
     records: Vec<Record>,
     late: usize,
+    /// When the timer rings.
+    armed: Option<Instant>,
 }
 
 impl Crew {
@@ -339,7 +341,9 @@ impl Crew {
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
         )?;
-        epoll::add(&epoll, &timer, EventData::new_u64(TIMER), EventFlags::IN)?;
+        // It says once that it rang.
+        let once = EventFlags::IN | EventFlags::ET;
+        epoll::add(&epoll, &timer, EventData::new_u64(TIMER), once)?;
         let slot = |_| Slot {
             connection: None,
             errand: None,
@@ -356,6 +360,7 @@ impl Crew {
             request: Vec::new(),
             records: Vec::new(),
             late: 0,
+            armed: None,
             load,
         })
     }
@@ -408,6 +413,7 @@ impl Crew {
                 })
             })
             .collect();
+        self.records.reserve(self.agenda.len());
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let mut looked = Instant::now();
         while !self.agenda.is_empty() || self.free.len() < self.slots.len() {
@@ -440,23 +446,21 @@ impl Crew {
     }
 
     /// Lets the timer ring when somebody who is free has something to send.
-    fn arm(&self) -> Result<()> {
-        let due = match self.agenda.peek() {
-            Some(Reverse(waiting)) if !self.free.is_empty() => waiting.due,
-            // An answer comes first. Zero switches the timer off.
-            _ => {
-                let never = Itimerspec {
-                    it_interval: Timespec::default(),
-                    it_value: Timespec::default(),
-                };
-                timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &never)?;
-                return Ok(());
-            }
+    fn arm(&mut self) -> Result<()> {
+        let Some(Reverse(waiting)) = self.agenda.peek() else {
+            return Ok(());
         };
-        let pause = due.saturating_duration_since(Instant::now()).max(GRAIN);
+        let now = Instant::now();
+        let ring = waiting.due.max(now + GRAIN);
+        // Without anybody free an answer comes first. A ring in time is left as it is.
+        let is_armed = self.armed.is_some_and(|armed| armed > now && armed <= ring);
+        if self.free.is_empty() || is_armed {
+            return Ok(());
+        }
+        self.armed = Some(ring);
         let ring = Itimerspec {
             it_interval: Timespec::default(),
-            it_value: Timespec::try_from(pause)?,
+            it_value: Timespec::try_from(ring.saturating_duration_since(now))?,
         };
         timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &ring)?;
         Ok(())

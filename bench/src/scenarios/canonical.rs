@@ -68,7 +68,7 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
         bench.figure(Figure::new("accepted_per_s_writer_paused", paused, "/s"));
     }
 
-    steady(bench, highest * STEADY, seconds(20, 2)).await?;
+    steady(bench, (highest * STEADY).round(), seconds(20, 2)).await?;
 
     let crowd = bench.crowd(if args.short { 2000 } else { 10_000 }, Arrivals::Burst);
     let stock = crowd.buyers as u64 / 5;

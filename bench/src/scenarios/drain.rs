@@ -49,7 +49,7 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
     let each = requests(warm, Duration::from_secs(4));
     let highest = saturate(bench, "saturated", each).await?.accepted_per_s;
 
-    let rate = highest * args.share;
+    let rate = (highest * args.share).round();
     let wish = wish(bench, "Drained", args.orders, Arrivals::Rate(rate));
     let trial = bench.trial("drained while it sells", wish).await?;
     bench.figure(Figure::new("drained_while_selling_per_s", rate, "/s"));

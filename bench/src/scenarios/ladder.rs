@@ -59,13 +59,19 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
             break;
         }
         kept = Some(rate);
-        rate *= args.factor;
+        rate = (rate * args.factor).round();
     }
     let Some(knee) = kept else {
         bail!("the first step is too high already: begin lower with --from");
     };
     bench.figure(Figure::new("knee_per_s", knee, "/s"));
-    let trial = step(bench, "80 % of the knee", knee * 0.8, args.each * 2).await?;
+    let trial = step(
+        bench,
+        "80 % of the knee",
+        (knee * 0.8).round(),
+        args.each * 2,
+    )
+    .await?;
     let p99 = p99(bench, &trial);
     bench.figure(Figure::new("p99_at_80_ms", p99, "ms"));
     Ok(())

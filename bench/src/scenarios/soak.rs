@@ -40,7 +40,7 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
     let warm = saturate(bench, "warm-up", 4000).await?.accepted_per_s;
     let each = requests(warm, Duration::from_secs(4));
     let highest = saturate(bench, "saturated", each).await?.accepted_per_s;
-    let rate = highest * args.share;
+    let rate = (highest * args.share).round();
     bench.figure(Figure::new("soak_per_s", rate, "/s"));
     let buyers = requests(rate, args.lasts).div_ceil(TRIES);
     let crowd = Crowd {

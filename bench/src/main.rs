@@ -1,7 +1,8 @@
 //! `stockade-bench`: sends a crowd at a running Stockade and proves speed and exactness in one
 //! run.
 //!
-//! Exit codes: 0 every promise was kept, 1 the run could not be made, 2 a promise was broken.
+//! Exit codes: 0 every promise was kept, 1 the run could not be made, 2 a promise was broken, 3 a
+//! bound was not kept.
 
 mod baseline;
 mod client;
@@ -24,15 +25,13 @@ mod usage;
 mod verdict;
 mod witness;
 
-use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::report::{Document, Run, Suite, Verdict};
+use crate::report::{CompareArgs, Document, End, Output, PlotArgs, ReportArgs, Run, Suite};
 use crate::scenarios::{
     baselines, canonical, drain, drop, herd, ladder, many_sales, retry_storm, scale, soak, soldout,
     suite,
@@ -40,6 +39,7 @@ use crate::scenarios::{
 
 const UNUSABLE: u8 = 1;
 const VIOLATION: u8 = 2;
+const MISSED: u8 = 3;
 
 /// Sends crowds at a Stockade and proves speed and exactness in one run. Without a scenario it makes
 /// the canonical run: the one to quote.
@@ -63,7 +63,7 @@ enum Command {
     Canonical(Box<Scenario<canonical::Args>>),
     /// Makes a sale of its own on the running server, sends a crowd at it, and says whether
     /// exactly the stock was sold.
-    Drop(Box<drop::Args>),
+    Drop(Box<Scenario<drop::Args>>),
     /// Everybody at the instant of the opening, for a small stock.
     Herd(Box<Scenario<herd::Args>>),
     /// Refusals per second once everything is sold, and every retry of an order still its 201.
@@ -86,6 +86,12 @@ enum Command {
     Floor(Box<Scenario<scenarios::floor::Args>>),
     /// Every goal: all scenarios that measure one, and the table that follows.
     Suite(Box<Scenario<suite::Args>>),
+    /// Prints the report of a document as one HTML page, which needs no network.
+    Report(ReportArgs),
+    /// Writes the plots of a document as SVG files.
+    Plot(PlotArgs),
+    /// Compares two builds by the documents of their runs, with confidence intervals.
+    Compare(CompareArgs),
     /// Prints the JSON schema of the documents that runs write.
     Schema,
 }
@@ -107,8 +113,9 @@ fn main() -> ExitCode {
         }
     };
     match run(cli.command.unwrap_or(Command::Canonical(cli.canonical))) {
-        Ok(Verdict::Pass) => ExitCode::SUCCESS,
-        Ok(Verdict::Fail) => VIOLATION.into(),
+        Ok(End::Good) => ExitCode::SUCCESS,
+        Ok(End::Violation) => VIOLATION.into(),
+        Ok(End::Missed) => MISSED.into(),
         Err(error) => {
             let _ = writeln!(io::stderr().lock(), "stockade-bench: {error:#}");
             UNUSABLE.into()
@@ -121,43 +128,28 @@ fn main() -> ExitCode {
 struct Scenario<A: clap::Args> {
     #[command(flatten)]
     args: A,
-    /// Writes the result as JSON to this file, too.
-    #[arg(long)]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl<A: clap::Args> Scenario<A> {
     /// Makes the run and puts it out.
-    fn run(&self, run: impl FnOnce(&A) -> Result<Run>) -> Result<Verdict> {
+    fn run(&self, run: impl FnOnce(&A) -> Result<Run>) -> Result<End> {
         let run = run(&self.args)?;
-        let _ = write!(io::stdout().lock(), "{run}");
-        self.deliver(&Document::Run(Box::new(run)))
+        self.output.deliver(&Document::Run(Box::new(run)))
     }
 
     /// The same of several runs.
-    fn run_suite(&self, suite: impl FnOnce(&A) -> Result<Suite>) -> Result<Verdict> {
+    fn run_suite(&self, suite: impl FnOnce(&A) -> Result<Suite>) -> Result<End> {
         let suite = suite(&self.args)?;
-        let _ = write!(io::stdout().lock(), "{}", suite::table(&suite));
-        self.deliver(&Document::Suite(Box::new(suite)))
-    }
-
-    fn deliver(&self, document: &Document) -> Result<Verdict> {
-        if let Some(file) = &self.json {
-            fs::write(file, document.json()?)
-                .with_context(|| format!("{} cannot be written", file.display()))?;
-        }
-        Ok(document.verdict())
+        self.output.deliver(&Document::Suite(Box::new(suite)))
     }
 }
 
-fn run(command: Command) -> Result<Verdict> {
+fn run(command: Command) -> Result<End> {
     match command {
         Command::Canonical(scenario) => scenario.run(canonical::run),
-        Command::Drop(args) => {
-            let run = drop::run(&args)?;
-            let _ = write!(io::stdout().lock(), "{run}");
-            Ok(run.verdict)
-        }
+        Command::Drop(scenario) => scenario.run(drop::run),
         Command::Herd(scenario) => scenario.run(herd::run),
         Command::Soldout(scenario) => scenario.run(soldout::run),
         Command::RetryStorm(scenario) => scenario.run(retry_storm::run),
@@ -169,9 +161,12 @@ fn run(command: Command) -> Result<Verdict> {
         Command::Baselines(scenario) => scenario.run(baselines::run),
         Command::Floor(scenario) => scenario.run(scenarios::floor::run),
         Command::Suite(scenario) => scenario.run_suite(suite::run),
+        Command::Report(args) => args.run(),
+        Command::Plot(args) => args.run(),
+        Command::Compare(args) => args.run(),
         Command::Schema => {
             let _ = io::stdout().lock().write_all(report::schema().as_bytes());
-            Ok(Verdict::Pass)
+            Ok(End::Good)
         }
     }
 }

@@ -6,13 +6,12 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use bytes::Bytes;
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until, timeout};
 use uuid::Uuid;
@@ -24,6 +23,7 @@ use crate::load::outcome::{Outcome, judge};
 use crate::load::sender::{Load, Pool, Record, Requests, Sending, Sent, Tally};
 use crate::load::tokens::{Role, Signer};
 use crate::operator::{self, Operator, Terms};
+use crate::report::live::{self, Scene};
 use crate::sse::{Frame, Subscriber};
 use crate::target::{Backstage, Target};
 use crate::usage::{Look, Roots};
@@ -38,9 +38,6 @@ const REPLAY_CONNECTIONS: usize = 64;
 
 /// How long the live stock may take to show its first and its last value.
 const FRAME_MAX: Duration = Duration::from_secs(5);
-
-/// Pause between two looks at the crowd.
-const REDRAW: Duration = Duration::from_millis(50);
 
 /// Between two looks at the server's processes.
 const SAMPLE: Duration = Duration::from_millis(500);
@@ -230,7 +227,7 @@ impl SaleRun {
         operator::reach(&server.target).await?;
         let Wish { crowd, .. } = &wish;
         let plan = crowd.plan();
-        let progress = progress(plan.len())?;
+        let progress = live::bar(plan.len())?;
         let connections_wanted = wish.connections.unwrap_or(CONNECTIONS.min(plan.len()));
         let load = Load {
             target: server.target.clone(),
@@ -319,8 +316,13 @@ impl SaleRun {
             bail!("the crowd was already sent");
         };
         self.progress.set_message("waiting for the opening");
-        let watch = watch(self.progress.clone(), Arc::clone(&self.tally), self.opening);
-        let watch = tokio::spawn(watch);
+        let scene = Scene {
+            units: self.wish.stock.saturating_mul(self.sales.len() as u64),
+            quantity: self.wish.crowd.quantity,
+            threads: self.wish.threads,
+        };
+        let (bar, tally) = (self.progress.clone(), Arc::clone(&self.tally));
+        let watch = tokio::spawn(live::watch(bar, tally, scene, self.opening));
         let opening = self.opening;
         let opened_at = async {
             sleep_until(opening.into()).await;
@@ -565,34 +567,6 @@ async fn looks(
         }
         // The end of the crowd ends the pause, too.
         let _ = timeout(SAMPLE, is_over.changed()).await;
-    }
-}
-
-/// A bar on a terminal; nothing anywhere else.
-fn progress(purchases: usize) -> Result<ProgressBar> {
-    let style = "{elapsed:>4} {wide_bar} {human_pos}/{human_len}  {msg}";
-    let bar = ProgressBar::new(u64::try_from(purchases)?);
-    bar.set_style(ProgressStyle::with_template(style)?);
-    bar.enable_steady_tick(REDRAW);
-    Ok(bar)
-}
-
-/// Shows how the crowd is doing, until it is stopped.
-async fn watch(progress: ProgressBar, tally: Arc<Tally>, opening: Instant) {
-    sleep_until(opening.into()).await;
-    loop {
-        progress.set_position(u64::try_from(tally.ended()).unwrap_or(u64::MAX));
-        let [accepted, refused, failed, retries] = [
-            &tally.accepted,
-            &tally.refused,
-            &tally.failed,
-            &tally.retries,
-        ]
-        .map(|count| count.load(Ordering::Relaxed));
-        progress.set_message(format!(
-            "{accepted} accepted, {refused} refused, {failed} failed, {retries} tried again"
-        ));
-        sleep(REDRAW).await;
     }
 }
 

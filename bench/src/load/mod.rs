@@ -5,5 +5,6 @@ mod connection;
 pub(crate) mod crowd;
 pub(crate) mod flood;
 pub(crate) mod outcome;
+pub(crate) mod pulse;
 pub(crate) mod sender;
 pub(crate) mod tokens;

@@ -27,6 +27,7 @@ use tokio::sync::oneshot;
 use super::connection::{Connection, Received};
 use super::crowd::Arrival;
 use super::outcome::{Answer, Next, Outcome, Setback};
+use super::pulse::Pulse;
 use crate::target::Target;
 
 /// Connections that are being opened at once: fewer than a server's usual queue of new ones.
@@ -166,6 +167,8 @@ pub(crate) struct Tally {
     pub(crate) refused: AtomicUsize,
     pub(crate) failed: AtomicUsize,
     pub(crate) retries: AtomicUsize,
+    /// How long purchases took, from their planned instants.
+    pub(crate) pulse: Pulse,
 }
 
 impl Tally {
@@ -176,7 +179,8 @@ impl Tally {
             + self.failed.load(Ordering::Relaxed)
     }
 
-    fn count(&self, outcome: &Outcome) {
+    fn count(&self, outcome: &Outcome, took: Duration) {
+        self.pulse.record(took);
         let counter = match outcome {
             Outcome::Accepted { .. } => &self.accepted,
             Outcome::Refused { .. } => &self.refused,
@@ -644,7 +648,8 @@ impl Crew {
                 setback.give_up(waiting.doubt.is_some())
             }
         };
-        work.tally.count(&outcome);
+        let took = now.saturating_duration_since(*opening + arrival.due);
+        work.tally.count(&outcome, took);
         self.records.push(Record {
             purchase: waiting.purchase,
             due: arrival.due,

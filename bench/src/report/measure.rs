@@ -27,7 +27,7 @@ const INTERVALS_MS: [u32; 13] = [
 ];
 
 /// Intervals of a phase: as many as a plot can show.
-const INTERVALS_MAX: f64 = 240.0;
+const INTERVALS_MAX: f64 = 120.0;
 
 /// The load of a phase, as it was asked for and as it could be made.
 #[derive(Clone, Debug)]
@@ -111,7 +111,11 @@ impl Percentiles {
             max: ms(max),
             curve: histogram
                 .iter_quantiles(POINTS_PER_HALVING)
-                .map(|point| (point.quantile(), in_ms(point.value_iterated_to())))
+                .map(|point| {
+                    // A ten-millionth is one purchase of the largest runs.
+                    let quantile = (point.quantile() * 1e7).round() / 1e7;
+                    (quantile, in_ms(point.value_iterated_to()))
+                })
                 .collect(),
         })
     }
@@ -198,7 +202,7 @@ impl Series {
                 let latency = Percentiles::of(those.iter().map(|(_, latency)| *latency))?;
                 row.p50_ms = Some(latency.p50);
                 row.p99_ms = Some(latency.p99);
-                row.max_ms = Some(rounded(latency.max));
+                row.max_ms = Some(latency.max);
             }
         }
         if let Some((mut left, quantity)) = stock {
@@ -223,7 +227,7 @@ impl Generator {
             cpu_ms: ms(cpu),
             wall_ms: ms(wall),
             threads,
-            cpu_share,
+            cpu_share: rounded(cpu_share),
             bottleneck: cpu_share >= BOTTLENECK_SHARE,
             late: 0,
         }
@@ -235,7 +239,7 @@ impl Process {
     /// What a process used while so many purchases were accepted, of so many.
     pub(crate) fn new(name: &str, cpu: Duration, rss_bytes: Option<u64>, of: &Outcomes) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let each = |count: usize| (count > 0).then(|| ms(cpu) * 1e3 / count as f64);
+        let each = |count: usize| (count > 0).then(|| rounded(ms(cpu) * 1e3 / count as f64));
         Self {
             name: name.to_owned(),
             cpu_ms: ms(cpu),
@@ -249,18 +253,18 @@ impl Process {
 
 /// In milliseconds.
 pub(crate) fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
+    rounded(duration.as_secs_f64() * 1e3)
 }
 
-/// To the microsecond, which is as exact as anything here is measured.
-fn rounded(ms: f64) -> f64 {
-    (ms * 1e3).round() / 1e3
+/// To three decimals: milliseconds to the microsecond, which is as exact as anything here.
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
 }
 
 fn per_second(count: usize, duration: Duration) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
     let count = count as f64;
-    count / duration.as_secs_f64().max(1e-6)
+    rounded(count / duration.as_secs_f64().max(1e-6))
 }
 
 #[cfg(test)]
@@ -322,14 +326,14 @@ mod tests {
             record(1101, 1, refused),
         ];
         let series = Series::of(&records, Some((10, 2))).unwrap();
-        assert!((series.interval_ms - 5.0).abs() < f64::EPSILON);
-        assert_eq!(series.rows.len(), 221);
+        assert!((series.interval_ms - 10.0).abs() < f64::EPSILON);
+        assert_eq!(series.rows.len(), 111);
         assert_eq!((series.rows[0].accepted, series.rows[0].sent), (2, 2));
         assert_eq!(
             (series.rows[0].remaining, series.rows[1].p99_ms),
             (Some(6), None)
         );
-        let last = &series.rows[220];
+        let last = &series.rows[110];
         assert_eq!((last.accepted, last.refused["sold_out"]), (1, 1));
         assert_eq!((last.remaining, last.max_ms), (Some(4), Some(1090.0)));
         let ended: u64 = series.rows.iter().map(|row| row.accepted).sum();

@@ -4,7 +4,10 @@ use std::fmt::{self, Display, Formatter};
 
 use serde_json::Value;
 
-use super::document::{Arrivals, Figure, Outcomes, Percentiles, Phase, Run, Speed, Verdict};
+use super::document::{
+    Arrivals, Document, Figure, Outcomes, Percentiles, Phase, Run, Speed, Suite, Term, Verdict,
+};
+use super::text::{grouped, number};
 use crate::scenarios::outage::Effect;
 use crate::verdict::Status;
 
@@ -15,17 +18,56 @@ fn plain(value: &Value) -> String {
         .map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// A count with a comma between thousands.
-fn grouped(number: impl Display) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (n, digit) in digits.chars().enumerate() {
-        if n > 0 && (digits.len() - n).is_multiple_of(3) {
-            text.push(',');
+impl Display for Document {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Run(run) => run.fmt(f),
+            Self::Suite(suite) => suite.fmt(f),
         }
-        text.push(digit);
     }
-    text
+}
+
+impl Display for Suite {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self.verdict {
+            Verdict::Pass => writeln!(f, "\n  PASS: every promise was kept in every run.\n")?,
+            Verdict::Fail => {
+                writeln!(
+                    f,
+                    "\n  FAIL: a promise was broken, or could not be checked."
+                )?;
+                for run in &self.runs {
+                    if let Some(violation) = &run.first_violation {
+                        writeln!(f, "        {}: {violation}", run.scenario)?;
+                    }
+                }
+                writeln!(f)?;
+            }
+        }
+        writeln!(
+            f,
+            "    {:<54}{:>12}{:>12}{:>10}{:>12}",
+            "goal", "measured", "against", "ratio", "wanted"
+        )?;
+        let term = |term: &Term| term.value.map_or("–".to_owned(), number);
+        for ratio in &self.goals {
+            let mark = match ratio.met {
+                Some(true) => "✓",
+                Some(false) => "✗",
+                None => "–",
+            };
+            writeln!(
+                f,
+                "  {mark} {:<54}{:>12}{:>12}{:>10}{:>12}",
+                ratio.what,
+                term(&ratio.measured),
+                ratio.reference.as_ref().map_or(String::new(), term),
+                ratio.value.map_or("–".to_owned(), number),
+                format!("{} {}", ratio.goal.op.sign(), number(ratio.goal.value)),
+            )?;
+        }
+        Ok(())
+    }
 }
 
 impl Display for Run {
@@ -123,16 +165,6 @@ fn show_figure(figure: &Figure) -> String {
     format!("{} {}", number(figure.value), figure.unit)
         .trim_end()
         .to_owned()
-}
-
-/// A number with as many digits as say something.
-fn number(value: f64) -> String {
-    match value.abs() {
-        size if size >= 1000.0 => grouped(value.round()),
-        size if size >= 100.0 => format!("{value:.0}"),
-        size if size >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
 }
 
 impl Display for Phase {
@@ -300,21 +332,28 @@ impl Display for Effect {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::report::sample;
 
     #[test]
-    fn counts_are_grouped_by_thousands() {
-        assert_eq!(
-            ["0", "999", "1,000", "1,234,567"],
-            [0, 999, 1000, 1_234_567].map(grouped)
-        );
+    fn a_broken_promise_comes_first_and_leaves_no_throughput() {
+        let text = sample::broken().to_string();
+        let violation = "seq without gaps: oversold: 6001 orders for 6001 units exist";
+        assert!(text.trim_start().starts_with("FAIL"), "{text}");
+        assert!(text.lines().nth(1).unwrap().contains(violation), "{text}");
+        for speed in ["accepted/s", "p99", "accepted_to_hello", "µs"] {
+            assert!(!text.contains(speed), "{speed} in {text}");
+        }
     }
 
     #[test]
-    fn numbers_have_the_digits_that_say_something() {
-        assert_eq!(
-            ["12,346", "123", "12.3", "0.51"],
-            [12_345.6, 123.4, 12.34, 0.512].map(number)
-        );
+    fn goals_have_a_mark() {
+        let text = sample::run(7).to_string();
+        assert!(text.trim_start().starts_with("PASS"), "{text}");
+        assert!(text.contains("✓ accepted_to_hello"), "{text}");
+        assert!(text.contains("✗ application_cpu_to_hello"), "{text}");
+        let text = sample::suite().to_string();
+        assert!(text.contains("✓ accepted/s ÷ hello"), "{text}");
+        assert!(text.contains("✗ CPU per order ÷ hello"), "{text}");
+        assert!(text.contains("– SSE subscribers"), "{text}");
     }
 }

@@ -1,6 +1,5 @@
 //! `stockade-bench drop`: one sale at the running server, one crowd, one verdict.
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use super::outage::{self, Effect};
 use crate::clock;
 use crate::load::crowd::{Arrivals, Crowd};
 use crate::operator;
-use crate::report::{Begun, Document, Findings, Machine, Run, Versions, ms};
+use crate::report::{Begun, Findings, Machine, Run, Versions, ms};
 use crate::sale_run::{SaleRun, Server, Wish};
 use crate::target::{Backstage, Target};
 use crate::trial::{live, phase};
@@ -76,9 +75,6 @@ pub(crate) struct Args {
     /// How long a buyer tries again while the server is away, and an operator waits for a verdict.
     #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
     patience: Duration,
-    /// Writes the result as JSON to this file, too.
-    #[arg(long)]
-    json: Option<PathBuf>,
     /// Repeats the randomness of an earlier run.
     #[arg(long)]
     seed: Option<u64>,
@@ -204,21 +200,18 @@ async fn drop(args: &Args) -> Result<Run> {
             .map(|(name, value)| (name.to_owned(), value))
             .collect(),
     };
-    let run = Run::new(begun, findings);
-    if let Some(file) = &args.json {
-        let document = Document::Run(Box::new(run.clone()));
-        fs::write(file, document.json()?)
-            .with_context(|| format!("{} cannot be written", file.display()))?;
-    }
-    Ok(run)
+    Ok(Run::new(begun, findings))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use clap::Parser;
     use serde_json::Value;
 
     use super::*;
+    use crate::report::Document;
     use crate::shop::{Faults, SECRET, Shop};
     use crate::verdict::Status;
 
@@ -239,16 +232,15 @@ mod tests {
         let shop = Shop::start(faults);
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("jwt_secret"), SECRET).unwrap();
-        let file = dir.path().join("out.json");
         let args = Args {
             url: shop.url(),
             data_dir: dir.path().to_owned(),
-            json: Some(file.clone()),
             opens_in: Duration::from_millis(500),
             ..args(more)
         };
         let report = run(&args).unwrap();
-        let json = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        let json = Document::Run(Box::new(report.clone())).json().unwrap();
+        let json = serde_json::from_str(&json).unwrap();
         (report, json)
     }
 

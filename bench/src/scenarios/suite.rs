@@ -2,7 +2,6 @@
 //! can be repeated by itself, and the table of goals that follows.
 
 use std::env;
-use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
 
@@ -115,31 +114,6 @@ pub(crate) fn run(args: &Args) -> Result<Suite> {
         goals: goals(&runs),
         runs,
     })
-}
-
-/// The goals as people read them.
-pub(crate) fn table(suite: &Suite) -> String {
-    let number = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.2}"));
-    let mut text = String::new();
-    for ratio in &suite.goals {
-        let mark = match ratio.met {
-            Some(true) => "✓",
-            Some(false) => "✗",
-            None => "–",
-        };
-        let against = ratio.reference.as_ref().map(|term| number(term.value));
-        let (op, goal) = (ratio.goal.op.sign(), ratio.goal.value);
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "  {mark} {:<54}{:>12}{:>12}{:>10}   {op} {goal:.2}",
-            ratio.what,
-            number(ratio.measured.value),
-            against.unwrap_or_default(),
-            number(ratio.value),
-        );
-    }
-    text
 }
 
 /// Nobody is left to tell when the terminal is gone.

@@ -3,11 +3,11 @@
 -- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, sale, orders
 -- ARGV   1 caller (shared/partition.lua)
 --        2 number of the key that signs receipts (0: none)
---        3 items, 51 bytes each: index of the round (from 0), raw order id, raw buyer id,
---          quantity, fingerprint, durability (what an acceptance will survive), redeem (1: a
---          receipt proves that an earlier epoch accepted this, and it was lost: decided like any
---          other, but also while the round is paused, or closed and not settled), archived rounds
---          of the sale in which PostgreSQL does not have the order
+--        3 items, 51 bytes each: index of the round (from 0), raw order id, fingerprint and raw
+--          buyer id as they end a record, quantity, durability (what an acceptance will survive),
+--          redeem (1: a receipt proves that an earlier epoch accepted this, and it was lost:
+--          decided like any other, but also while the round is paused, or closed and not
+--          settled), archived rounds of the sale in which PostgreSQL does not have the order
 -- Reply  { 'ok', now_ms, pseq, n, standing × n rounds, then a word and its facts for each item }
 --          'accepted' | 'replayed'   the order's record
 --          'mismatch'                the key made an order from another request
@@ -21,7 +21,7 @@
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
 
-local ITEM = '>Bc16c16I4c8BBI4'
+local ITEM = '>Bc16c24I4BBI4'
 local ITEM_BYTES = 51
 -- What an operator may want of a round that still redeems.
 local REDEEMS = { live = true, paused = true, closed = true }
@@ -43,7 +43,8 @@ for base = 3, #KEYS, 5 do
     if sale then
       sale.orders_key = orders_key
       sale.intact = has_orders(sale, orders_key)
-      sale.asked, sale.orders, sale.new = {}, {}, {}
+      -- ids that are asked about, records made here, and the same as arguments
+      sale.asked, sale.made, sale.new = {}, {}, {}
     end
     sales[sale_key] = sale
   end
@@ -58,46 +59,48 @@ for base = 3, #KEYS, 5 do
     round = { damage = 'buyers or board' }
   else
     round.buyers_key, round.board_key = KEYS[base + 1], KEYS[base + 2]
-    round.sale, round.asked, round.buyers, round.dirty, round.new = sale, {}, {}, {}, {}
+    round.sale = sale
+    -- Buyers that are asked about, what those have who got something here, and their places.
+    round.asked, round.units, round.acceptances, round.served, round.places = {}, {}, {}, {}, {}
     round.state = state_of(round, partition.now_ms)
   end
   rounds[#rounds + 1] = round
 end
 
-local items = {}
-for at = 1, #ARGV[3], ITEM_BYTES do
-  local index, id, buyer, quantity, fingerprint, durability, redeem, archive =
-    struct.unpack(ITEM, ARGV[3], at)
+-- A table for each thing of all items, not one for each item: every purchase goes through here.
+local packed_items = ARGV[3]
+local n_items = #packed_items / ITEM_BYTES
+local of_round, ids, requests, buyers = {}, {}, {}, {}
+local quantities, durabilities, redeems, archives = {}, {}, {}, {}
+-- Where the item's order and buyer are among those asked about.
+local order_slots, buyer_slots = {}, {}
+local unpack_item, sub = struct.unpack, string.sub
+for i = 1, n_items do
+  local index
+  index, ids[i], requests[i], quantities[i], durabilities[i], redeems[i], archives[i] =
+    unpack_item(ITEM, packed_items, (i - 1) * ITEM_BYTES + 1)
+  local buyer = sub(requests[i], 9)
+  buyers[i] = buyer
   local round = rounds[index + 1]
-  items[#items + 1] = {
-    index = index, round = round, id = id, buyer = buyer, quantity = quantity,
-    fingerprint = fingerprint, durability = durability, redeem = redeem == 1, archive = archive,
-  }
+  of_round[i] = round
   if not round.damage then
     local asked = round.sale.asked
-    asked[#asked + 1] = id
-    round.asked[#round.asked + 1] = buyer
+    local slot = #asked + 1
+    asked[slot], order_slots[i] = ids[i], slot
+    asked = round.asked
+    slot = #asked + 1
+    asked[slot], buyer_slots[i] = buyer, slot
   end
 end
 
 for _, sale in pairs(sales) do
   if sale and sale.intact and #sale.asked > 0 then
-    local records = redis.call('HMGET', sale.orders_key, unpack(sale.asked))
-    for i, id in ipairs(sale.asked) do
-      sale.orders[id] = records[i]
-    end
+    sale.records = redis.call('HMGET', sale.orders_key, unpack(sale.asked))
   end
 end
 for _, round in ipairs(rounds) do
   if not round.damage and #round.asked > 0 then
-    local packed = redis.call('HMGET', round.buyers_key, unpack(round.asked))
-    for i, id in ipairs(round.asked) do
-      local units, acceptances = 0, 0
-      if packed[i] then
-        units, acceptances = struct.unpack(BUYER, packed[i])
-      end
-      round.buyers[id] = { units = units, acceptances = acceptances, known = packed[i] and true }
-    end
+    round.known = redis.call('HMGET', round.buyers_key, unpack(round.asked))
   end
 end
 
@@ -105,119 +108,144 @@ end
 
 local LIMIT = '>I6I6'
 local pseq, receipt_key = partition.pseq + 1, tonumber(ARGV[2])
-local accepted = {}
+local pack = struct.pack
+-- What the records of one call share: all before the seq, and all between it and the request.
+local heads = {}
+-- Index of its round, id and record of each acceptance; the index once all are known.
+local n_accepted, journal = 0, {}
 
-local function decide(item)
-  local round = item.round
+local function decide(i)
+  local round = of_round[i]
   if round.damage then
     return 'damaged', round.damage
   end
-  local sale = round.sale
-  local record = sale.orders[item.id]
+  local sale, id, request = round.sale, ids[i], requests[i]
+  local record = sale.records[order_slots[i]] or sale.made[id]
   if record then
     -- fingerprint and buyer are its last 24 bytes
-    if string.sub(record, -24) == item.fingerprint .. item.buyer then
+    if sub(record, -24) == request then
       return 'replayed', record
     end
     return 'mismatch', ''
   end
   -- The order may have left with a round: nothing is decided before that is known.
-  if item.archive < sale.archived_rounds then
+  if archives[i] < sale.archived_rounds then
     return 'archived', whole(sale.archived_rounds)
   end
   if round.state == 'scheduled' then
     return 'not_open', whole(round.opens_ms)
-  elseif round.state ~= 'open' and not (item.redeem and REDEEMS[round.intent]) then
+  elseif round.state ~= 'open' and not (redeems[i] == 1 and REDEEMS[round.intent]) then
     return round.state, ''
   end
-  local buyer = round.buyers[item.buyer]
-  if item.quantity > round.order_limit then
-    return 'order_limit', struct.pack(LIMIT, round.order_limit, buyer.units)
+  local buyer, quantity = buyers[i], quantities[i]
+  local units, acceptances = round.units[buyer], round.acceptances[buyer]
+  local served = units ~= nil
+  if not served then
+    local known = round.known[buyer_slots[i]]
+    if known then
+      units, acceptances = unpack_item(BUYER, known)
+    else
+      units, acceptances = 0, 0
+    end
   end
-  if buyer.units + item.quantity > round.buyer_limit
-      or buyer.acceptances >= round.buyer_limit + SPARE_ACCEPTANCES then
-    return 'buyer_limit', struct.pack(LIMIT, round.buyer_limit, buyer.units)
+  if quantity > round.order_limit then
+    return 'order_limit', pack(LIMIT, round.order_limit, units)
   end
-  if round.remaining == 0 then
+  if units + quantity > round.buyer_limit
+      or acceptances >= round.buyer_limit + SPARE_ACCEPTANCES then
+    return 'buyer_limit', pack(LIMIT, round.buyer_limit, units)
+  end
+  local remaining = round.remaining
+  if remaining == 0 then
     return 'sold_out', ''
-  elseif round.remaining < item.quantity then
-    return 'insufficient', whole(round.remaining)
+  elseif remaining < quantity then
+    return 'insufficient', whole(remaining)
   end
 
-  round.seq = round.seq + 1
-  round.remaining = round.remaining - item.quantity
-  round.sold = round.sold + item.quantity
-  round.n_board = round.n_board + 1
-  if not buyer.known then
-    buyer.known = true
-    round.n_buyers = round.n_buyers + 1
+  local seq = round.seq + 1
+  round.seq, round.remaining, round.sold = seq, remaining - quantity, round.sold + quantity
+  if not served then
+    round.served[#round.served + 1] = buyer
+    if not round.known[buyer_slots[i]] then
+      round.n_buyers = round.n_buyers + 1
+    end
   end
-  buyer.units = buyer.units + item.quantity
-  buyer.acceptances = buyer.acceptances + 1
-  round.dirty[item.buyer] = true
-  record = struct.pack(RECORD, VERSION, STATUS.confirmed, STATUS.confirmed, item.durability,
-    receipt_key, round.number, partition.epoch, round.seq, pseq, item.quantity, round.price,
-    partition.now_ms, item.fingerprint, item.buyer)
-  sale.orders[item.id] = record
-  sale.n_orders = sale.n_orders + 1
-  sale.new[#sale.new + 1] = item.id
-  sale.new[#sale.new + 1] = record
-  round.new[#round.new + 1] = round.seq
-  round.new[#round.new + 1] = item.id
-  accepted[#accepted + 1] = { round = round, id = item.id, record = record }
+  round.units[buyer], round.acceptances[buyer] = units + quantity, acceptances + 1
+
+  local durability = durabilities[i]
+  local kind = round.number * 256 + durability
+  local head = heads[kind]
+  if not head then
+    head = pack(RECORD_HEAD, VERSION, STATUS.confirmed, STATUS.confirmed, durability, receipt_key,
+      round.number, partition.epoch)
+    heads[kind] = head
+  end
+  local middle = round.middle
+  if not middle or round.middle_of ~= quantity then
+    middle = pack(RECORD_MIDDLE, pseq, quantity, round.price, partition.now_ms)
+    round.middle, round.middle_of = middle, quantity
+  end
+  record = head .. pack('>I6', seq) .. middle .. request
+  sale.made[id] = record
+  local new = sale.new
+  local at = #new
+  new[at + 1], new[at + 2] = id, record
+  local places = round.places
+  at = #places
+  places[at + 1], places[at + 2] = seq, id
+  at = n_accepted * 3
+  journal[at + 1], journal[at + 2], journal[at + 3] = round, id, record
+  n_accepted = n_accepted + 1
   return 'accepted', record
 end
 
-local decisions = {}
-for _, item in ipairs(items) do
-  local word, facts = decide(item)
-  decisions[#decisions + 1] = word
-  decisions[#decisions + 1] = facts
+local reply = { 'ok', whole(partition.now_ms), '', whole(#rounds) }
+local replied = 4 + #rounds
+for i = 1, n_items do
+  reply[replied + 1], reply[replied + 2] = decide(i)
+  replied = replied + 2
 end
 
 -- Write --------------------------------------------------------------------------------------
 
-if #accepted > 0 then
-  local counters, orders, touched = {}, {}, 0
+if n_accepted > 0 then
+  local counters = {}
   for _, round in ipairs(rounds) do
-    if not round.damage and #round.new > 0 then
+    if not round.damage and #round.places > 0 then
+      round.index = string.char(#counters)
+      round.n_board = round.n_board + #round.places / 2
       counters[#counters + 1] = pack_counters(round)
-      round.index = touched
-      touched = touched + 1
     end
   end
-  for _, order in ipairs(accepted) do
-    orders[#orders + 1] = string.char(order.round.index) .. order.id .. order.record
+  for at = 1, #journal, 3 do
+    journal[at] = journal[at].index
   end
-  if not append(partition, table.concat(counters), table.concat(orders), '') then
+  if not append(partition, table.concat(counters), table.concat(journal), '') then
     return { 'fenced', 'journal' }
   end
   for _, sale in pairs(sales) do
     if sale and #sale.new > 0 then
+      sale.n_orders = sale.n_orders + #sale.new / 2
       redis.call('HSET', sale.orders_key, unpack(sale.new))
       redis.call('HSET', sale.key, 'n_orders', whole(sale.n_orders))
     end
   end
   for _, round in ipairs(rounds) do
-    if not round.damage and #round.new > 0 then
-      local buyers = {}
-      for id in pairs(round.dirty) do
-        local buyer = round.buyers[id]
-        buyers[#buyers + 1] = id
-        buyers[#buyers + 1] = struct.pack(BUYER, buyer.units, buyer.acceptances)
+    if round.index then
+      local changed = {}
+      for i, buyer in ipairs(round.served) do
+        changed[2 * i - 1] = buyer
+        changed[2 * i] = pack(BUYER, round.units[buyer], round.acceptances[buyer])
       end
-      redis.call('HSET', round.buyers_key, unpack(buyers))
-      redis.call('ZADD', round.board_key, unpack(round.new))
+      redis.call('HSET', round.buyers_key, unpack(changed))
+      redis.call('ZADD', round.board_key, unpack(round.places))
       write_round(partition, round)
     end
   end
 end
 
-local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq), whole(#rounds) }
-for _, round in ipairs(rounds) do
-  reply[#reply + 1] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
-end
-for _, part in ipairs(decisions) do
-  reply[#reply + 1] = part
+reply[3] = whole(partition.pseq)
+for i, round in ipairs(rounds) do
+  reply[4 + i] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
 end
 return reply

@@ -126,12 +126,12 @@ mod imp {
             &["purchase"],
             &[
                 (
-                    "if round.remaining == 0 then",
-                    "round.before = round.before or round.remaining; if round.before == 0 then",
+                    "if remaining == 0 then",
+                    "round.before = round.before or remaining; if round.before == 0 then",
                 ),
                 (
-                    "elseif round.remaining < item.quantity then",
-                    "elseif round.before < item.quantity then",
+                    "elseif remaining < quantity then",
+                    "elseif round.before < quantity then",
                 ),
             ],
         ),
@@ -139,14 +139,17 @@ mod imp {
             "limit_after_decrement",
             &["purchase"],
             &[(
-                "if buyer.units + item.quantity > round.buyer_limit",
-                "if buyer.units > round.buyer_limit",
+                "if units + quantity > round.buyer_limit",
+                "if units > round.buyer_limit",
             )],
         ),
         (
             "limit_not_running",
             &["purchase"],
-            &[("buyer.units = buyer.units + item.quantity", "local _ = 0")],
+            &[(
+                "round.units[buyer], round.acceptances[buyer] = units + quantity, acceptances + 1",
+                "round.units[buyer], round.acceptances[buyer] = units, acceptances + 1",
+            )],
         ),
         (
             "journal_maxlen",
@@ -165,8 +168,8 @@ mod imp {
             "score_is_time",
             &["purchase"],
             &[(
-                "round.new[#round.new + 1] = round.seq",
-                "round.new[#round.new + 1] = partition.now_ms",
+                "places[at + 1], places[at + 2] = seq, id",
+                "places[at + 1], places[at + 2] = partition.now_ms, id",
             )],
         ),
         (
@@ -195,10 +198,7 @@ mod imp {
         (
             "fingerprint_not_checked",
             &["purchase"],
-            &[(
-                "if string.sub(record, -24) == item.fingerprint .. item.buyer then",
-                "if record then",
-            )],
+            &[("if sub(record, -24) == request then", "if record then")],
         ),
         (
             "no_epoch_fence",
@@ -256,7 +256,7 @@ mod imp {
             "archive_not_asked",
             &["purchase"],
             &[(
-                "if item.archive < sale.archived_rounds then",
+                "if archives[i] < sale.archived_rounds then",
                 "if false then",
             )],
         ),
@@ -319,7 +319,7 @@ mod imp {
             "insufficient_told_as_sold_out",
             &["purchase"],
             &[(
-                "return 'insufficient', whole(round.remaining)",
+                "return 'insufficient', whole(remaining)",
                 "return 'sold_out', ''",
             )],
         ),
@@ -351,8 +351,8 @@ mod imp {
             "redeem_ignores_limit",
             &["purchase"],
             &[(
-                "if buyer.units + item.quantity > round.buyer_limit",
-                "if not item.redeem and buyer.units + item.quantity > round.buyer_limit",
+                "if units + quantity > round.buyer_limit",
+                "if redeems[i] == 0 and units + quantity > round.buyer_limit",
             )],
         ),
         (
@@ -360,12 +360,12 @@ mod imp {
             &["purchase"],
             &[
                 (
-                    "if round.remaining == 0 then",
-                    "if round.remaining == 0 and not item.redeem then",
+                    "if remaining == 0 then",
+                    "if remaining == 0 and redeems[i] == 0 then",
                 ),
                 (
-                    "elseif round.remaining < item.quantity then",
-                    "elseif round.remaining < item.quantity and not item.redeem then",
+                    "elseif remaining < quantity then",
+                    "elseif remaining < quantity and redeems[i] == 0 then",
                 ),
             ],
         ),
@@ -373,7 +373,7 @@ mod imp {
             "redeem_stops_with_the_sale",
             &["purchase"],
             &[(
-                "elseif round.state ~= 'open' and not (item.redeem and REDEEMS[round.intent]) then",
+                "elseif round.state ~= 'open' and not (redeems[i] == 1 and REDEEMS[round.intent]) then",
                 "elseif round.state ~= 'open' then",
             )],
         ),
@@ -381,7 +381,7 @@ mod imp {
             "everybody_redeems",
             &["purchase"],
             &[(
-                "elseif round.state ~= 'open' and not (item.redeem and REDEEMS[round.intent]) then",
+                "elseif round.state ~= 'open' and not (redeems[i] == 1 and REDEEMS[round.intent]) then",
                 "elseif round.state ~= 'open' and not REDEEMS[round.intent] then",
             )],
         ),
@@ -389,8 +389,8 @@ mod imp {
             "key_of_receipt_not_kept",
             &["purchase"],
             &[(
-                "receipt_key, round.number, partition.epoch, round.seq, pseq, item.quantity, round.price,",
-                "0, round.number, partition.epoch, round.seq, pseq, item.quantity, round.price,",
+                "head = pack(RECORD_HEAD, VERSION, STATUS.confirmed, STATUS.confirmed, durability, receipt_key,",
+                "head = pack(RECORD_HEAD, VERSION, STATUS.confirmed, STATUS.confirmed, durability, 0,",
             )],
         ),
         (

@@ -309,10 +309,11 @@ pub(super) fn price(money: Money) -> [u8; 11] {
 pub(super) fn push_item(bytes: &mut Vec<u8>, round_index: u8, purchase: &Purchase) {
     bytes.push(round_index);
     bytes.extend_from_slice(purchase.order.0.as_bytes());
+    // As a record ends, so that the script compares both at once.
+    bytes.extend_from_slice(&purchase.fingerprint.0);
     bytes.extend_from_slice(purchase.buyer.0.as_bytes());
     let quantity = u32::try_from(purchase.quantity).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&quantity.to_be_bytes());
-    bytes.extend_from_slice(&purchase.fingerprint.0);
     bytes.push(purchase.durability.byte());
     bytes.push(purchase.redeem.into());
     bytes.extend_from_slice(&purchase.archive.to_be_bytes());

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, task::yield_now};
 
 use super::{
     error::EngineError,
@@ -107,6 +107,9 @@ impl<L: Lane> Coalescer<L> {
     async fn run(self: Arc<Self>) {
         let turn = Turn(&self);
         loop {
+            // Whoever is ready to buy at this instant comes along: without this the call would be
+            // made by the one who starts it before the runtime has heard the others.
+            yield_now().await;
             let Some(batch) = self.next_batch() else {
                 break;
             };

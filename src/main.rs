@@ -8,6 +8,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use stockade::config::ConfigError;
 
+/// Requests are made of many small pieces, born on one thread and freed on another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// `EX_CONFIG` of sysexits.h: the configuration is wrong, and starting again will not help.
 const EXIT_CONFIGURATION: u8 = 78;
 

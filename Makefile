@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop bench check sqlx conformance mutants power-loss rebuild-time torture kills outage
+.PHONY: help run test drop canonical bench check sqlx conformance mutants power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -20,6 +20,11 @@ drop: ## Send a crowd at the running server and print the audit's verdict (ARGS=
 	@.ci/install
 	cargo build --release --locked --package stockade-bench
 	@exec $(TARGET_DIR)/release/stockade-bench drop $(ARGS)
+
+canonical: ## Make the run to quote, with a server of its own (ARGS="--short": some seconds, for its verdict)
+	@.ci/install
+	cargo build --release --locked --workspace
+	@exec $(TARGET_DIR)/release/stockade-bench canonical $(ARGS)
 
 bench: ## Measure every goal: Stockade, floors and baselines in one go, about ten minutes (ARGS="--short", "--only baselines,floor")
 	@.ci/install

@@ -140,6 +140,7 @@ impl Bench {
             buyers,
             tries: 1,
             quantity: 1,
+            greedy: false,
             sales: 1,
             copies: 1,
             arrivals,

@@ -25,6 +25,9 @@ pub(crate) struct Crowd {
     pub(crate) tries: usize,
     /// Units per purchase.
     pub(crate) quantity: u64,
+    /// Whether a buyer's tries follow each other, so that the limit is met while there is stock; else
+    /// the next one comes after everybody else's last one.
+    pub(crate) greedy: bool,
     /// Sales that they spread over evenly, each buyer at one.
     pub(crate) sales: usize,
     /// Requests for each purchase, at once and with the same key.
@@ -57,8 +60,7 @@ impl Crowd {
             .collect()
     }
 
-    /// Every request with its instant, in order of time. A buyer's next try comes after
-    /// everybody else's last one.
+    /// Every request with its instant, in order of time.
     pub(crate) fn plan(&self) -> Vec<Arrival> {
         let mut random = StdRng::seed_from_u64(self.seed ^ 0x5eed_0000_0000_0001);
         let mut due = Duration::ZERO;
@@ -68,7 +70,11 @@ impl Crowd {
                     let gap = -(1.0 - random.random::<f64>()).ln() / per_second;
                     due += Duration::from_secs_f64(gap);
                 }
-                let buyer = key % self.buyers;
+                let buyer = if self.greedy {
+                    key / self.tries
+                } else {
+                    key % self.buyers
+                };
                 let arrival = Arrival {
                     buyer,
                     key,
@@ -116,6 +122,7 @@ mod tests {
             buyers: 1000,
             tries: 2,
             quantity: 2,
+            greedy: false,
             sales: 1,
             copies: 1,
             arrivals,
@@ -167,6 +174,17 @@ mod tests {
         assert_eq!(sales, [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0]);
         let expected = |sale| crowd.orders_expected(sale, 100, 2, 0);
         assert_eq!((expected(0), expected(1)), ((3, 3), (2, 2)));
+    }
+
+    #[test]
+    fn the_greedy_try_again_at_once() {
+        let crowd = Crowd {
+            buyers: 3,
+            greedy: true,
+            ..crowd(Arrivals::Burst)
+        };
+        let buyers: Vec<_> = crowd.plan().iter().map(|arrival| arrival.buyer).collect();
+        assert_eq!(buyers, [0, 0, 1, 1, 2, 2]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::{Instant, sleep};
 
-use crate::load::crowd::Arrivals;
+use crate::load::crowd::{Arrivals, Crowd};
 use crate::report::{Figure, Goal, Run};
 use crate::sale_run::Wish;
 use crate::trial::{self, Bench, Common, Trial, requests};
@@ -70,8 +70,14 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
 
     steady(bench, (highest * STEADY).round(), seconds(20, 2)).await?;
 
-    let crowd = bench.crowd(if args.short { 2000 } else { 10_000 }, Arrivals::Burst);
-    let stock = crowd.buyers as u64 / 5;
+    // Everybody wants one more than the limit allows.
+    let buyers = if args.short { 2000 } else { 10_000 };
+    let crowd = Crowd {
+        tries: 2,
+        greedy: true,
+        ..bench.crowd(buyers, Arrivals::Burst)
+    };
+    let stock = buyers as u64 / 5;
     let wish = Wish {
         attach_sse: true,
         ..Wish::new("Sold out", crowd, stock)

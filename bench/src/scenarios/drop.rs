@@ -118,6 +118,7 @@ async fn drop(args: &Args) -> Result<Run> {
         buyers: usize::try_from(args.buyers)?,
         tries: usize::try_from(args.tries)?,
         quantity: args.quantity,
+        greedy: false,
         sales: 1,
         copies: 1,
         arrivals: args.rate.map_or(Arrivals::Burst, Arrivals::Rate),

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::load::crowd::Arrivals;
+use crate::load::crowd::{Arrivals, Crowd};
 use crate::report::{Figure, Run};
 use crate::sale_run::Wish;
 use crate::trial::{self, Bench, Common};
@@ -35,7 +35,12 @@ pub(crate) fn run(args: &Args) -> Result<Run> {
 async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
     bench.set("buyers", args.buyers);
     bench.set("stock", args.stock);
-    let crowd = bench.crowd(args.buyers, Arrivals::Burst);
+    // Everybody wants one more than the limit allows.
+    let crowd = Crowd {
+        tries: 2,
+        greedy: true,
+        ..bench.crowd(args.buyers, Arrivals::Burst)
+    };
     let wish = Wish {
         connections: Some(args.connections.min(args.buyers)),
         attach_sse: true,

@@ -39,6 +39,7 @@ impl Ready {
             buyers,
             tries: 1,
             quantity: 1,
+            greedy: false,
             sales: 1,
             copies: 1,
             arrivals,

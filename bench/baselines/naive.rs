@@ -43,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long, value_parser = ["always", "everysec"])]
     appendfsync: Option<String>,
     /// Connections that share the script calls; each pipelines what comes at the same time.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, env = "BASELINE_CONNECTIONS", default_value_t = 2)]
     connections: usize,
 }
 

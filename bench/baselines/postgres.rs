@@ -22,7 +22,7 @@ pub(crate) struct Args {
     #[arg(long, hide_env_values = true)]
     database_url: String,
     /// Connections: the row's lock lets one of them through at a time.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, env = "BASELINE_CONNECTIONS", default_value_t = 8)]
     connections: u32,
 }
 

@@ -33,7 +33,7 @@ const STOCK: u32 = 1_000_000_000;
 pub(crate) const CHECK_STOCK: usize = 150;
 
 /// A design.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Design {
     Hello,
     Naive,

@@ -22,7 +22,7 @@ const { values: options } = parseArgs({
     limit: { type: 'string', default: '1' },
     'redis-url': { type: 'string' },
     'database-url': { type: 'string' },
-    workers: { type: 'string', default: String(availableParallelism()) },
+    workers: { type: 'string', default: process.env.BASELINE_WORKERS ?? String(availableParallelism()) },
   },
 });
 const secret = process.env.STOCKADE_JWT_SECRET;

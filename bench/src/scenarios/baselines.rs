@@ -27,6 +27,9 @@ use crate::usage::{Family, Look};
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) common: Common,
+    /// Only these designs beside Stockade.
+    #[arg(long, value_delimiter = ',', value_enum)]
+    pub(crate) designs: Vec<Design>,
     /// Rounds, each with every design; what is quoted is the median.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=99))]
     pub(crate) rounds: u64,
@@ -95,7 +98,8 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
     let endpoints = bench.server.backstage.endpoints()?;
     let secret = bench.server.backstage.secret()?;
     let mut others = Vec::new();
-    for design in Design::ALL {
+    let chosen = |design: &Design| args.designs.is_empty() || args.designs.contains(design);
+    for design in Design::ALL.into_iter().filter(chosen) {
         match Baseline::start(design, &endpoints, &secret).await {
             Ok(baseline) => others.push((baseline, 0.0)),
             Err(error) => skip(bench, design, &error),

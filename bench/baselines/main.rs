@@ -23,6 +23,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
+/// Stockade's, so that no design is slower for want of it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Designs that Stockade is compared with, behind the same route.
 #[derive(Debug, Parser)]
 #[command(name = "stockade-baseline", version)]

@@ -245,10 +245,11 @@ fn item(sale: u32, n: usize) -> Vec<u8> {
     bytes.extend_from_slice(&sale.to_be_bytes());
     bytes.extend_from_slice(&order.to_be_bytes());
     bytes.extend_from_slice(&[0x80; 4]);
+    // Fingerprint and buyer.
+    bytes.extend_from_slice(&[7; 8]);
     bytes.extend_from_slice(&buyer.to_be_bytes());
     bytes.extend_from_slice(&order.to_be_bytes());
     bytes.extend_from_slice(&1_u32.to_be_bytes());
-    bytes.extend_from_slice(&[7; 8]);
     // Survives a crash of Redis; no receipt is redeemed; nothing is archived.
     bytes.extend_from_slice(&[1, 0, 0, 0, 0, 0]);
     bytes

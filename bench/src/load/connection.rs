@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
@@ -66,8 +66,9 @@ impl Connection {
         self.socket.write_all(request)
     }
 
-    /// Reads what is there. `buffer` is anybody's: nearly always it holds a whole answer.
-    pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Received {
+    /// Reads what is there. `buffer` is anybody's: nearly always it holds a whole answer. Its body is
+    /// kept behind those in `bodies`, because to allocate each costs more than to copy it.
+    pub(crate) fn receive(&mut self, buffer: &mut [u8], bodies: &mut BytesMut) -> Received {
         let count = match self.socket.read(buffer) {
             Ok(0) => return Received::Lost,
             Ok(count) => count,
@@ -76,7 +77,7 @@ impl Connection {
         };
         let read = &buffer[..count];
         if self.part.is_empty() {
-            let received = parse(read);
+            let received = parse(read, bodies);
             if matches!(received, Received::Part) {
                 self.part.extend_from_slice(read);
             }
@@ -86,7 +87,7 @@ impl Connection {
         if self.part.len() > ANSWER_MAX {
             return Received::Lost;
         }
-        parse(&self.part)
+        parse(&self.part, bodies)
     }
 
     /// The socket, to be watched.
@@ -104,7 +105,7 @@ fn is_early(error: &io::Error) -> bool {
 
 /// Reads an answer with a Content-Length. One without, which no server of ours sends, cannot be
 /// told from one that was cut off.
-fn parse(bytes: &[u8]) -> Received {
+fn parse(bytes: &[u8], bodies: &mut BytesMut) -> Received {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut head = httparse::Response::new(&mut headers);
     let begins = match head.parse(bytes) {
@@ -135,7 +136,8 @@ fn parse(bytes: &[u8]) -> Received {
     match end {
         Some(end) => match bytes.get(begins..end) {
             Some(body) => {
-                answer.body = Bytes::copy_from_slice(body);
+                bodies.extend_from_slice(body);
+                answer.body = bodies.split().freeze();
                 Received::Answer(answer)
             }
             None => Received::Part,
@@ -154,12 +156,16 @@ mod tests {
 
     const WHOLE: &[u8] = b"HTTP/1.1 201 Created\r\nIdempotency-Replayed: true\r\nretry-after: 7\r\nContent-Length: 2\r\n\r\n{}";
 
+    fn read(bytes: &[u8]) -> Received {
+        parse(bytes, &mut BytesMut::new())
+    }
+
     #[test]
     fn an_answer_is_read_once_it_is_whole() {
         for end in 0..WHOLE.len() {
-            assert!(matches!(parse(&WHOLE[..end]), Received::Part), "{end}");
+            assert!(matches!(read(&WHOLE[..end]), Received::Part), "{end}");
         }
-        let Received::Answer(answer) = parse(WHOLE) else {
+        let Received::Answer(answer) = read(WHOLE) else {
             panic!("not whole");
         };
         assert_eq!((answer.status, &answer.body[..]), (201, &b"{}"[..]));
@@ -174,7 +180,7 @@ mod tests {
             b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
             b"SSH-2.0-OpenSSH\r\n",
         ] {
-            assert!(matches!(parse(bytes), Received::Lost));
+            assert!(matches!(read(bytes), Received::Lost));
         }
     }
 }

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use bytes::BytesMut;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::buffer::spare_capacity;
@@ -55,6 +56,12 @@ const LATE: Duration = Duration::from_millis(10);
 
 /// An answer: one such buffer serves a whole thread.
 const BUFFER: usize = 64 * 1024;
+
+/// The usual body has room in so many bytes.
+const BODY: usize = 4096;
+
+/// Bodies that are kept in one piece of memory, in bytes.
+const BODIES: usize = 1024 * 1024;
 
 /// The name of the timer among the connections.
 const TIMER: u64 = u64::MAX;
@@ -245,7 +252,7 @@ impl Pool {
                     // Nobody listens any more only if the run was given up.
                     let _ = tell.send(crew.open());
                     if let Ok(work) = started.recv() {
-                        let _ = finish.send(crew.run(&work, n));
+                        let _ = finish.send(crew.run(&work));
                     }
                 })?;
             pool.threads.push(Standing { start, finished });
@@ -327,10 +334,13 @@ struct Crew {
     slots: Vec<Slot>,
     /// Who is free, the longest first: a crowd uses all its connections.
     free: VecDeque<usize>,
-    /// The purchases that are not over and not on their way, the most urgent on top.
-    agenda: BinaryHeap<Reverse<Waiting>>,
+    /// The next purchase of the plan, which is in order of time.
+    next: usize,
+    /// Purchases that are tried again, the most urgent on top.
+    again: BinaryHeap<Reverse<Waiting>>,
     jitter: SmallRng,
     buffer: Vec<u8>,
+    bodies: BytesMut,
     request: Vec<u8>,
     records: Vec<Record>,
     late: usize,
@@ -358,9 +368,11 @@ impl Crew {
             timer,
             slots: (0..connections).map(slot).collect(),
             free: (0..connections).collect(),
-            agenda: BinaryHeap::new(),
+            next: thread,
+            again: BinaryHeap::new(),
             jitter: SmallRng::seed_from_u64(load.seed.wrapping_add(thread as u64)),
             buffer: vec![0; BUFFER],
+            bodies: BytesMut::new(),
             request: Vec::new(),
             records: Vec::new(),
             late: 0,
@@ -401,28 +413,16 @@ impl Crew {
         Ok((opened, trouble))
     }
 
-    /// Sends this thread's part of the plan: every purchase that its number gives it.
-    fn run(mut self, work: &Work, thread: usize) -> Result<Sent> {
-        let sending = &work.sending;
-        let plan = sending.plan.iter().enumerate();
-        let waiting = plan.skip(thread).step_by(self.load.threads);
-        self.agenda = waiting
-            .map(|(purchase, arrival)| {
-                Reverse(Waiting {
-                    due: sending.opening + arrival.due,
-                    purchase,
-                    retries: 0,
-                    first_sent: None,
-                    doubt: None,
-                })
-            })
-            .collect();
-        self.records.reserve(self.agenda.len());
+    /// Sends this thread's part of the plan: of every so many purchases as there are threads the one
+    /// with its number.
+    fn run(mut self, work: &Work) -> Result<Sent> {
+        let share = work.sending.plan.len().div_ceil(self.load.threads);
+        self.records.reserve(share);
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let mut looked = Instant::now();
-        while !self.agenda.is_empty() || self.free.len() < self.slots.len() {
+        while self.due(work).is_some() || self.free.len() < self.slots.len() {
             self.hand_out(work);
-            self.arm()?;
+            self.arm(work)?;
             self.look(&mut events)?;
             for event in events.drain(..) {
                 if let Some(n) = slot_of(&event) {
@@ -440,6 +440,32 @@ impl Crew {
         })
     }
 
+    /// When the next try is due.
+    fn due(&self, work: &Work) -> Option<Instant> {
+        let Sending { plan, opening, .. } = &*work.sending;
+        let planned = plan.get(self.next).map(|arrival| *opening + arrival.due);
+        let again = self.again.peek().map(|Reverse(waiting)| waiting.due);
+        [planned, again].into_iter().flatten().min()
+    }
+
+    /// The next try, if it is due.
+    fn take(&mut self, now: Instant, work: &Work) -> Option<Waiting> {
+        let due = self.due(work).filter(|due| *due <= now)?;
+        let is_again = |Reverse(waiting): &Reverse<Waiting>| waiting.due == due;
+        if self.again.peek().is_some_and(is_again) {
+            return self.again.pop().map(|Reverse(waiting)| waiting);
+        }
+        let purchase = self.next;
+        self.next += self.load.threads;
+        Some(Waiting {
+            due,
+            purchase,
+            retries: 0,
+            first_sent: None,
+            doubt: None,
+        })
+    }
+
     /// Waits until something happens, at most for a moment.
     fn look(&self, events: &mut Vec<epoll::Event>) -> Result<()> {
         let moment = Timespec::try_from(LOOK_AGAIN)?;
@@ -450,12 +476,12 @@ impl Crew {
     }
 
     /// Lets the timer ring when somebody who is free has something to send.
-    fn arm(&mut self) -> Result<()> {
-        let Some(Reverse(waiting)) = self.agenda.peek() else {
+    fn arm(&mut self, work: &Work) -> Result<()> {
+        let Some(due) = self.due(work) else {
             return Ok(());
         };
         let now = Instant::now();
-        let ring = waiting.due.max(now + GRAIN);
+        let ring = due.max(now + GRAIN);
         // Without anybody free an answer comes first. A ring in time is left as it is.
         let is_armed = self.armed.is_some_and(|armed| armed > now && armed <= ring);
         if self.free.is_empty() || is_armed {
@@ -495,14 +521,13 @@ impl Crew {
     fn hand_out(&mut self, work: &Work) {
         for _ in 0..TOGETHER_MAX {
             let now = Instant::now();
-            let is_due = |Reverse(waiting): &Reverse<Waiting>| waiting.due <= now;
-            if self.free.is_empty() || !self.agenda.peek().is_some_and(is_due) {
-                return;
-            }
-            let (Some(n), Some(Reverse(waiting))) = (self.free.pop_front(), self.agenda.pop())
-            else {
+            let Some(n) = self.free.front().copied() else {
                 return;
             };
+            let Some(waiting) = self.take(now, work) else {
+                return;
+            };
+            self.free.pop_front();
             let slot = &mut self.slots[n];
             self.late += usize::from(now - waiting.due.max(slot.free_since) > LATE);
             slot.errand = Some(Errand {
@@ -546,7 +571,10 @@ impl Crew {
                 let Some(connection) = &mut slot.connection else {
                     return;
                 };
-                match connection.receive(&mut self.buffer) {
+                if self.bodies.capacity() < BODY {
+                    self.bodies = BytesMut::with_capacity(BODIES);
+                }
+                match connection.receive(&mut self.buffer, &mut self.bodies) {
                     Received::Part => {}
                     Received::Lost => self.lost(n, "connection lost", work),
                     Received::Answer(answer) => {
@@ -642,7 +670,7 @@ impl Crew {
                     work.tally.retries.fetch_add(1, Ordering::Relaxed);
                     waiting.due = due;
                     waiting.retries += 1;
-                    self.agenda.push(Reverse(waiting));
+                    self.again.push(Reverse(waiting));
                     return;
                 }
                 setback.give_up(waiting.doubt.is_some())

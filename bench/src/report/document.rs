@@ -602,7 +602,7 @@ impl Run {
 
 impl Phase {
     /// The figures that every phase has.
-    fn figures(&self) -> Vec<Figure> {
+    pub(super) fn figures(&self) -> Vec<Figure> {
         let Some(speed) = &self.speed else {
             return Vec::new();
         };

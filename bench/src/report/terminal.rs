@@ -105,25 +105,41 @@ impl Display for Run {
 }
 
 impl Run {
-    /// The figures that have a goal.
+    /// The figures that the scenario is about.
     fn goals(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let mut figures = self.figures.iter();
-        if figures.all(|figure| figure.goal.is_none()) {
+        let figures: Vec<&Figure> = self
+            .figures
+            .iter()
+            .filter(|one| self.is_quoted(one))
+            .collect();
+        if figures.is_empty() {
             return Ok(());
         }
         writeln!(f, "    {:<30}{:>14}{:>16}", "figure", "measured", "goal")?;
-        for figure in &self.figures {
-            let Some(goal) = &figure.goal else { continue };
+        for figure in figures {
+            let measured = show_figure(figure);
+            let Some(goal) = &figure.goal else {
+                writeln!(f, "    {:<30}{measured:>14}", figure.name)?;
+                continue;
+            };
             let mark = if goal.is_met(figure.value) {
                 "✓"
             } else {
                 "✗"
             };
-            let measured = show_figure(figure);
             let wanted = format!("{} {}", goal.op.sign(), number(goal.value));
             writeln!(f, "  {mark} {:<30}{measured:>14}{wanted:>16}", figure.name)?;
         }
         writeln!(f)
+    }
+
+    /// Whether a figure is one of the scenario's own: those that every phase has are shown with it.
+    fn is_quoted(&self, figure: &Figure) -> bool {
+        let of_its_phase = match &*self.phases {
+            [phase] => phase.figures().iter().any(|one| one.name == figure.name),
+            _ => figure.name.contains('/'),
+        };
+        figure.goal.is_some() || !of_its_phase
     }
 
     /// The checks, and the server's own audit.

@@ -18,8 +18,11 @@ pub(crate) const SATURATING: usize = 512;
 /// Of the highest rate, what is asked in the open run.
 const STEADY: f64 = 0.7;
 
+/// Longer than the journal is kept: when Redis' memory has not shrunk for so long, it is trimmed.
+const TRIMMED_AFTER: Duration = Duration::from_secs(7);
+
 /// How long Redis may take to forget the journal.
-const TRIMMED_MAX: Duration = Duration::from_secs(40);
+const TRIMMED_MAX: Duration = Duration::from_secs(30);
 
 /// What is asked for.
 #[derive(Clone, Debug, clap::Args)]
@@ -47,11 +50,11 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
         |long: u64, short: u64| Duration::from_secs(if args.short { short } else { long });
     // Everything is warm afterwards, and it is known how much is much.
     let warm = saturate(bench, "warm-up", 4000).await?.accepted_per_s;
-    let warm = saturate(bench, "warm-up 2", requests(warm, seconds(3, 1)))
+    let warm = saturate(bench, "warm-up 2", requests(warm, seconds(2, 1)))
         .await?
         .accepted_per_s;
 
-    let each = requests(warm, seconds(5, 1));
+    let each = requests(warm, seconds(4, 1));
     let mut rates = Vec::new();
     for n in 1..=if args.short { 1 } else { 3 } {
         let name = format!("saturated {n}");
@@ -127,7 +130,7 @@ async fn steady(bench: &mut Bench, rate: f64, time: Duration) -> Result<()> {
 async fn trimmed(bench: &Bench) -> Option<u64> {
     bench.stage.as_ref()?;
     let (begun, mut least, mut since) = (Instant::now(), u64::MAX, Instant::now());
-    while begun.elapsed() < TRIMMED_MAX && since.elapsed() < Duration::from_secs(8) {
+    while begun.elapsed() < TRIMMED_MAX && since.elapsed() < TRIMMED_AFTER {
         let now = bench.redis_memory().await?;
         if now < least - least / 200 {
             since = Instant::now();

@@ -142,6 +142,7 @@ impl Bench {
             quantity: 1,
             greedy: false,
             sales: 1,
+            in_turn: false,
             copies: 1,
             arrivals,
             seed: self.seed,

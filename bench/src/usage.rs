@@ -14,6 +14,8 @@ pub(crate) enum Family {
     Application,
     Writer,
     Redis,
+    /// What Redis starts to rewrite its log.
+    Rewriting,
     Cache,
     Postgres,
 }
@@ -25,6 +27,7 @@ impl Family {
             Self::Application => "application",
             Self::Writer => "writer",
             Self::Redis => "redis",
+            Self::Rewriting => "redis rewriting",
             Self::Cache => "cache",
             Self::Postgres => "postgres",
         }
@@ -77,14 +80,18 @@ impl Roots {
             let Some(family) = self.family(stat, &stats) else {
                 continue;
             };
-            let mut ticks = stat.ticks;
-            if !matches!(family, Family::Application | Family::Writer) {
-                // Backends come and go.
-                ticks += stat.ticks_of_children;
-            }
+            let per_second = u32::try_from(clock_ticks_per_second())?;
             let usage = look.entry(family).or_default();
-            usage.cpu += Duration::from_secs(ticks) / u32::try_from(clock_ticks_per_second())?;
+            usage.cpu += Duration::from_secs(stat.ticks) / per_second;
             usage.rss_bytes += stat.pages * page_size() as u64;
+            // Those that have come and gone.
+            let gone = match family {
+                Family::Redis => Family::Rewriting,
+                Family::Postgres => Family::Postgres,
+                _ => continue,
+            };
+            let usage = look.entry(gone).or_default();
+            usage.cpu += Duration::from_secs(stat.ticks_of_children) / per_second;
         }
         Ok(look)
     }
@@ -107,6 +114,7 @@ impl Roots {
                     _ => Family::Cache,
                 }
             }
+            Family::Redis => Family::Rewriting,
             other => other,
         })
     }

@@ -30,6 +30,8 @@ pub(crate) struct Crowd {
     pub(crate) greedy: bool,
     /// Sales that they spread over evenly, each buyer at one.
     pub(crate) sales: usize,
+    /// Whether one sale's buyers come after the other's; else they come mixed.
+    pub(crate) in_turn: bool,
     /// Requests for each purchase, at once and with the same key.
     pub(crate) copies: usize,
     /// When they come.
@@ -78,7 +80,11 @@ impl Crowd {
                 let arrival = Arrival {
                     buyer,
                     key,
-                    sale: buyer % self.sales,
+                    sale: if self.in_turn {
+                        buyer / self.buyers.div_ceil(self.sales)
+                    } else {
+                        buyer % self.sales
+                    },
                     due,
                 };
                 iter::repeat_n(arrival, self.copies)
@@ -93,6 +99,10 @@ impl Crowd {
 
     /// Those who come to one of the sales.
     fn buyers_of(&self, sale: usize) -> usize {
+        if self.in_turn {
+            let each = self.buyers.div_ceil(self.sales);
+            return self.buyers.saturating_sub(sale * each).min(each);
+        }
         self.buyers / self.sales + usize::from(sale < self.buyers % self.sales)
     }
 
@@ -124,6 +134,7 @@ mod tests {
             quantity: 2,
             greedy: false,
             sales: 1,
+            in_turn: false,
             copies: 1,
             arrivals,
             seed: 7,
@@ -172,6 +183,15 @@ mod tests {
         assert_eq!(keys, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]);
         let sales: Vec<_> = crowd.plan().iter().map(|arrival| arrival.sale).collect();
         assert_eq!(sales, [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0]);
+        let expected = |sale| crowd.orders_expected(sale, 100, 2, 0);
+        assert_eq!((expected(0), expected(1)), ((3, 3), (2, 2)));
+        let crowd = Crowd {
+            copies: 1,
+            in_turn: true,
+            ..crowd
+        };
+        let sales: Vec<_> = crowd.plan().iter().map(|arrival| arrival.sale).collect();
+        assert_eq!(sales, [0, 0, 0, 1, 1]);
         let expected = |sale| crowd.orders_expected(sale, 100, 2, 0);
         assert_eq!((expected(0), expected(1)), ((3, 3), (2, 2)));
     }

@@ -120,6 +120,7 @@ async fn drop(args: &Args) -> Result<Run> {
         quantity: args.quantity,
         greedy: false,
         sales: 1,
+        in_turn: false,
         copies: 1,
         arrivals: args.rate.map_or(Arrivals::Burst, Arrivals::Rate),
         seed,

@@ -42,9 +42,10 @@ pub(crate) fn run(args: &Args) -> Result<Run> {
 async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
     bench.set("orders", args.orders);
     saturate(bench, "warm-up", 20_000).await?;
-    // One round of a thousand is over too soon to be measured: many at once are.
+    // One round of a thousand is over too soon to be measured: many, one after the other, are not.
     let small = Crowd {
         sales: TAIL / 1000,
+        in_turn: true,
         ..bench.crowd(TAIL, Arrivals::Burst)
     };
     let small = round(bench, "1,000 units", small, 1000).await?;

@@ -41,6 +41,7 @@ impl Ready {
             quantity: 1,
             greedy: false,
             sales: 1,
+            in_turn: false,
             copies: 1,
             arrivals,
             seed: 11,

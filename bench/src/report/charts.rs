@@ -49,6 +49,14 @@ impl Chart {
         }
     }
 
+    /// The same without what a pointer is told.
+    pub(crate) fn plain(mut self) -> Self {
+        if let Drawn::Plot(plot) = &mut self.drawn {
+            plot.hints.clear();
+        }
+        self
+    }
+
     /// The drawing.
     pub(crate) fn svg(&self, place: Place) -> String {
         match &self.drawn {

@@ -175,6 +175,9 @@ pub(crate) struct CompareArgs {
     old: String,
     /// Runs of the new build.
     new: String,
+    /// Compares the figures of single phases, too.
+    #[arg(long)]
+    phases: bool,
     /// Compares what differs in settings or machine, too.
     #[arg(long)]
     force: bool,
@@ -208,7 +211,7 @@ impl CompareArgs {
             if !self.force {
                 comparable(&old, &new)?;
             }
-            let comparison = compare(&old, &new)?;
+            let comparison = compare(&old, &new, self.phases)?;
             say(&format!("{comparison}\n"));
             let worse = |share| {
                 comparison
@@ -358,6 +361,7 @@ mod tests {
             let args = CompareArgs {
                 old: old.clone(),
                 new: new.to_owned(),
+                phases: false,
                 force: false,
                 fail_if_worse: share,
             };

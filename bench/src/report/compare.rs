@@ -131,12 +131,12 @@ fn different(one: &Run, other: &Run) -> Option<String> {
         })
 }
 
-/// Compares every figure that all runs have.
+/// Compares every figure that all runs have; with those of single phases, if asked to.
 ///
 /// # Errors
 ///
 /// A run broke a promise: then it has no figures.
-pub(crate) fn compare(old: &[Run], new: &[Run]) -> Result<Comparison> {
+pub(crate) fn compare(old: &[Run], new: &[Run], with_phases: bool) -> Result<Comparison> {
     let mut runs = old.iter().chain(new);
     if let Some(broken) = runs.find(|run| run.verdict == Verdict::Fail) {
         bail!(
@@ -154,6 +154,7 @@ pub(crate) fn compare(old: &[Run], new: &[Run]) -> Result<Comparison> {
     let rows = figures
         .unwrap_or_default()
         .iter()
+        .filter(|figure| with_phases || figure.is_of_the_run())
         .filter_map(|figure| Row::of(figure, old, new, method))
         .collect();
     Ok(Comparison {
@@ -392,19 +393,22 @@ impl Display for Comparison {
             }
         };
         writeln!(f, "  {}: {old} → {new} runs\n", self.scenario)?;
+        let name = |row: &Row| format!("{} {}", row.name, row.unit);
+        let widths = self.rows.iter().map(|row| name(row).chars().count());
+        let width = widths.max().unwrap_or(0).max(20);
         writeln!(
             f,
-            "  {:<34}{:>12}{:>12}{:>9}  {:<18}",
-            "figure (medians)", "old", "new", "ratio", "95 % interval"
+            "  {:<width$}{:>12}{:>12}{:>9}  95 % interval",
+            "figure (medians)", "old", "new", "ratio"
         )?;
         for row in &self.rows {
             let interval = row.interval.map_or("–".to_owned(), |(low, high)| {
                 format!("{low:.3} … {high:.3}")
             });
-            let name = format!("{} {}", row.name, row.unit);
+            let name = name(row);
             writeln!(
                 f,
-                "  {name:<34}{:>12}{:>12}{:>9.3}  {interval:<18}{}",
+                "  {name:<width$}{:>12}{:>12}{:>9.3}  {interval:<18}{}",
                 number(row.medians.0),
                 number(row.medians.1),
                 row.ratio,
@@ -445,7 +449,7 @@ mod tests {
     fn a_clear_difference_is_seen_on_the_right_side() {
         let old = runs(&[1000.0, 1010.0, 990.0, 1005.0, 995.0]);
         let new = runs(&[1200.0, 1210.0, 1190.0, 1205.0, 1195.0]);
-        let comparison = compare(&old, &new).unwrap();
+        let comparison = compare(&old, &new, false).unwrap();
         let accepted = row(&comparison, "accepted_per_s");
         assert!((accepted.ratio - 1.2).abs() < 1e-9);
         let (low, high) = accepted.interval.unwrap();
@@ -453,7 +457,7 @@ mod tests {
         assert!((1.2..1.23).contains(&high), "{high}");
         assert_eq!(accepted.change, Change::Better);
         assert_eq!(row(&comparison, "p99_ms").change, Change::Better);
-        let back = compare(&new, &old).unwrap();
+        let back = compare(&new, &old, false).unwrap();
         assert!(back.rows.iter().all(|row| row.change == Change::Worse));
         assert!(
             back.rows
@@ -466,7 +470,7 @@ mod tests {
     fn noise_is_no_difference() {
         let old = runs(&[1000.0, 1100.0, 900.0, 1050.0, 950.0]);
         let new = runs(&[1010.0, 1090.0, 920.0, 1040.0, 960.0]);
-        let comparison = compare(&old, &new).unwrap();
+        let comparison = compare(&old, &new, false).unwrap();
         assert!(comparison.rows.iter().all(|row| row.change == Change::None));
         assert!(!comparison.rows.iter().any(|row| row.is_worse_by(0.0)));
     }
@@ -474,14 +478,14 @@ mod tests {
     #[test]
     fn the_same_runs_give_the_same_intervals() {
         let (old, new) = (runs(&[1.0, 2.0, 4.0]), runs(&[2.0, 3.0, 5.0]));
-        let interval = || row(&compare(&old, &new).unwrap(), "p99_ms").interval;
+        let interval = || row(&compare(&old, &new, false).unwrap(), "p99_ms").interval;
         assert_eq!(interval(), interval());
     }
 
     #[test]
     fn single_runs_are_compared_by_their_intervals_and_it_says_so() {
         let (old, new) = ([sample::run(3)], [sample::run(4)]);
-        let comparison = compare(&old, &new).unwrap();
+        let comparison = compare(&old, &new, false).unwrap();
         assert!(comparison.to_string().contains("several runs of each"));
         let p50 = row(&comparison, "p50_ms");
         let (low, high) = p50.interval.unwrap();
@@ -500,7 +504,7 @@ mod tests {
                 figure.value *= 2.0;
             }
         }
-        let comparison = compare(&old, &[slow]).unwrap();
+        let comparison = compare(&old, &[slow], false).unwrap();
         assert!(row(&comparison, "p50_ms").is_worse_by(0.05));
     }
 
@@ -526,7 +530,9 @@ mod tests {
         run.settings.insert("server".to_owned(), "elsewhere".into());
         run.machine.load_before = Some(3.0);
         comparable(&old, &[run]).unwrap();
-        let error = compare(&old, &[sample::broken()]).unwrap_err().to_string();
+        let error = compare(&old, &[sample::broken()], false)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("oversold"), "{error}");
     }
 

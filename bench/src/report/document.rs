@@ -144,7 +144,7 @@ pub(crate) struct Machine {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Versions {
     pub(crate) stockade: String,
-    /// Of the work tree that the harness was started in, else of its build.
+    /// Of the work tree that the harness was built from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) commit: Option<String>,
     /// The work tree had changes that are in no commit.
@@ -464,6 +464,11 @@ impl Figure {
         }
     }
 
+    /// Whether it is a number of the whole run, not of one of several phases.
+    pub(crate) fn is_of_the_run(&self) -> bool {
+        !self.name.contains('/')
+    }
+
     /// The same number, measured against a goal.
     pub(crate) fn with_goal(self, goal: Goal) -> Self {
         Self {
@@ -678,7 +683,7 @@ impl Document {
 }
 
 /// Characters of a line that holds a whole object or list.
-const LINE_MAX: usize = 100;
+const LINE_MAX: usize = 200;
 
 /// Breaks compact JSON into lines: what fits on one line stays on one.
 fn lines(compact: &str) -> String {

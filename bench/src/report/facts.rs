@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 
@@ -34,11 +35,14 @@ impl Versions {
     /// The harness' own; those of the services are added by who knows them.
     pub(crate) fn here() -> Self {
         let stockade = env!("CARGO_PKG_VERSION").to_owned();
-        match git(&["rev-parse", "HEAD"]) {
+        // The sources that it was built from, if they are still there.
+        let tree = Path::new(env!("CARGO_MANIFEST_DIR"));
+        match git(tree, &["rev-parse", "HEAD"]) {
             Some(commit) => Self {
                 stockade,
                 commit: Some(commit),
-                dirty: git(&["status", "--porcelain"]).is_some_and(|changes| !changes.is_empty()),
+                dirty: git(tree, &["status", "--porcelain"])
+                    .is_some_and(|changes| !changes.is_empty()),
                 ..Self::default()
             },
             None => Self {
@@ -73,9 +77,11 @@ fn quoted(word: &str) -> String {
     }
 }
 
-/// What git says, if there is one and a work tree of Stockade.
-fn git(arguments: &[&str]) -> Option<String> {
+/// What git says of a work tree, if there are both.
+fn git(tree: &Path, arguments: &[&str]) -> Option<String> {
     let output = Command::new("git")
+        .arg("-C")
+        .arg(tree)
         .args(arguments)
         .stdin(Stdio::null())
         .stderr(Stdio::null())

@@ -24,6 +24,9 @@ const HEAD: &str = "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\
 /// Rows that the table beside a plot has at most.
 const TABLE_ROWS: usize = 60;
 
+/// Figures that stand above everything else.
+const TILES: usize = 7;
+
 /// The page of a document.
 pub(crate) fn page(document: &Document) -> String {
     let mut page = Page(HEAD.to_owned());
@@ -137,15 +140,20 @@ impl Page {
             self.heading("The whole run", "");
             self.plots(&charts);
         }
-        for (n, phase) in run.phases.iter().enumerate() {
-            // Of many phases the last one is open: it is the one that all others led to.
-            let is_open = run.phases.len() <= 2 || n + 1 == run.phases.len();
+        let largest = run
+            .phases
+            .iter()
+            .map(|phase| phase.outcomes.purchases)
+            .max();
+        for phase in &run.phases {
+            // Of many phases the largest is open: what it shows is the least by chance.
+            let is_open = run.phases.len() <= 2 || largest == Some(phase.outcomes.purchases);
             let open = if is_open { " open" } else { "" };
             self.add(format_args!(
                 "<details class=\"part\"{open}><summary>{}</summary>\n",
                 Escaped(&phase.name)
             ));
-            self.phase(phase);
+            self.phase(phase, is_open);
             self.add(format_args!("</details>\n"));
         }
         if let Some(outage) = &run.outage {
@@ -180,35 +188,53 @@ impl Page {
         }
     }
 
-    /// The numbers that people look for first, of the last phase.
+    /// The numbers that people look for first.
     fn tiles(&mut self, run: &Run) {
-        let Some(phase) = run.phases.last() else {
-            return;
+        let mut tiles: Vec<(String, String, String)> = Vec::new();
+        let mut tile = |name: &str, value: String, unit: &str| {
+            tiles.push((name.to_owned(), value, unit.to_owned()));
         };
-        let mut tiles: Vec<(&str, String, &str)> = Vec::new();
-        if let Some(speed) = &phase.speed {
-            let latency = &speed.latency_ms.all;
-            tiles.push(("accepted", number(speed.accepted_per_s.round()), "/s"));
-            tiles.push(("answered", number(speed.requests_per_s.round()), "/s"));
-            tiles.push(("p50", number(latency.p50), "ms"));
-            tiles.push(("p99", number(latency.p99), "ms"));
-            tiles.push(("p99.9", number(latency.p99_9), "ms"));
+        match run.phases.as_slice() {
+            [phase] => {
+                if let Some(speed) = &phase.speed {
+                    let latency = &speed.latency_ms.all;
+                    tile("accepted", number(speed.accepted_per_s.round()), "/s");
+                    tile("answered", number(speed.requests_per_s.round()), "/s");
+                    tile("p50", number(latency.p50), "ms");
+                    tile("p99", number(latency.p99), "ms");
+                    tile("p99.9", number(latency.p99_9), "ms");
+                }
+                tile("purchases", grouped(phase.outcomes.purchases), "");
+                tile("orders", grouped(phase.outcomes.accepted), "");
+            }
+            _ => {
+                let of_the_run = run.figures.iter().filter(|figure| figure.is_of_the_run());
+                for figure in of_the_run.take(TILES) {
+                    let unit = figure.unit.as_str();
+                    // The unit stands beside the number.
+                    let ends = ["_per_s", "_ms", "_bytes"];
+                    let name = ends.iter().find_map(|end| figure.name.strip_suffix(end));
+                    let name = name.unwrap_or(&figure.name).replace('_', " ");
+                    tile(&name, number(figure.value), unit);
+                }
+            }
         }
-        tiles.push(("purchases", grouped(phase.outcomes.purchases), ""));
-        tiles.push(("orders", grouped(phase.outcomes.accepted), ""));
         let goals = run.figures.iter().filter_map(|figure| figure.met);
         let met = goals.clone().filter(|met| *met).count();
-        let all = format!("of {}", goals.clone().count());
-        if goals.count() > 0 {
-            tiles.push(("goals reached", met.to_string(), &all));
+        let all = goals.count();
+        if all > 0 {
+            tile("goals reached", met.to_string(), &format!("of {all}"));
+        }
+        if tiles.is_empty() {
+            return;
         }
         self.add(format_args!("<dl class=\"tiles\">\n"));
         for (name, value, unit) in tiles {
             self.add(format_args!(
                 "<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>\n",
-                Escaped(name),
+                Escaped(&name),
                 Escaped(&value),
-                Escaped(unit)
+                Escaped(&unit)
             ));
         }
         self.add(format_args!("</dl>\n"));
@@ -298,7 +324,7 @@ impl Page {
         self.table(&heads, rows);
     }
 
-    fn phase(&mut self, phase: &Phase) {
+    fn phase(&mut self, phase: &Phase, with_hints: bool) {
         let generator = &phase.generator;
         self.add(format_args!(
             "<p class=\"note\">{} purchases {}, over {} connections, in {} s. The harness used \
@@ -329,7 +355,10 @@ impl Page {
                 ("sent → answer", &latency.service),
             ];
             rows.extend(speed.other_ms.iter().map(|(name, of)| (name.as_str(), of)));
-            self.plots(&charts::of_phase(phase));
+            let charts = charts::of_phase(phase).into_iter();
+            // Hints are most of a plot, and few people open every phase.
+            let charts = charts.map(|chart| if with_hints { chart } else { chart.plain() });
+            self.plots(&charts.collect::<Vec<_>>());
             self.heading("Latency", "");
             self.durations(&rows);
             self.series(&speed.series);

@@ -234,7 +234,6 @@ impl Generator {
     }
 }
 
-#[allow(dead_code, reason = "nobody looks at processes yet")]
 impl Process {
     /// What a process used while so many purchases were accepted, of so many.
     pub(crate) fn new(name: &str, cpu: Duration, rss_bytes: Option<u64>, of: &Outcomes) -> Self {

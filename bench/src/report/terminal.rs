@@ -82,10 +82,12 @@ impl Display for Run {
                 writeln!(f, "        To repeat it: --seed {}\n", self.seed)?;
             }
         }
-        for phase in &self.phases {
-            phase.fmt(f)?;
+        match self.phases.as_slice() {
+            [] => {}
+            [phase] => phase.fmt(f)?,
+            phases => steps(phases, f)?,
         }
-        self.goals(f)?;
+        self.quoted(f)?;
         if let Some(outage) = &self.outage {
             outage.fmt(f)?;
         }
@@ -106,29 +108,24 @@ impl Display for Run {
 
 impl Run {
     /// The figures that the scenario is about.
-    fn goals(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let figures: Vec<&Figure> = self
-            .figures
-            .iter()
-            .filter(|one| self.is_quoted(one))
-            .collect();
-        if figures.is_empty() {
+    fn quoted(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let own = self.figures.iter().filter(|figure| self.is_quoted(figure));
+        let mut figures = own.peekable();
+        if figures.peek().is_none() {
             return Ok(());
         }
-        writeln!(f, "    {:<30}{:>14}{:>16}", "figure", "measured", "goal")?;
+        writeln!(f, "    {:<34}{:>14}{:>16}", "figure", "measured", "goal")?;
         for figure in figures {
+            let mark = match figure.met {
+                Some(true) => "✓",
+                Some(false) => "✗",
+                None => " ",
+            };
+            let wanted = figure.goal.map_or(String::new(), |goal| {
+                format!("{} {}", goal.op.sign(), number(goal.value))
+            });
             let measured = show_figure(figure);
-            let Some(goal) = &figure.goal else {
-                writeln!(f, "    {:<30}{measured:>14}", figure.name)?;
-                continue;
-            };
-            let mark = if goal.is_met(figure.value) {
-                "✓"
-            } else {
-                "✗"
-            };
-            let wanted = format!("{} {}", goal.op.sign(), number(goal.value));
-            writeln!(f, "  {mark} {:<30}{measured:>14}{wanted:>16}", figure.name)?;
+            writeln!(f, "  {mark} {:<34}{measured:>14}{wanted:>16}", figure.name)?;
         }
         writeln!(f)
     }
@@ -137,7 +134,7 @@ impl Run {
     fn is_quoted(&self, figure: &Figure) -> bool {
         let of_its_phase = match &*self.phases {
             [phase] => phase.figures().iter().any(|one| one.name == figure.name),
-            _ => figure.name.contains('/'),
+            _ => !figure.is_of_the_run(),
         };
         figure.goal.is_some() || !of_its_phase
     }
@@ -176,6 +173,46 @@ impl Run {
     }
 }
 
+/// One line for each of several phases.
+fn steps(phases: &[Phase], f: &mut Formatter<'_>) -> fmt::Result {
+    let name = |phase: &Phase| phase.name.chars().count();
+    let width = phases.iter().map(name).max().unwrap_or(0).max(5);
+    writeln!(
+        f,
+        "  {:<width$}{:>11}{:>11}{:>9}{:>9}{:>9}{:>9}{:>9}",
+        "phase", "purchases", "accepted/s", "p50 ms", "p99", "p99.9", "max", "harness"
+    )?;
+    for phase in phases {
+        let (outcomes, generator) = (&phase.outcomes, &phase.generator);
+        let speed = phase.speed.as_ref();
+        let [rate, p50, p99, p99_9, max] = match speed {
+            Some(speed) => {
+                let all = &speed.latency_ms.all;
+                [
+                    speed.accepted_per_s.round(),
+                    all.p50,
+                    all.p99,
+                    all.p99_9,
+                    all.max,
+                ]
+                .map(number)
+            }
+            None => [const { String::new() }; 5],
+        };
+        let busy = format!("{:.0} %", generator.cpu_share * 100.0);
+        writeln!(
+            f,
+            "  {:<width$}{:>11}{rate:>11}{p50:>9}{p99:>9}{p99_9:>9}{max:>9}{busy:>9}",
+            phase.name,
+            grouped(outcomes.purchases),
+        )?;
+        if generator.bottleneck {
+            writeln!(f, "    The harness itself was probably the bottleneck.")?;
+        }
+    }
+    writeln!(f)
+}
+
 /// A figure with its unit.
 fn show_figure(figure: &Figure) -> String {
     format!("{} {}", number(figure.value), figure.unit)
@@ -186,7 +223,7 @@ fn show_figure(figure: &Figure) -> String {
 impl Display for Phase {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let arrivals = match self.arrivals {
-            Arrivals::Rate { per_s } => format!("at {}/s", grouped(per_s)),
+            Arrivals::Rate { per_s } => format!("at {}/s", number(per_s)),
             Arrivals::Burst => "all at once".to_owned(),
         };
         writeln!(

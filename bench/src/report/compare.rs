@@ -307,6 +307,10 @@ fn parts(name: &str, runs: &[Run]) -> Option<Vec<(f64, f64)>> {
     };
     let mut parts = Vec::new();
     for run in runs {
+        // The scenario says what a figure of the whole run is made of; its phases do not.
+        if phase.is_none() && run.phases.len() != 1 {
+            return None;
+        }
         let is_it = |candidate: &&Phase| phase.is_none_or(|phase| candidate.name == phase);
         let speed = run.phases.iter().find(is_it)?.speed.as_ref()?;
         let rows = &speed.series.rows;
@@ -506,6 +510,20 @@ mod tests {
         }
         let comparison = compare(&old, &[slow], false).unwrap();
         assert!(row(&comparison, "p50_ms").is_worse_by(0.05));
+    }
+
+    #[test]
+    fn a_figure_of_a_whole_run_has_no_intervals_of_a_single_phase() {
+        let runs = || {
+            let mut run = sample::ladder();
+            run.figures.push(Figure::new("p50_ms", 3.0, "ms"));
+            [run]
+        };
+        let comparison = compare(&runs(), &runs(), true).unwrap();
+        assert_eq!(row(&comparison, "p50_ms").change, Change::Unclear);
+        assert_eq!(row(&comparison, "3,000/s/p50_ms").change, Change::None);
+        let short = compare(&runs(), &runs(), false).unwrap();
+        assert!(short.rows.iter().all(|row| !row.name.contains('/')));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How a run is doing while it goes on: a bar and a line of figures on a terminal, a plain line
 //! now and then anywhere else.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,6 +18,9 @@ use crate::load::sender::Tally;
 
 /// Between two looks at the crowd on a terminal.
 const REDRAW: Duration = Duration::from_millis(50);
+
+/// Between two new lines of figures.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// What rates and percentiles are taken over.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -118,16 +122,21 @@ impl Look {
 /// Shows how the crowd is doing, until it is stopped.
 pub(crate) async fn watch(bar: ProgressBar, tally: Arc<Tally>, scene: Scene, opening: Instant) {
     sleep_until(opening.into()).await;
-    let mut before = Look::at(&tally);
+    let mut looks = VecDeque::from([Look::at(&tally)]);
     loop {
         let pause = if bar.is_hidden() { LINE } else { REDRAW };
         sleep(pause).await;
         bar.set_position(u64::try_from(tally.ended()).unwrap_or(u64::MAX));
-        if before.at.elapsed() < WINDOW {
+        if looks.back().is_some_and(|last| last.at.elapsed() < LOOK) {
             continue;
         }
         let look = Look::at(&tally);
-        let line = look.line(&before, &scene);
+        // The youngest of those that are old enough.
+        while looks.get(1).is_some_and(|next| look.at - next.at >= WINDOW) {
+            looks.pop_front();
+        }
+        let line = looks.front().map(|since| look.line(since, &scene));
+        let line = line.unwrap_or_default();
         if bar.is_hidden() {
             let seconds = opening.elapsed().as_secs();
             // Nobody is left to tell when the terminal is gone.
@@ -135,7 +144,7 @@ pub(crate) async fn watch(bar: ProgressBar, tally: Arc<Tally>, scene: Scene, ope
         } else {
             bar.set_message(line);
         }
-        before = look;
+        looks.push_back(look);
     }
 }
 

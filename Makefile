@@ -30,6 +30,7 @@ bench: ## Measure every goal: Stockade, floors and baselines in one go, about te
 	@.ci/install
 	@.ci/node
 	cargo build --release --locked --workspace
+	@mkdir -p bench/results
 	@exec $(TARGET_DIR)/release/stockade-bench suite --json bench/results/suite.json $(ARGS)
 
 test: ## Run every test, against real services that the tests start

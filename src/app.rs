@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    future::IntoFuture,
+    io,
     net::SocketAddr,
     num::NonZeroUsize,
     sync::Arc,
@@ -13,9 +13,13 @@ use std::{
 };
 
 use anyhow::Context;
-use axum::{Router, http::HeaderValue, serve::ListenerExt};
+use axum::{Router, http::HeaderValue};
+use rustix::process::{Resource, getrlimit};
 use secrecy::{ExposeSecret, SecretString};
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::watch,
+};
 
 use crate::{
     auth::{
@@ -68,6 +72,16 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// How long the last answers may take once the process stops: the later stages need the rest.
 const LAST_ANSWERS: Duration = Duration::from_secs(4);
+
+/// Connections that may wait to be accepted, as far as `net.core.somaxconn` allows. A crowd comes
+/// at one instant.
+const ACCEPT_QUEUE: u32 = 4_096;
+
+/// Files that the node itself needs besides PostgreSQL's connections: Redis', logs, the listeners.
+const OWN_FILES: u64 = 128;
+
+/// One connection in so many is kept for those who buy, however many watch.
+const BUYERS_SHARE: u64 = 32;
 
 /// How long PostgreSQL may take to be there at start.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -469,10 +483,12 @@ async fn serve(
         Ok(())
     });
 
+    let files = Files::of_this_process(config.database_pool);
     let hub = Hub::new(
         stores.engines.clone(),
         shop.directory.clone(),
         shop.sales.clone(),
+        files.streams,
         metrics.realtime.clone(),
     );
     // Ends all streams first: no listener stops before its last connection has.
@@ -511,10 +527,18 @@ async fn serve(
         None => Listener::All,
     };
     let router = http::router(state.clone(), &settings, public);
-    app.http_addr = Some(listen(config.http_addr, router, "http", life).await?);
+    app.http_addr = Some(listen(
+        config.http_addr,
+        router,
+        files.connections,
+        "http",
+        life,
+    )?);
     if let Some(addr) = config.admin_addr {
         let router = http::router(state, &settings, Listener::All);
-        app.admin_addr = Some(listen(addr, router, "admin", life).await?);
+        // Operators get in when the crowd has taken all the rest.
+        let connections = usize::MAX;
+        app.admin_addr = Some(listen(addr, router, connections, "admin", life)?);
     }
     Ok(())
 }
@@ -577,35 +601,71 @@ async fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<Access
     Ok(log)
 }
 
-async fn listen(
+/// How the files that this process may open are shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Files {
+    /// Connections to the public listener.
+    connections: usize,
+    /// Those of them that may be event streams.
+    streams: usize,
+}
+
+impl Files {
+    /// By the limit of this process, when so many are connections to PostgreSQL.
+    fn of_this_process(pool: u32) -> Self {
+        let limit = getrlimit(Resource::Nofile).current;
+        Self::shared_out(limit.unwrap_or(u64::MAX), pool)
+    }
+
+    /// Under a limit that is far too low everybody gets half.
+    fn shared_out(limit: u64, pool: u32) -> Self {
+        let connections = limit
+            .saturating_sub(OWN_FILES + u64::from(pool))
+            .max(limit / 2);
+        let streams = connections - connections.div_ceil(BUYERS_SHARE);
+        let count = |files: u64| usize::try_from(files).unwrap_or(usize::MAX);
+        Self {
+            connections: count(connections),
+            streams: count(streams),
+        }
+    }
+}
+
+/// Binds with a long queue: what does not fit into it is dropped by the kernel, and tries again a
+/// second later.
+fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A node that starts again must not wait for what is left of its last connections.
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(ACCEPT_QUEUE)
+}
+
+/// Listens for at most so many connections at once.
+fn listen(
     addr: SocketAddr,
     router: Router,
+    connections: usize,
     name: &'static str,
     life: &Lifecycle,
 ) -> anyhow::Result<SocketAddr> {
-    let listener = TcpListener::bind(addr)
-        .await
-        .with_context(|| format!("cannot listen on {addr}"))?;
+    let listener = bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
     let addr = listener.local_addr()?;
-    let listener = listener.tap_io(|stream| {
-        // Answers are small: they should not wait for more. A closed socket says so by itself.
-        let _ = stream.set_nodelay(true);
-    });
     let stop = life.token(Stage::Requests);
-    let service = router.into_make_service_with_connect_info::<SocketAddr>();
     life.spawn(Stage::Requests, name, async move {
-        let stopping = stop.clone();
-        let serving = axum::serve(listener, service)
-            .with_graceful_shutdown(async move { stopping.cancelled().await });
         let too_slow = async {
             stop.cancelled().await;
             tokio::time::sleep(LAST_ANSWERS).await;
         };
         tokio::select! {
-            served = serving.into_future() => Ok(served?),
+            () = http::serve(listener, router, connections, stop.clone()) => {}
             // Somebody reads his answer so slowly that the writer would not get to drain.
-            () = too_slow => Ok(()),
+            () = too_slow => {}
         }
+        Ok(())
     });
     Ok(addr)
 }
@@ -769,5 +829,25 @@ impl Look {
                 .get_or_create(&labels)
                 .set(count(status.letters_total));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_kept_back_for_the_stores_and_for_buyers() {
+        for (limit, connections, streams) in
+            [(20_000, 19_856, 19_235), (1_024, 880, 852), (100, 50, 48)]
+        {
+            let files = Files {
+                connections,
+                streams,
+            };
+            assert_eq!(Files::shared_out(limit, 16), files, "{limit}");
+        }
+        let files = Files::shared_out(u64::MAX, 16);
+        assert!(files.streams < files.connections);
     }
 }

@@ -1,7 +1,7 @@
 //! Live stock as server-sent events.
 
 use axum::{
-    body::Body,
+    Extension,
     extract::State,
     http::{
         HeaderMap, HeaderName, HeaderValue,
@@ -16,6 +16,7 @@ use super::{
     body::Path,
     problem::{Code, Problem},
     routes::{Access, Routes},
+    serve::Endless,
 };
 use crate::{
     domain::id::SaleId,
@@ -76,7 +77,7 @@ fn stream(events: Events) -> Response {
         (CACHE_CONTROL, HeaderValue::from_static("no-store")),
         (X_ACCEL_BUFFERING, HeaderValue::from_static("no")),
     ];
-    (headers, Body::from_stream(events.into_stream())).into_response()
+    (headers, Extension(Endless::new(events))).into_response()
 }
 
 impl From<WatchError> for Problem {
@@ -89,6 +90,7 @@ impl From<WatchError> for Problem {
             WatchError::Engine(_) | WatchError::Store(_) | WatchError::Stale => {
                 Self::unavailable("The stock is not known at the moment.").caused_by(error)
             }
+            WatchError::Full => Self::unavailable("As many look as this node can serve."),
             WatchError::Stopping => Self::unavailable("This node is shutting down."),
         }
     }
@@ -112,6 +114,7 @@ mod tests {
                 Code::Unavailable,
             ),
             (WatchError::Stale, 503, Code::Unavailable),
+            (WatchError::Full, 503, Code::Unavailable),
             (WatchError::Stopping, 503, Code::Unavailable),
         ] {
             let problem = Problem::from(error);

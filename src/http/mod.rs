@@ -24,6 +24,7 @@ mod products;
 mod receipts;
 mod routes;
 mod sales;
+mod serve;
 mod version;
 
 use std::{sync::Arc, time::Duration};
@@ -42,6 +43,7 @@ use tower_http::cors::CorsLayer;
 use utoipa_axum::router::OpenApiRouter;
 
 pub use access_log::{AccessLog, AccessLogWriter, Format};
+pub use serve::serve;
 
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},

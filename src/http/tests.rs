@@ -165,7 +165,7 @@ fn app(listener: Listener) -> Router {
         endings: Endings::new(database.clone()),
         certificate_key: None,
         auditor: Auditor::new(database, engines.clone()),
-        hub: Hub::new(engines, directory, sales, metrics.realtime.clone()),
+        hub: Hub::new(engines, directory, sales, 8, metrics.realtime.clone()),
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });

@@ -6,12 +6,13 @@ use bytes::Bytes;
 use futures::stream;
 use prometheus_client::metrics::gauge::Gauge;
 use rand::Rng;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_stream::Stream;
 
 use super::{
     board::Seat,
     feeds::Watching,
+    frame::Piece,
     page::{Cursor, Page},
 };
 
@@ -56,10 +57,15 @@ pub struct Events {
     cursor: Cursor,
     stage: Stage,
     subscribers: Gauge,
+    _seat: OwnedSemaphorePermit,
 }
 
 impl Events {
-    pub(super) fn new(mut view: View, metrics: &RealtimeMetrics) -> Self {
+    pub(super) fn new(
+        mut view: View,
+        seat: OwnedSemaphorePermit,
+        metrics: &RealtimeMetrics,
+    ) -> Self {
         metrics.subscribers.inc();
         let cursor = view.page().borrow().start();
         Self {
@@ -67,11 +73,12 @@ impl Events {
             cursor,
             stage: Stage::Beginning,
             subscribers: metrics.subscribers.clone(),
+            _seat: seat,
         }
     }
 
     /// The next piece of the stream; `None` when it is over.
-    async fn next(&mut self) -> Option<Bytes> {
+    pub async fn next(&mut self) -> Option<Piece> {
         match self.stage {
             Stage::Beginning => {
                 self.stage = Stage::Going;
@@ -92,11 +99,11 @@ impl Events {
         }
     }
 
-    /// The pieces, as the body of an answer.
+    /// The pieces without framing, as the body of an answer.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
         stream::unfold(self, async |mut events| {
             let piece = events.next().await?;
-            Some((Ok(piece), events))
+            Some((Ok(piece.text()), events))
         })
     }
 }
@@ -107,16 +114,17 @@ impl Drop for Events {
     }
 }
 
-fn retry() -> Bytes {
+fn retry() -> Piece {
     let ms = rand::rng().random_range(RETRY_MS);
-    format!("retry: {ms}\n\n").into()
+    Piece::of(&format!("retry: {ms}\n\n"))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::{sync::Arc, time::Instant};
 
     use futures::FutureExt;
+    use tokio::sync::Semaphore;
     use tokio_stream::StreamExt;
 
     use super::*;
@@ -125,6 +133,10 @@ mod tests {
         frame::tests::{SALE, standing},
         pace::FRAME_INTERVAL_MIN as INTERVAL,
     };
+
+    fn seat() -> OwnedSemaphorePermit {
+        Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap()
+    }
 
     fn retry_ms(piece: &Bytes) -> u32 {
         let text = std::str::from_utf8(piece).unwrap();
@@ -138,7 +150,7 @@ mod tests {
         let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
         let now = Instant::now();
         feeds.offer([standing(1, 1, 0)], now, INTERVAL);
-        let events = Events::new(View::Sale(watching), &metrics);
+        let events = Events::new(View::Sale(watching), seat(), &metrics);
         assert_eq!(metrics.subscribers.get(), 1);
         let mut pieces = Box::pin(events.into_stream().map(Result::unwrap));
         let mut next = || pieces.next().now_or_never();
@@ -173,12 +185,12 @@ mod tests {
         for _ in 0..2 {
             let watching = feeds.join(SALE, round).unwrap();
             feeds.offer([standing(1, 1, 0)], Instant::now(), INTERVAL);
-            let mut events = Events::new(View::Sale(watching), &metrics);
+            let mut events = Events::new(View::Sale(watching), seat(), &metrics);
             events.next().await;
             pieces.push(events.next().await.unwrap());
             streams.push(events);
         }
-        assert_eq!(pieces[0].as_ptr(), pieces[1].as_ptr());
+        assert_eq!(pieces[0].chunk().as_ptr(), pieces[1].chunk().as_ptr());
         assert_eq!(metrics.frames.get(), 1);
     }
 
@@ -186,7 +198,7 @@ mod tests {
     fn a_subscriber_is_small() {
         let (feeds, metrics) = feeds();
         let watching = feeds.join(SALE, standing(1, 1, 0).round).unwrap();
-        let stream = Events::new(View::Sale(watching), &metrics).into_stream();
+        let stream = Events::new(View::Sale(watching), seat(), &metrics).into_stream();
         assert!(size_of_val(&stream) <= 512, "{}", size_of_val(&stream));
     }
 }

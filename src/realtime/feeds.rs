@@ -11,6 +11,7 @@ use tokio::sync::{Notify, watch};
 use super::{
     frame::{Frame, FrameId},
     latest::Latest,
+    pace,
     page::Page,
 };
 use crate::{
@@ -18,6 +19,9 @@ use crate::{
     engine::Standing,
     metrics::RealtimeMetrics,
 };
+
+/// Watchers who sit in one row.
+const ROW_SEATS: usize = 1_000;
 
 /// The watched sales of one partition. One that nobody watches is not in it and costs nothing.
 #[derive(Debug)]
@@ -33,20 +37,84 @@ struct State {
     closed: bool,
 }
 
+/// A watched sale. Its watchers sit in rows, and the rows are told one after the other: to wake
+/// everybody at once would keep everything else waiting, and the last of them would get what is
+/// old by then.
 #[derive(Debug)]
 struct Feed {
+    sale: SaleId,
     round: RoundId,
+    rows: Vec<Row>,
+    /// When the next row may be told something new.
+    clear_at: Option<Instant>,
+}
+
+/// Watchers who are told together.
+#[derive(Debug)]
+struct Row {
     latest: Latest,
     page: watch::Sender<Page>,
     watchers: usize,
 }
 
+impl Row {
+    fn show(&self, frame: Frame, metrics: &RealtimeMetrics) {
+        metrics.frames.inc();
+        self.page.send_if_modified(|page| page.show(frame));
+    }
+}
+
 impl Feed {
-    /// Shows a frame, if there is one.
-    fn show(&self, frame: Option<Frame>, metrics: &RealtimeMetrics) {
-        if let Some(frame) = frame {
-            metrics.frames.inc();
-            self.page.send_if_modified(|page| page.show(frame));
+    /// A seat: the number of its row, and what is shown there.
+    fn seat(&mut self) -> (usize, watch::Receiver<Page>) {
+        let free = self.rows.iter().position(|row| row.watchers < ROW_SEATS);
+        let number = free.unwrap_or_else(|| {
+            self.rows.push(Row {
+                latest: Latest::new(self.sale),
+                page: watch::Sender::default(),
+                watchers: 0,
+            });
+            self.rows.len() - 1
+        });
+        let row = &mut self.rows[number];
+        row.watchers += 1;
+        (number, row.page.subscribe())
+    }
+
+    fn offer(
+        &mut self,
+        standing: &Standing,
+        now: Instant,
+        interval: Duration,
+        metrics: &RealtimeMetrics,
+    ) {
+        for row in &mut self.rows {
+            if let Some(frame) = row.latest.offer(standing, now, interval) {
+                row.show(frame, metrics);
+            }
+        }
+    }
+
+    /// Shows each row whose turn it is what waits for it, those first who have waited longest.
+    /// Returns when the next turn is.
+    fn flush(
+        &mut self,
+        now: Instant,
+        interval: Duration,
+        metrics: &RealtimeMetrics,
+    ) -> Option<Instant> {
+        loop {
+            let due = |row: &Row| row.latest.due(interval);
+            let rows = self.rows.iter_mut().filter(|row| due(row).is_some());
+            let row = rows.min_by_key(|row| due(row))?;
+            let turn = due(row).max(self.clear_at);
+            if turn > Some(now) {
+                return turn;
+            }
+            // The build with seeded bugs may lose it.
+            let frame = row.latest.flush(now, interval)?;
+            row.show(frame, metrics);
+            self.clear_at = Some(now + pace::spread(row.watchers));
         }
     }
 }
@@ -58,6 +126,7 @@ pub(super) struct Watching {
     pub(super) page: watch::Receiver<Page>,
     feeds: Arc<Feeds>,
     sale: SaleNumber,
+    row: usize,
 }
 
 impl Watching {
@@ -72,7 +141,7 @@ impl Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        self.feeds.leave(self.sale);
+        self.feeds.leave(self.sale, self.row);
     }
 }
 
@@ -99,28 +168,33 @@ impl Feeds {
         let feed = state.feeds.entry(round.sale).or_insert_with(|| {
             self.metrics.watched_sales.inc();
             Feed {
+                sale,
                 round,
-                latest: Latest::new(sale),
-                page: watch::Sender::new(Page::default()),
-                watchers: 0,
+                rows: Vec::new(),
+                clear_at: None,
             }
         });
-        feed.watchers += 1;
         feed.round = feed.round.max(round);
-        let page = feed.page.subscribe();
+        let (row, page) = feed.seat();
         drop(state);
         self.joined.notify_one();
         Some(Watching {
             page,
             feeds: Arc::clone(self),
             sale: round.sale,
+            row,
         })
     }
 
-    fn leave(&self, sale: SaleNumber) {
+    fn leave(&self, sale: SaleNumber, row: usize) {
         if let Entry::Occupied(mut feed) = self.state().feeds.entry(sale) {
-            feed.get_mut().watchers -= 1;
-            if feed.get().watchers == 0 {
+            let rows = &mut feed.get_mut().rows;
+            if let Some(row) = rows.get_mut(row) {
+                row.watchers -= 1;
+            }
+            // Rows in the middle stay: others know theirs by its number.
+            while rows.pop_if(|row| row.watchers == 0).is_some() {}
+            if rows.is_empty() {
                 feed.remove();
                 self.metrics.watched_sales.dec();
             }
@@ -156,34 +230,40 @@ impl Feeds {
                 continue;
             }
             feed.round = standing.round;
-            let frame = feed.latest.offer(&standing, now, interval);
-            feed.show(frame, &self.metrics);
+            feed.offer(&standing, now, interval, &self.metrics);
+        }
+        for feed in state.feeds.values_mut() {
+            feed.flush(now, interval, &self.metrics);
         }
     }
 
     /// Shows what has waited long enough. Returns when the next one will have.
     pub(super) fn flush(&self, now: Instant, interval: Duration) -> Option<Instant> {
         let mut state = self.state();
-        for feed in state.feeds.values_mut() {
-            let frame = feed.latest.flush(now, interval);
-            feed.show(frame, &self.metrics);
-        }
-        let feeds = state.feeds.values();
-        feeds.filter_map(|feed| feed.latest.due(interval)).min()
+        let feeds = state.feeds.values_mut();
+        feeds
+            .filter_map(|feed| feed.flush(now, interval, &self.metrics))
+            .min()
     }
 
     /// Tells all watchers that their connection is alive.
     pub(super) fn beat(&self) {
         for feed in self.state().feeds.values() {
-            feed.page.send_modify(Page::beat);
+            for row in &feed.rows {
+                row.page.send_modify(Page::beat);
+            }
         }
     }
 
     /// Shows the last of everything, waiting or not, and ends it: nobody joins any more.
     pub(super) fn close(&self, now: Instant) {
-        self.flush(now, Duration::ZERO);
         let mut state = self.state();
         state.closed = true;
+        for row in state.feeds.values_mut().flat_map(|feed| &mut feed.rows) {
+            if let Some(frame) = row.latest.flush(now, Duration::ZERO) {
+                row.show(frame, &self.metrics);
+            }
+        }
         self.metrics
             .watched_sales
             .dec_by(state.feeds.len().try_into().unwrap_or(i64::MAX));
@@ -254,6 +334,39 @@ pub(super) mod tests {
         assert!(watching.is_fresh(now + INTERVAL, INTERVAL, id(3)));
         assert!(!watching.is_fresh(now, INTERVAL, id(4)));
         assert!(!watching.is_fresh(now + INTERVAL * 2, INTERVAL, None));
+    }
+
+    #[test]
+    fn rows_are_told_one_after_the_other_and_each_gets_what_is_newest_then() {
+        let (feeds, metrics) = feeds();
+        let seats: Vec<_> = (0..=2 * ROW_SEATS)
+            .map(|_| feeds.join(SALE, standing(1, 1, 0).round).unwrap())
+            .collect();
+        let start = Instant::now();
+        let seq = |seq| Some(FrameId::of(&standing(1, 1, seq)));
+        let shown = || [0, ROW_SEATS, 2 * ROW_SEATS].map(|n| seats[n].page.borrow().newest_id());
+        feeds.offer([standing(1, 1, 0)], start, INTERVAL);
+        assert_eq!(shown(), [seq(0); 3], "the first of all is for everybody");
+        let now = start + INTERVAL;
+        feeds.offer([standing(1, 1, 1)], now, INTERVAL);
+        assert_eq!(shown(), [seq(1), seq(0), seq(0)]);
+        let turn = now + pace::spread(ROW_SEATS);
+        assert_eq!(feeds.flush(now, INTERVAL), Some(turn));
+        feeds.offer([standing(1, 1, 2)], turn, INTERVAL);
+        assert_eq!(shown(), [seq(1), seq(2), seq(0)]);
+        let turn = turn + pace::spread(ROW_SEATS);
+        assert_eq!(feeds.flush(turn, INTERVAL), Some(now + INTERVAL));
+        assert_eq!(shown(), [seq(1), seq(2), seq(2)]);
+        assert_eq!(feeds.flush(now + INTERVAL, INTERVAL), None);
+        assert_eq!(shown(), [seq(2); 3], "the last value reaches every row");
+        // The last row goes with its last watcher, and nobody misses a place.
+        feeds.offer([standing(1, 1, 3)], now + INTERVAL, INTERVAL);
+        let mut seats = seats;
+        seats.truncate(ROW_SEATS);
+        feeds.close(now + INTERVAL);
+        assert_eq!(seats[0].page.borrow().newest_id(), seq(3));
+        drop(seats);
+        assert_eq!(metrics.watched_sales.get(), 0);
     }
 
     #[test]

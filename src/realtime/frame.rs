@@ -108,6 +108,53 @@ pub(super) enum Form {
 /// What makes an event a `state`: round, state, sold out.
 pub(super) type Look = (u32, State, bool);
 
+/// A piece of a stream, framed as a chunk of HTTP/1.1, so that it is framed once for everybody.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    chunk: Bytes,
+    /// The length of the chunk's head.
+    head: usize,
+}
+
+/// What ends a chunk.
+const CHUNK_END: &str = "\r\n";
+
+impl Piece {
+    /// A piece of its own.
+    pub(super) fn of(text: &str) -> Self {
+        let (chunk, head) = chunk(text);
+        Self {
+            chunk: chunk.into(),
+            head,
+        }
+    }
+
+    /// A chunk that is framed already, behind a head of this length.
+    pub(super) const fn framed(chunk: &'static [u8], head: usize) -> Self {
+        Self {
+            chunk: Bytes::from_static(chunk),
+            head,
+        }
+    }
+
+    /// As it is sent with `Transfer-Encoding: chunked`.
+    pub fn chunk(&self) -> &Bytes {
+        &self.chunk
+    }
+
+    /// Without framing; shared, not copied.
+    pub fn text(&self) -> Bytes {
+        let end = self.chunk.len() - CHUNK_END.len();
+        self.chunk.slice(self.head..end)
+    }
+}
+
+/// A text as a chunk, and the length of the chunk's head.
+fn chunk(text: &str) -> (String, usize) {
+    let head = format!("{:x}\r\n", text.len());
+    (format!("{head}{text}{CHUNK_END}"), head.len())
+}
+
 /// What subscribers of a sale are told, in every form.
 #[derive(Clone, Debug)]
 pub(super) struct Frame {
@@ -121,8 +168,8 @@ pub(super) struct Frame {
     pub(super) made_at: Instant,
     /// All forms, one behind the other.
     text: Bytes,
-    /// Where the second and the third form begin in it.
-    cuts: [usize; 2],
+    /// Where each form ends in it, and the length of its chunk's head.
+    forms: [(usize, usize); 3],
 }
 
 impl Frame {
@@ -145,27 +192,33 @@ impl Frame {
         // Numbers, words and an id always have a JSON form.
         let data = serde_json::to_string(&stock).unwrap_or_default();
         let rest = format!("id: {id}\ndata: {data}\n\n");
-        let snapshot = format!("event: snapshot\n{rest}");
-        let state = format!("event: state\n{rest}");
-        let cuts = [snapshot.len(), snapshot.len() + state.len()];
-        let text = Bytes::from(format!("{snapshot}{state}event: stock\n{rest}"));
+        let mut text = String::new();
+        let forms = ["snapshot", "state", "stock"].map(|name| {
+            let (chunk, head) = chunk(&format!("event: {name}\n{rest}"));
+            text.push_str(&chunk);
+            (text.len(), head)
+        });
         Self {
             sale,
             id,
             look,
             made_at,
-            text,
-            cuts,
+            text: text.into(),
+            forms,
         }
     }
 
     /// The event in this form; shared, not copied.
-    pub(super) fn form(&self, form: Form) -> Bytes {
-        let [state, stock] = self.cuts;
-        match form {
-            Form::Snapshot => self.text.slice(..state),
-            Form::State => self.text.slice(state..stock),
-            Form::Stock => self.text.slice(stock..),
+    pub(super) fn form(&self, form: Form) -> Piece {
+        let [snapshot, state, stock] = self.forms;
+        let (begin, (end, head)) = match form {
+            Form::Snapshot => (0, snapshot),
+            Form::State => (snapshot.0, state),
+            Form::Stock => (state.0, stock),
+        };
+        Piece {
+            chunk: self.text.slice(begin..end),
+            head,
         }
     }
 }
@@ -255,7 +308,11 @@ pub(super) mod tests {
             (Form::State, "state"),
             (Form::Stock, "stock"),
         ] {
-            let text = String::from_utf8(frame.form(form).to_vec()).unwrap();
+            let piece = frame.form(form);
+            let text = String::from_utf8(piece.text().to_vec()).unwrap();
+            assert_eq!(piece, Piece::of(&text));
+            let chunk = format!("{:x}\r\n{text}\r\n", text.len());
+            assert_eq!(piece.chunk(), chunk.as_bytes());
             let head =
                 format!("event: {name}\nid: 0000000003-0000000002-000000000000010-1\ndata: ");
             let data = text.strip_prefix(&head).expect(&text);

@@ -7,7 +7,7 @@ use crate::{domain::id::SaleId, engine::Standing, faults};
 
 /// The latest that is known of a sale, and what of it has been told.
 ///
-/// At most one frame per interval: a change goes out at once if the last frame is older than that,
+/// At most one frame per interval: a change is due at once if the last frame is older than that,
 /// otherwise it waits, and whatever comes meanwhile takes its place. So the last value always goes
 /// out, and the cost does not grow with the rate of changes.
 #[derive(Debug)]
@@ -30,8 +30,9 @@ impl Latest {
         }
     }
 
-    /// Takes what a reply said, in any order of replies. Returns a frame if one is to be shown
-    /// now: a change, or the same with a fresher clock for those who connect later.
+    /// Takes what a reply said, in any order of replies. A change waits until it is flushed. What
+    /// is returned is to be shown now and tells nobody anything new: the first frame of all, or
+    /// the last one with a fresher clock, for those who connect later.
     pub(super) fn offer(
         &mut self,
         standing: &Standing,
@@ -40,26 +41,18 @@ impl Latest {
     ) -> Option<Frame> {
         let id = FrameId::of(standing);
         match self.told {
+            None => Some(self.tell(standing, now)),
             Some((told, _)) if id < told => None,
             Some((told, _)) if id == told => {
                 let aged = self.encoded_at.is_none_or(|at| now >= at + interval / 2);
                 aged.then(|| self.encode(standing, now))
             }
-            Some((_, told_at)) if now < told_at + interval => {
+            Some(_) => {
                 let newer = |waiting: &Standing| FrameId::of(waiting) <= id;
                 if self.waiting.as_ref().is_none_or(newer) {
                     self.waiting = Some(*standing);
                 }
                 None
-            }
-            _ => {
-                // What waited may be newer than this.
-                let newest = self
-                    .waiting
-                    .take()
-                    .filter(|waiting| FrameId::of(waiting) > id)
-                    .unwrap_or(*standing);
-                Some(self.tell(&newest, now))
             }
         }
     }
@@ -105,14 +98,25 @@ mod tests {
         Duration::from_millis(ms)
     }
 
+    /// What is shown after a reply, if anything.
+    fn offer(
+        latest: &mut Latest,
+        standing: &Standing,
+        now: Instant,
+        interval: Duration,
+    ) -> Option<Frame> {
+        let frame = latest.offer(standing, now, interval);
+        frame.or_else(|| latest.flush(now, interval))
+    }
+
     #[test]
     fn the_first_change_goes_out_at_once_and_the_next_ones_wait_for_their_interval() {
         let start = Instant::now();
         let mut latest = Latest::new(SALE);
         let seq = |seq| standing(1, 1, seq);
-        assert!(latest.offer(&seq(0), start, INTERVAL).is_some());
+        assert!(offer(&mut latest, &seq(0), start, INTERVAL).is_some());
         for (at, seq) in [(10, 2), (20, 1), (30, 3)] {
-            let offered = latest.offer(&standing(1, 1, seq), start + ms(at), INTERVAL);
+            let offered = offer(&mut latest, &standing(1, 1, seq), start + ms(at), INTERVAL);
             assert!(offered.is_none());
         }
         assert_eq!(latest.due(INTERVAL), Some(start + ms(100)));
@@ -121,7 +125,7 @@ mod tests {
         assert_eq!(frame.id, FrameId::of(&seq(3)), "the last value");
         assert_eq!(latest.due(INTERVAL), None);
         assert!(latest.flush(start + ms(500), INTERVAL).is_none());
-        assert!(latest.offer(&seq(4), start + ms(500), INTERVAL).is_some());
+        assert!(offer(&mut latest, &seq(4), start + ms(500), INTERVAL).is_some());
     }
 
     #[test]
@@ -139,7 +143,7 @@ mod tests {
         for micros in (0..1_000_000).step_by(100) {
             let now = start + Duration::from_micros(micros);
             frames.extend(latest.flush(now, INTERVAL));
-            frames.extend(latest.offer(&changing(micros), now, INTERVAL));
+            frames.extend(offer(&mut latest, &changing(micros), now, INTERVAL));
         }
         assert_eq!(frames.len(), 10);
         frames.extend(latest.flush(start + ms(1_000), INTERVAL));
@@ -152,15 +156,15 @@ mod tests {
     fn what_is_late_or_from_an_older_epoch_is_never_told() {
         let start = Instant::now();
         let mut latest = Latest::new(SALE);
-        assert!(latest.offer(&standing(2, 1, 5), start, INTERVAL).is_some());
+        assert!(offer(&mut latest, &standing(2, 1, 5), start, INTERVAL).is_some());
         for late in [standing(2, 1, 4), standing(1, 1, 9), standing(1, 2, 9)] {
-            assert!(latest.offer(&late, start + ms(500), INTERVAL).is_none());
+            assert!(offer(&mut latest, &late, start + ms(500), INTERVAL).is_none());
         }
         assert_eq!(latest.due(INTERVAL), None);
         // Nor does it take the place of what waits.
-        assert!(latest.offer(&standing(2, 1, 6), start, INTERVAL).is_none());
-        let newer = latest.offer(&standing(2, 1, 8), start, INTERVAL);
-        let older = latest.offer(&standing(2, 1, 7), start + ms(200), INTERVAL);
+        assert!(offer(&mut latest, &standing(2, 1, 6), start, INTERVAL).is_none());
+        let newer = offer(&mut latest, &standing(2, 1, 8), start, INTERVAL);
+        let older = offer(&mut latest, &standing(2, 1, 7), start + ms(200), INTERVAL);
         assert!(newer.is_none());
         assert_eq!(older.unwrap().id, FrameId::of(&standing(2, 1, 8)));
     }
@@ -173,17 +177,17 @@ mod tests {
             state: State::Scheduled,
             ..standing(1, 1, 0)
         };
-        let first = latest.offer(&scheduled, start, INTERVAL).unwrap();
+        let first = offer(&mut latest, &scheduled, start, INTERVAL).unwrap();
         let same = Standing {
             now_ms: scheduled.now_ms + 100,
             ..scheduled
         };
-        assert!(latest.offer(&same, start + ms(1), INTERVAL).is_none());
-        let again = latest.offer(&same, start + ms(100), INTERVAL).unwrap();
+        assert!(offer(&mut latest, &same, start + ms(1), INTERVAL).is_none());
+        let again = offer(&mut latest, &same, start + ms(100), INTERVAL).unwrap();
         assert_eq!(again.id, first.id);
         // It was no change, so the opening need not wait for it.
         let open = standing(1, 1, 0);
-        let opened = latest.offer(&open, start + ms(101), INTERVAL).unwrap();
+        let opened = offer(&mut latest, &open, start + ms(101), INTERVAL).unwrap();
         assert!(opened.id > first.id);
     }
 }

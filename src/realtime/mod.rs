@@ -20,12 +20,13 @@ use std::{
 };
 
 use futures::future::join_all;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use self::{board::Board, events::View, feeds::Feeds};
 pub use self::{
     events::Events,
-    frame::{FrameId, Stock},
+    frame::{FrameId, Piece, Stock},
 };
 use crate::{
     domain::id::SaleId,
@@ -55,6 +56,9 @@ pub enum WatchError {
     /// The stores do not say in time where anything is.
     #[error("nothing fresh to show")]
     Stale,
+    /// As many look already as this node can serve.
+    #[error("no seat left")]
+    Full,
     /// The node stops.
     #[error("shutting down")]
     Stopping,
@@ -68,15 +72,17 @@ pub struct Hub {
     /// Of each partition, in order.
     feeds: Arc<[Arc<Feeds>]>,
     board: Arc<Board>,
+    seats: Arc<Semaphore>,
     metrics: RealtimeMetrics,
 }
 
 impl Hub {
-    /// Live stock of what `engines` sell. Nothing moves until [`Hub::run`].
+    /// Live stock of what `engines` sell, for so many at once. Nothing moves until [`Hub::run`].
     pub fn new(
         engines: Engines,
         directory: Directory,
         sales: Sales,
+        seats: usize,
         metrics: RealtimeMetrics,
     ) -> Self {
         let feeds: Arc<[_]> = engines
@@ -90,6 +96,7 @@ impl Hub {
             directory,
             feeds,
             board: Arc::new(board),
+            seats: Arc::new(Semaphore::new(seats.min(Semaphore::MAX_PERMITS))),
             metrics,
         }
     }
@@ -134,6 +141,7 @@ impl Hub {
         let feeds = self.feeds.get(index).ok_or(WatchError::Stale)?;
         let engine = self.engines.of(sale.partition).ok_or(WatchError::Stale)?;
         let round = sale.round_id();
+        let seat = self.seat()?;
         let mut watching = feeds.join(sale.id, round).ok_or(WatchError::Stopping)?;
         if !watching.is_fresh(Instant::now(), SNAPSHOT_AGE_MAX, last_seen) {
             let standing = engine.snapshot(round).await?;
@@ -144,7 +152,7 @@ impl Hub {
             let shown = watching.page.wait_for(|page| page.newest_id() >= Some(id));
             shown.await.map_err(|_| WatchError::Stopping)?;
         }
-        Ok(Events::new(View::Sale(watching), &self.metrics))
+        Ok(Events::new(View::Sale(watching), seat, &self.metrics))
     }
 
     /// The events of all sales that are not closed, those to come included.
@@ -152,8 +160,14 @@ impl Hub {
     /// # Errors
     /// [`WatchError`].
     pub async fn all(&self) -> Result<Events, WatchError> {
-        let seat = self.board.join().await.ok_or(WatchError::Stale)?;
-        Ok(Events::new(View::All(seat), &self.metrics))
+        let seat = self.seat()?;
+        let view = self.board.join().await.ok_or(WatchError::Stale)?;
+        Ok(Events::new(View::All(view), seat, &self.metrics))
+    }
+
+    fn seat(&self) -> Result<OwnedSemaphorePermit, WatchError> {
+        let seat = Arc::clone(&self.seats).try_acquire_owned();
+        seat.map_err(|_| WatchError::Full)
     }
 }
 

@@ -11,7 +11,7 @@ pub(super) const FRAME_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const FRAME_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
 /// Frames that a node sends in a second: about half a core's worth of writes.
-const FRAMES_PER_SECOND_MAX: usize = 100_000;
+const FRAMES_PER_SECOND_MAX: usize = 80_000;
 
 /// The time between two frames of a sale, and between two samples, when a partition has so many
 /// watched rounds and the node so many frames to send each time.
@@ -27,6 +27,12 @@ pub(super) fn interval(rounds: usize, frames: usize) -> Duration {
         .clamp(FRAME_INTERVAL_MIN, FRAME_INTERVAL_MAX)
 }
 
+/// How long sending a frame to so many may take: then the next ones are told.
+pub(super) fn spread(subscribers: usize) -> Duration {
+    let micros = subscribers.saturating_mul(1_000_000) / FRAMES_PER_SECOND_MAX;
+    Duration::from_micros(micros.try_into().unwrap_or(u64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,8 +42,8 @@ mod tests {
         for (rounds, frames, ms) in [
             (0, 0, 100),
             (1, 1, 100),
-            (128, 10_000, 100),
-            (1, 19_000, 190),
+            (128, 8_000, 100),
+            (1, 16_000, 200),
             (256, 1, 200),
             (1, 1_000_000, 1_000),
             (usize::MAX, usize::MAX, 1_000),

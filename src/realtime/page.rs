@@ -2,13 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use bytes::Bytes;
-
-use super::frame::{Form, Frame, FrameId};
+use super::frame::{Form, Frame, FrameId, Piece};
 use crate::domain::{id::SaleId, round::State};
 
 /// The comment that keeps a silent connection open.
-const HEARTBEAT: Bytes = Bytes::from_static(b":\n\n");
+const HEARTBEAT: Piece = Piece::framed(b"3\r\n:\n\n\r\n", 3);
 
 /// The latest frame of each sale, shared by all who look at it.
 ///
@@ -130,7 +128,7 @@ impl Page {
     }
 
     /// The next event for a subscriber; `None` when it has seen everything.
-    pub(super) fn next(&self, cursor: &mut Cursor) -> Option<Bytes> {
+    pub(super) fn next(&self, cursor: &mut Cursor) -> Option<Piece> {
         for (turn, entry) in self.entries.range(cursor.at + 1..) {
             cursor.at = *turn;
             let form = if entry.appeared > cursor.base {
@@ -180,7 +178,7 @@ mod tests {
     fn drain(page: &Page, cursor: &mut Cursor) -> Vec<String> {
         std::iter::from_fn(|| page.next(cursor))
             .map(|event| {
-                let text = String::from_utf8(event.to_vec()).unwrap();
+                let text = String::from_utf8(event.text().to_vec()).unwrap();
                 let Some((head, data)) = text.split_once("data: ") else {
                     return text;
                 };
@@ -242,7 +240,7 @@ mod tests {
         assert!(!page.show(frame(SALE, later)));
         assert_eq!(drain(&page, &mut cursor), Vec::<String>::new());
         let event = page.next(&mut page.start()).unwrap();
-        let event = String::from_utf8(event.to_vec()).unwrap();
+        let event = String::from_utf8(event.text().to_vec()).unwrap();
         assert!(event.contains("\"server_time_ms\":9999"), "{event}");
     }
 
@@ -280,7 +278,7 @@ mod tests {
         page.show(frame(OTHER, standing(1, 1, 0)));
         let mut cursor = page.start();
         let first = page.next(&mut cursor).unwrap();
-        assert!(first.starts_with(b"event: snapshot"));
+        assert!(first.text().starts_with(b"event: snapshot"));
         // The one that it has seen changes, and so does the one that it has not.
         page.show(frame(OTHER, standing(1, 1, 1)));
         page.show(frame(SALE, standing(1, 1, 1)));

@@ -9,7 +9,11 @@ use chrono::{SecondsFormat, TimeDelta};
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 use stockade::clock;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 use uuid::Uuid;
 
 use super::support::app::{App, PATIENCE, id, send};
@@ -302,6 +306,127 @@ async fn a_snapshot_is_the_sale_and_whoever_does_not_read_misses_steps_but_not_t
     let slept = sleeper.until(|event| event.data["sold_out"] == true).await;
     assert_eq!(slept[0].id, snapshot.id);
     assert_eq!(sleeper.ids, reader.ids);
+    app.finish().await;
+}
+
+/// A connection without any help.
+struct Plain {
+    socket: TcpStream,
+    text: String,
+}
+
+impl Plain {
+    /// Connects. So many bytes that nobody has read may wait on this side.
+    async fn connect(app: &App, unread: u32) -> Self {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(unread).unwrap();
+        let address = app.door().borrow().strip_prefix("http://").unwrap().parse();
+        let socket = socket.connect(address.unwrap()).await.unwrap();
+        let text = String::new();
+        Self { socket, text }
+    }
+
+    async fn say(&mut self, request: &str) {
+        self.socket.write_all(request.as_bytes()).await.unwrap();
+    }
+
+    /// Everything up to and including `what`.
+    async fn until(&mut self, what: &str) -> String {
+        loop {
+            if let Some(at) = self.text.find(what) {
+                let rest = self.text.split_off(at + what.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            let mut buffer = [0; 4096];
+            let read = timeout(PATIENCE, self.socket.read(&mut buffer)).await;
+            let read = read.unwrap().unwrap();
+            assert!(read > 0, "the end instead of {what} after {}", self.text);
+            self.text
+                .push_str(std::str::from_utf8(&buffer[..read]).unwrap());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_is_an_answer_like_any_other() {
+    let app = App::start().await;
+    let sale = app.sale(json!({})).await;
+    let path = format!("/v1/sales/{}/events", id(&sale));
+    let mut kept = Plain::connect(&app, 65_536).await;
+    // Two requests at once, as a browser's connection may have them.
+    kept.say(&format!(
+        "GET /livez HTTP/1.1\r\nhost: a\r\n\r\nGET {path} HTTP/1.1\r\nhost: a\r\n\r\n"
+    ))
+    .await;
+    let livez = kept.until("\r\n\r\n").await;
+    assert!(livez.starts_with("HTTP/1.1 200 OK\r\n"), "{livez}");
+    kept.until("HTTP/1.1 200 OK\r\n").await;
+    let head = kept.until("\r\n\r\n").await;
+    for header in [
+        "date: ",
+        "x-request-id: ",
+        "x-content-type-options: nosniff",
+        "content-type: text/event-stream",
+        "transfer-encoding: chunked",
+    ] {
+        assert!(head.contains(header), "{head}");
+    }
+    assert_eq!(head.matches("transfer-encoding").count(), 1);
+    assert!(!head.contains("content-length"), "{head}");
+    let snapshot = kept.until("}\n\n\r\n").await;
+    let chunk = snapshot.split_once("\n\n\r\n").unwrap().1;
+    let (length, event) = chunk.split_once("\r\n").unwrap();
+    assert_eq!(
+        usize::from_str_radix(length, 16),
+        Ok(event.len() - "\r\n".len())
+    );
+    assert!(event.starts_with("event: snapshot\n"), "{event}");
+
+    // There were no chunks before 1.1, and HEAD has no body.
+    let mut old = Plain::connect(&app, 65_536).await;
+    old.say(&format!("GET {path} HTTP/1.0\r\nhost: a\r\n\r\n"))
+        .await;
+    let head = old.until("\r\n\r\n").await;
+    assert!(!head.contains("chunked"), "{head}");
+    let begin = old.until("data: ").await;
+    assert!(begin.starts_with("retry: "), "{begin}");
+    let mut curious = Plain::connect(&app, 65_536).await;
+    curious
+        .say(&format!(
+            "HEAD {path} HTTP/1.1\r\nhost: a\r\n\r\nGET /livez HTTP/1.1\r\nhost: a\r\n\r\n"
+        ))
+        .await;
+    let head = curious.until("\r\n\r\n").await;
+    assert!(head.contains("text/event-stream"), "{head}");
+    let next = curious.until("\r\n").await;
+    assert_eq!(next, "HTTP/1.1 200 OK\r\n");
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_reads_is_not_kept_but_the_last_value_is() {
+    let app = App::start().await;
+    let sale = app
+        .sale(json!({ "allocation": 300, "per_buyer_limit": 1 }))
+        .await;
+    let path = format!("/v1/sales/{}/events", id(&sale));
+    let mut reader = Subscriber::connect(&app, &path, None).await;
+    let mut sleeper = Plain::connect(&app, 2_048).await;
+    sleeper
+        .say(&format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n"))
+        .await;
+    sleeper.until("}\n\n").await;
+    let mut told = 0;
+    for number in 0..100 {
+        app.buy(id(&sale), buyer(number), "k", 1).await.expect(201);
+        let events = reader
+            .until(|event| event.data["seq"] == json!(number + 1))
+            .await;
+        told += events.len();
+    }
+    let slept = sleeper.until("\"seq\":100,").await;
+    let heard = slept.matches("data: ").count();
+    assert!(told >= 100 && heard < told * 3 / 4, "{heard} of {told}");
     app.finish().await;
 }
 

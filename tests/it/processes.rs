@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use reqwest::Client;
+use reqwest::{Client, Method};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use stockade::{
@@ -155,7 +155,7 @@ async fn nodes_with_wrong_clocks_sell_in_the_same_window() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_without_a_file_left_sells_on_when_it_has_one_again() {
+async fn a_full_node_keeps_files_for_its_stores_and_sells_on_when_somebody_leaves() {
     let mut app = App::without_node(&[]).await;
     let machine = Machine {
         open_files: Some(256),
@@ -166,16 +166,19 @@ async fn a_node_without_a_file_left_sells_on_when_it_has_one_again() {
     app.speak_to(node.url());
     let sale = drop_of(&app, 60).await;
     let pid = small.pid();
-    // More than it can hold; the kernel takes them for it.
+    let open = format!("/proc/{}/fd", pid.unwrap());
+    let files = || std::fs::read_dir(&open).unwrap().count();
+    let before = files();
+    // More than it holds; the kernel takes them for it.
     let address = small.url();
     let address = address.strip_prefix("http://").unwrap();
     let mut idle = Vec::new();
     for _ in 0..300 {
         idle.push(tokio::net::TcpStream::connect(address).await.unwrap());
     }
-    let open = format!("/proc/{}/fd", pid.unwrap());
     let full = async {
-        while std::fs::read_dir(&open).unwrap().count() < 256 {
+        // Half of its files; some of its own may have been closed since.
+        while files() < before + 120 {
             sleep(Duration::from_millis(10)).await;
         }
     };
@@ -186,6 +189,8 @@ async fn a_node_without_a_file_left_sells_on_when_it_has_one_again() {
         .into_iter()
         .map(|request| request.timeout(Duration::from_secs(2)));
     let mut answers = Crowd::send(requests.collect(), doors).done().await;
+    let full = files();
+    assert!(full < 250, "{full} files are open, and 256 may be");
     drop(idle);
     let requests = strangers(&app, &sale, 40);
     let there = Crowd::send(requests, vec![small.door()]);
@@ -194,6 +199,64 @@ async fn a_node_without_a_file_left_sells_on_when_it_has_one_again() {
     assert_sold(&app, &sale, &answers, 60).await;
     app.finish().await;
     assert!(small.stop().await.success());
+    assert!(node.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_with_as_many_streams_as_it_may_have_still_sells() {
+    let mut app = App::without_node(&[]).await;
+    let machine = Machine {
+        open_files: Some(256),
+        ..Machine::default()
+    };
+    let mut node = Served::start_on(&app, machine).await;
+    app.speak_to(node.url());
+    let sale = drop_of(&app, 60).await;
+    let path = format!("/v1/sales/{sale}/events");
+    let mut streams = Vec::new();
+    let refusal = loop {
+        let response = app.request(Method::GET, &path).send().await.unwrap();
+        if response.status() != 200 {
+            break response;
+        }
+        streams.push(response);
+        assert!(streams.len() < 256);
+    };
+    assert!(streams.len() > 100, "{}", streams.len());
+    assert_eq!(refusal.status(), 503);
+    assert!(refusal.headers().contains_key("retry-after"));
+    let refusal: Value = refusal.json().await.unwrap();
+    assert_eq!(refusal["code"], "unavailable");
+    // One after the other: few connections are left.
+    let mut answers = Vec::new();
+    for request in strangers(&app, &sale, 60) {
+        let buying = Crowd::send(vec![request], vec![node.door()]);
+        answers.extend(buying.done().await);
+    }
+    assert_sold(&app, &sale, &answers, 60).await;
+    // Everybody sees it, and whoever leaves makes room.
+    for stream in &mut streams {
+        let mut text = String::new();
+        while !text.contains("\"sold_out\":true") {
+            let piece = timeout(PATIENCE, stream.chunk()).await.unwrap();
+            text.push_str(std::str::from_utf8(&piece.unwrap().unwrap()).unwrap());
+        }
+    }
+    streams.clear();
+    let room = async {
+        while app
+            .request(Method::GET, &path)
+            .send()
+            .await
+            .unwrap()
+            .status()
+            != 200
+        {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, room).await.unwrap();
+    app.finish().await;
     assert!(node.stop().await.success());
 }
 

@@ -27,7 +27,7 @@ impl Family {
             Self::Application => "application",
             Self::Writer => "writer",
             Self::Redis => "redis",
-            Self::Rewriting => "redis rewriting",
+            Self::Rewriting => "redis_rewriting",
             Self::Cache => "cache",
             Self::Postgres => "postgres",
         }

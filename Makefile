@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop canonical bench check sqlx conformance mutants power-loss rebuild-time torture kills outage
+.PHONY: help run test drop canonical bench micro check sqlx conformance mutants power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -67,11 +67,14 @@ outage: ## Take PostgreSQL away for a minute while a crowd buys, and print what 
 	@.ci/install
 	.ci/outage $(ARGS)
 
+micro: ## Measure single steps of a purchase, without a network (ARGS="token": only those)
+	cargo bench --package stockade --features bench --locked --bench micro -- $(ARGS)
+
 sqlx: ## Write .sqlx/ anew, after a change of a query or of the schema
 	@.ci/install
 	.ci/sqlx
 
 check: ## Formatting, lints, and whether .sqlx/ is current
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --workspace --all-targets --features bench --locked -- -D warnings
 	.ci/sqlx --check

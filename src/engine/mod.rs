@@ -5,6 +5,8 @@
 
 mod archive;
 mod audit;
+#[cfg(feature = "bench")]
+pub mod bench;
 mod call;
 mod coalescer;
 mod condemn;

@@ -179,54 +179,55 @@ fn replicated(decision: &Decision, acks: u32, wanted: u32) -> Result<(), EngineE
     }
 }
 
-fn decision(
+/// What the script says of one purchase.
+pub(super) fn decision(
     reply: &mut Reply,
     purchase: &Purchase,
 ) -> Result<Result<Decision, EngineError>, EngineError> {
-    let word = reply.text()?;
-    let refusal = match word.as_str() {
-        "accepted" | "replayed" => {
+    let word = reply.bytes()?;
+    let refusal = match &*word {
+        b"accepted" | b"replayed" => {
             let order = reply
                 .record(purchase.order)?
                 .ok_or_else(|| reply.unexpected("record"))?;
-            return Ok(Ok(if word == "accepted" {
+            return Ok(Ok(if &*word == b"accepted" {
                 Decision::Accepted(order)
             } else {
                 Decision::Replayed(order)
             }));
         }
-        "damaged" => return Ok(Err(EngineError::Damaged(reply.text()?))),
-        "not_open" => {
+        b"damaged" => return Ok(Err(EngineError::Damaged(reply.text()?))),
+        b"not_open" => {
             return Ok(Ok(Decision::Refused(Refusal::NotOpen {
                 opens_at_ms: reply.number()?,
             })));
         }
-        "insufficient" => {
+        b"insufficient" => {
             return Ok(Ok(Decision::Refused(Refusal::Insufficient {
                 remaining: reply.number()?,
             })));
         }
-        "order_limit" | "buyer_limit" => {
+        b"order_limit" | b"buyer_limit" => {
             let facts: Bytes = reply.bytes()?;
             let (limit, held) = Unpack(&facts)
                 .pair()
                 .ok_or_else(|| reply.unexpected("limit"))?;
-            return Ok(Ok(Decision::Refused(if word == "order_limit" {
+            return Ok(Ok(Decision::Refused(if &*word == b"order_limit" {
                 Refusal::OrderLimit { limit, held }
             } else {
                 Refusal::BuyerLimit { limit, held }
             })));
         }
-        "archived" => {
+        b"archived" => {
             return Ok(Ok(Decision::Refused(Refusal::Archived {
                 rounds: reply.number()?,
             })));
         }
-        "mismatch" => Refusal::Mismatch,
-        "paused" => Refusal::Paused,
-        "closed" => Refusal::Closed,
-        "sold_out" => Refusal::SoldOut,
-        other => return Err(reply.unexpected(other)),
+        b"mismatch" => Refusal::Mismatch,
+        b"paused" => Refusal::Paused,
+        b"closed" => Refusal::Closed,
+        b"sold_out" => Refusal::SoldOut,
+        other => return Err(reply.unexpected(&String::from_utf8_lossy(other))),
     };
     reply.bytes()?;
     Ok(Ok(Decision::Refused(refusal)))

@@ -1,0 +1,88 @@
+//! What single steps of a purchase cost, without a network: `make micro`.
+#![expect(clippy::unwrap_used, reason = "a benchmark may fail")]
+
+use std::hint::black_box;
+
+use divan::{Bencher, counter::ItemsCount};
+use stockade::{
+    auth::{
+        Role,
+        token::{Identity, Secret, TokenKeys},
+    },
+    clock,
+    domain::id::{BuyerId, OrderId, SaleNumber},
+    engine::bench::{Decisions, Echoing, JournalValue, pack, purchases},
+};
+use uuid::Uuid;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Purchases in one call.
+const BATCHES: [u32; 3] = [1, 16, 128];
+
+fn main() {
+    divan::main();
+}
+
+#[divan::bench]
+fn token_check(bencher: Bencher) {
+    let secret = Secret {
+        id: "1",
+        bytes: &[7; 32],
+    };
+    let keys = TokenKeys::new(&[secret], 600).unwrap();
+    let identity = Identity {
+        user: Uuid::from_u128(7),
+        role: Role::Buyer,
+        session: None,
+    };
+    let token = keys
+        .mint(identity, Uuid::from_u128(8), clock::now())
+        .unwrap();
+    bencher.bench(|| keys.verify(black_box(&token)).unwrap());
+}
+
+#[divan::bench]
+fn order_id() -> OrderId {
+    let buyer = BuyerId(Uuid::from_u128(black_box(7)));
+    OrderId::derive(SaleNumber(1), buyer, "8ad2b2f4-54c4-4cfc-9dfd-9a5c0f3d6f0a")
+}
+
+#[divan::bench(args = BATCHES)]
+fn coalescer(bencher: Bencher, batch: u32) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let (coalescer, purchases) = (Echoing::default(), purchases(batch));
+    bencher
+        .counter(ItemsCount::new(batch))
+        .bench_local(|| runtime.block_on(coalescer.submit(&purchases)));
+}
+
+#[divan::bench(args = BATCHES)]
+fn pack_call(bencher: Bencher, batch: u32) {
+    let purchases = purchases(batch);
+    bencher
+        .counter(ItemsCount::new(batch))
+        .bench(|| pack(black_box(&purchases)));
+}
+
+#[divan::bench(args = BATCHES)]
+fn read_reply(bencher: Bencher, batch: u32) {
+    let purchases = purchases(batch);
+    let decisions = Decisions::accepted(&purchases);
+    bencher
+        .counter(ItemsCount::new(batch))
+        .with_inputs(|| decisions.clone())
+        .bench_values(|decisions| decisions.read(&purchases).unwrap());
+}
+
+#[divan::bench(args = BATCHES)]
+fn read_journal_entry(bencher: Bencher, batch: u32) {
+    let entry = JournalValue::new(&purchases(batch));
+    bencher
+        .counter(ItemsCount::new(batch))
+        .with_inputs(|| entry.clone())
+        .bench_values(|entry| entry.read().unwrap());
+}

@@ -34,7 +34,7 @@ use clap::{Parser, Subcommand};
 use crate::report::{CompareArgs, Document, End, Output, PlotArgs, ReportArgs, Run, Suite};
 use crate::scenarios::{
     baselines, canonical, drain, drop, herd, ladder, many_sales, retry_storm, scale, soak, soldout,
-    suite,
+    sse as live, suite,
 };
 
 const UNUSABLE: u8 = 1;
@@ -92,6 +92,9 @@ enum Command {
     Plot(PlotArgs),
     /// Compares two builds by the documents of their runs, with confidence intervals.
     Compare(CompareArgs),
+    /// Live stock for as many subscribers as files allow: memory, age of what they see, and a
+    /// storm of reconnects.
+    Sse(Box<Scenario<live::Args>>),
     /// Prints the JSON schema of the documents that runs write.
     Schema,
 }
@@ -164,6 +167,7 @@ fn run(command: Command) -> Result<End> {
         Command::Report(args) => args.run(),
         Command::Plot(args) => args.run(),
         Command::Compare(args) => args.run(),
+        Command::Sse(scenario) => scenario.run(live::run),
         Command::Schema => {
             let _ = io::stdout().lock().write_all(report::schema().as_bytes());
             Ok(End::Good)

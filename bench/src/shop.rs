@@ -78,6 +78,7 @@ impl Shelf {
             "held": 0,
             "sold": sold,
             "seq": self.orders.len(),
+            "server_time_ms": clock::now().timestamp_millis(),
         })
     }
 }
@@ -158,6 +159,7 @@ impl Shop {
         on_sale.allocation = allocation;
         on_sale.per_buyer_limit = 1;
         on_sale.opens_at = clock::now();
+        self.inner.stock.send_replace(on_sale.show());
     }
 
     /// Orders that exist.

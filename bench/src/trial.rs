@@ -218,7 +218,6 @@ impl Bench {
                 speed.other_ms.insert("201 to row".to_owned(), lags);
             }
         }
-        self.note(name, &judged);
         let trial = Trial {
             accepted_per_s: phase
                 .speed
@@ -227,9 +226,20 @@ impl Bench {
             crowded,
             phase: self.findings.phases.len(),
         };
+        self.conclude(phase, &judged)?;
+        Ok(trial)
+    }
+
+    /// Keeps a phase that has been judged.
+    ///
+    /// # Errors
+    ///
+    /// A promise was broken: then the scenario is over.
+    pub(crate) fn conclude(&mut self, phase: Phase, judged: &Judged) -> Result<()> {
+        self.note(&phase.name, judged);
         self.findings.phases.push(phase);
         if judged.passed() {
-            Ok(trial)
+            Ok(())
         } else {
             Err(Broken.into())
         }
@@ -297,7 +307,7 @@ pub(crate) fn phase(name: &str, run: &SaleRun, crowded: &Crowded) -> Result<Phas
 }
 
 /// What each process used: until the last answer, and those that store until all was stored.
-fn processes(phase: &mut Phase, crowded: &Crowded, settled: &Look) {
+pub(crate) fn processes(phase: &mut Phase, crowded: &Crowded, settled: &Look) {
     let (Some((_, first)), Some((_, last))) = (crowded.looks.first(), crowded.looks.last()) else {
         return;
     };

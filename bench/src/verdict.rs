@@ -119,7 +119,8 @@ pub(crate) struct Check {
     reason = "numbers and texts are both passed as they come"
 )]
 impl Check {
-    fn of(
+    /// Kept, unless there is something that breaks it.
+    pub(crate) fn of(
         name: &'static str,
         expected: impl ToString,
         actual: impl ToString,

@@ -1,6 +1,7 @@
 //! The generator: who comes and when, with what token, over which connection, and what an answer
 //! means.
 
+pub(crate) mod audience;
 mod connection;
 pub(crate) mod crowd;
 pub(crate) mod flood;

@@ -13,4 +13,5 @@ pub(crate) mod retry_storm;
 pub(crate) mod scale;
 pub(crate) mod soak;
 pub(crate) mod soldout;
+pub(crate) mod sse;
 pub(crate) mod suite;

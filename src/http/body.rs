@@ -87,6 +87,10 @@ fn declares_json(headers: &HeaderMap) -> bool {
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .unwrap_or("");
+    // What almost everybody says.
+    if declared == "application/json" {
+        return true;
+    }
     let essence = declared
         .split(';')
         .next()

@@ -295,6 +295,9 @@ impl FieldError {
 #[derive(Clone)]
 pub struct Problem(Box<Parts>);
 
+/// Room for a document, so that it is written without growing.
+const BODY_BYTES: usize = 512;
+
 #[derive(Clone, Debug)]
 struct Parts {
     code: Code,
@@ -488,8 +491,9 @@ impl Problem {
             errors,
             facts,
         };
+        let mut body = Vec::with_capacity(BODY_BYTES);
         // Strings, numbers and maps with string keys always become JSON.
-        let body = serde_json::to_vec(&document).unwrap_or_default();
+        let _written = serde_json::to_writer(&mut body, &document);
         *response.status_mut() = *status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));

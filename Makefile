@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop canonical bench micro check sqlx conformance mutants power-loss rebuild-time torture kills outage
+.PHONY: help run test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -44,6 +44,10 @@ conformance: ## Compare the scripts with their model: CASES=600 random sequences
 mutants: ## Switch on one seeded bug after the other, and see each noticed; then the crash tests
 	@.ci/install
 	.ci/mutants
+
+verdict: ## Make short runs of the harness: the server passes, one with a broken limit does not
+	@.ci/install
+	.ci/verdict
 
 power-loss: ## Cut the power of Redis CYCLES times (20) in each mode, and print what was lost
 	@.ci/install

@@ -11,7 +11,7 @@ pub(super) const FRAME_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const FRAME_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
 /// Frames that a node plans for in a second. It sends fewer, because rows are told one after the
-/// other: 0.6 of it with 19,000 subscribers of one sale, at 10 µs each.
+/// other: 0.7 of it with 19,000 subscribers of one sale, at 10 µs each.
 const FRAMES_PER_SECOND_MAX: usize = 120_000;
 
 /// The time between two frames of a sale, and between two samples, when a partition has so many

@@ -74,11 +74,11 @@ local of_round, ids, requests, buyers = {}, {}, {}, {}
 local quantities, durabilities, redeems, archives = {}, {}, {}, {}
 -- Where the item's order and buyer are among those asked about.
 local order_slots, buyer_slots = {}, {}
-local unpack_item, sub = struct.unpack, string.sub
+local parse, sub = struct.unpack, string.sub
 for i = 1, n_items do
   local index
   index, ids[i], requests[i], quantities[i], durabilities[i], redeems[i], archives[i] =
-    unpack_item(ITEM, packed_items, (i - 1) * ITEM_BYTES + 1)
+    parse(ITEM, packed_items, (i - 1) * ITEM_BYTES + 1)
   local buyer = sub(requests[i], 9)
   buyers[i] = buyer
   local round = rounds[index + 1]
@@ -109,10 +109,10 @@ end
 local LIMIT = '>I6I6'
 local pseq, receipt_key = partition.pseq + 1, tonumber(ARGV[2])
 local pack = struct.pack
--- What the records of one call share: all before the seq, and all between it and the request.
+-- What records begin with, by round number and durability.
 local heads = {}
--- Index of its round, id and record of each acceptance; the index once all are known.
-local n_accepted, journal = 0, {}
+-- For each acceptance: its round (its index in the entry, once that is known), id and record.
+local journal = {}
 
 local function decide(i)
   local round = of_round[i]
@@ -143,7 +143,7 @@ local function decide(i)
   if not served then
     local known = round.known[buyer_slots[i]]
     if known then
-      units, acceptances = unpack_item(BUYER, known)
+      units, acceptances = parse(BUYER, known)
     else
       units, acceptances = 0, 0
     end
@@ -193,9 +193,8 @@ local function decide(i)
   local places = round.places
   at = #places
   places[at + 1], places[at + 2] = seq, id
-  at = n_accepted * 3
+  at = #journal
   journal[at + 1], journal[at + 2], journal[at + 3] = round, id, record
-  n_accepted = n_accepted + 1
   return 'accepted', record
 end
 
@@ -208,7 +207,7 @@ end
 
 -- Write --------------------------------------------------------------------------------------
 
-if n_accepted > 0 then
+if #journal > 0 then
   local counters = {}
   for _, round in ipairs(rounds) do
     if not round.damage and #round.places > 0 then

@@ -13,6 +13,7 @@ local EVENT = { epoch = 0, provision = 1, cancel = 2, restock = 3, pause = 4, re
 -- epoch, seq, pseq, quantity, unit price (11 raw bytes: amount and currency), accepted_ms,
 -- fingerprint, buyer.
 local RECORD = '>BBBBBI4I4I6I6I4c11I6c8c16'
+-- The same in parts: up to the seq, and from the seq to the fingerprint.
 local RECORD_HEAD, RECORD_MIDDLE = '>BBBBBI4I4', '>I6I4c11I6'
 -- Version 1 had no key. Its records stay as they are.
 local RECORD_1 = '>BBBBI4I4I6I6I4c11I6c8c16'

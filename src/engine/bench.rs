@@ -1,4 +1,5 @@
 //! What `benches/micro.rs` measures of the engine's inside; in no other build.
+#![expect(clippy::unwrap_used, reason = "a benchmark may fail")]
 
 use std::{fmt, sync::Arc};
 
@@ -11,13 +12,14 @@ use super::{
     coalescer::{Coalescer, Lane},
     error::EngineError,
     journal,
-    packed::{VERSION, push_item},
+    packed::{self, VERSION, push_item},
     purchase,
     reply::Reply,
 };
 use crate::domain::{
-    id::{BuyerId, Fingerprint, OrderId, RoundId, SaleNumber},
-    order::{Durability, Purchase},
+    id::{BuyerId, Epoch, Fingerprint, OrderId, RoundId, SaleNumber},
+    money::{Currency, Money},
+    order::{Durability, Order, Purchase, Status},
 };
 
 const SALE: SaleNumber = SaleNumber(1);
@@ -52,20 +54,25 @@ pub fn pack(purchases: &[Purchase]) -> Vec<u8> {
     bytes
 }
 
-/// An order's record as the script writes it.
+/// The order that a purchase becomes, as the script writes it.
 fn record(purchase: &Purchase, seq: u64) -> Vec<u8> {
-    let mut record = vec![VERSION, 1, 1, purchase.durability.byte(), 1];
-    record.extend(1_u32.to_be_bytes());
-    record.extend(1_u32.to_be_bytes());
-    record.extend(&seq.to_be_bytes()[2..]);
-    record.extend(&9_u64.to_be_bytes()[2..]);
-    record.extend(1_u32.to_be_bytes());
-    record.extend(1999_u64.to_be_bytes());
-    record.extend(b"EUR");
-    record.extend(&1_764_000_000_000_u64.to_be_bytes()[2..]);
-    record.extend(purchase.fingerprint.0);
-    record.extend(purchase.buyer.0.as_bytes());
-    record
+    let euro = Currency::parse("EUR").unwrap();
+    packed::record(&Order {
+        id: purchase.order,
+        round: purchase.round,
+        buyer: purchase.buyer,
+        quantity: purchase.quantity,
+        unit_price: Money::new(1999, euro).unwrap(),
+        status: Status::Confirmed,
+        accepted_as: Status::Confirmed,
+        durability: purchase.durability,
+        receipt_key: 1,
+        epoch: Epoch(1),
+        seq,
+        pseq: 9,
+        accepted_at_ms: 1_764_000_000_000,
+        fingerprint: purchase.fingerprint,
+    })
 }
 
 /// The decisions of one call, as they came from Redis.
@@ -188,10 +195,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_measured_is_right() {
         let purchases = purchases(200);
-        assert_eq!(
-            pack(&purchases).len(),
-            200 * super::super::packed::ITEM_BYTES
-        );
+        assert_eq!(pack(&purchases).len(), 200 * packed::ITEM_BYTES);
         assert_eq!(Decisions::accepted(&purchases).read(&purchases), Ok(200));
         assert_eq!(JournalValue::new(&purchases).read(), Some(200));
         assert_eq!(Echoing::default().submit(&purchases).await, 200);

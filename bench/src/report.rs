@@ -27,6 +27,6 @@ pub(crate) use document::{
     Arrivals, Begun, Document, Figure, Findings, Generator, Goal, Live, Machine, Percentiles,
     Phase, Process, Ratio, Run, Sample, Suite, Term, Verdict, Versions,
 };
-pub(crate) use facts::command;
+pub(crate) use facts::{command, memory_bytes};
 pub(crate) use measure::{Offered, ms};
 pub(crate) use schema::schema;

@@ -136,17 +136,7 @@ impl Bench {
     /// A crowd in which everybody buys one unit, once, with a seed of its own.
     pub(crate) fn crowd(&mut self, buyers: usize, arrivals: Arrivals) -> Crowd {
         self.seed = self.seed.wrapping_add(1);
-        Crowd {
-            buyers,
-            tries: 1,
-            quantity: 1,
-            greedy: false,
-            sales: 1,
-            in_turn: false,
-            copies: 1,
-            arrivals,
-            seed: self.seed,
-        }
+        Crowd::once(buyers, arrivals, self.seed)
     }
 
     /// Threads that drive the connections of a crowd.

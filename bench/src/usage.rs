@@ -54,10 +54,10 @@ pub(crate) type Look = BTreeMap<Family, Usage>;
 
 /// A process as the kernel shows it.
 #[derive(Debug, PartialEq)]
-struct Stat {
-    pid: i32,
+pub(crate) struct Stat {
+    pub(crate) pid: i32,
     name: String,
-    parent: i32,
+    pub(crate) parent: i32,
     /// User and system, in ticks: its own, and of its children that ended.
     ticks: u64,
     ticks_of_children: u64,
@@ -67,14 +67,10 @@ struct Stat {
 impl Roots {
     /// Looks at every process below the roots.
     pub(crate) fn look(&self) -> Result<Look> {
-        let mut stats = HashMap::new();
-        for entry in fs::read_dir("/proc").context("there is no /proc")? {
-            let file = entry?.path().join("stat");
-            // Most entries are no processes, and some processes have ended meanwhile.
-            if let Some(stat) = fs::read_to_string(file).ok().and_then(|text| stat(&text)) {
-                stats.insert(stat.pid, stat);
-            }
-        }
+        let stats: HashMap<_, _> = processes()?
+            .into_iter()
+            .map(|stat| (stat.pid, stat))
+            .collect();
         let mut look = Look::new();
         for stat in stats.values() {
             let Some(family) = self.family(stat, &stats) else {
@@ -118,6 +114,17 @@ impl Roots {
             other => other,
         })
     }
+}
+
+/// Every process there is.
+pub(crate) fn processes() -> Result<Vec<Stat>> {
+    let mut stats = Vec::new();
+    for entry in fs::read_dir("/proc").context("there is no /proc")? {
+        let file = entry?.path().join("stat");
+        // Most entries are no processes, and some processes have ended meanwhile.
+        stats.extend(fs::read_to_string(file).ok().and_then(|text| stat(&text)));
+    }
+    Ok(stats)
 }
 
 /// Reads `pid (name) state parent …`; the name may hold anything, so it is cut out from behind.

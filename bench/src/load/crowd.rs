@@ -54,6 +54,21 @@ pub(crate) struct Arrival {
 }
 
 impl Crowd {
+    /// Everybody buys one unit, once, in one sale.
+    pub(crate) fn once(buyers: usize, arrivals: Arrivals, seed: u64) -> Self {
+        Self {
+            buyers,
+            tries: 1,
+            quantity: 1,
+            greedy: false,
+            sales: 1,
+            in_turn: false,
+            copies: 1,
+            arrivals,
+            seed,
+        }
+    }
+
     /// The ids of the buyers.
     pub(crate) fn ids(&self) -> Vec<Uuid> {
         let mut random = StdRng::seed_from_u64(self.seed);
@@ -129,15 +144,9 @@ mod tests {
 
     fn crowd(arrivals: Arrivals) -> Crowd {
         Crowd {
-            buyers: 1000,
             tries: 2,
             quantity: 2,
-            greedy: false,
-            sales: 1,
-            in_turn: false,
-            copies: 1,
-            arrivals,
-            seed: 7,
+            ..Crowd::once(1000, arrivals, 7)
         }
     }
 

@@ -4,11 +4,6 @@
 //! are milliseconds, instants count from the opening, shares go from 0 to 1, and a number that
 //! could not be measured is absent, never zero.
 
-#![allow(
-    dead_code,
-    reason = "suites and goals come with the scenarios that fill them"
-)]
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

@@ -24,7 +24,7 @@ impl Machine {
         Self {
             cpu: cpu(&file("/proc/cpuinfo")),
             cores: thread::available_parallelism().map_or(1, usize::from),
-            memory_bytes: memory_bytes(&file("/proc/meminfo")).unwrap_or(0),
+            memory_bytes: memory_bytes(&file("/proc/meminfo"), "MemTotal:").unwrap_or(0),
             kernel: kernel.join(" "),
             load_before: load.split(' ').next().and_then(|load| load.parse().ok()),
         }
@@ -101,11 +101,10 @@ fn cpu(cpuinfo: &str) -> String {
         .to_owned()
 }
 
-fn memory_bytes(meminfo: &str) -> Option<u64> {
-    let total = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = total.trim().strip_suffix(" kB")?.parse().ok()?;
+/// A line of the kernel's account of memory, by its name.
+pub(crate) fn memory_bytes(meminfo: &str, name: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib * 1024)
 }
 
@@ -119,10 +118,10 @@ mod tests {
         assert_eq!(cpu(cpuinfo), "A CPU @ 2.0GHz");
         assert_eq!(cpu("processor: 0"), "unknown");
         assert_eq!(
-            memory_bytes("MemTotal:        8000 kB\nMemFree: 1 kB\n"),
+            memory_bytes("MemTotal:        8000 kB\nMemFree: 1 kB\n", "MemTotal:"),
             Some(8_192_000)
         );
-        assert_eq!(memory_bytes("MemFree: 1 kB\n"), None);
+        assert_eq!(memory_bytes("MemFree: 1 kB\n", "MemTotal:"), None);
     }
 
     #[test]

@@ -114,16 +114,11 @@ async fn drop(args: &Args) -> Result<Run> {
     };
     operator::reach(&server.target).await?;
     let seed = args.seed.unwrap_or_else(rand::random);
+    let arrivals = args.rate.map_or(Arrivals::Burst, Arrivals::Rate);
     let crowd = Crowd {
-        buyers: usize::try_from(args.buyers)?,
         tries: usize::try_from(args.tries)?,
         quantity: args.quantity,
-        greedy: false,
-        sales: 1,
-        in_turn: false,
-        copies: 1,
-        arrivals: args.rate.map_or(Arrivals::Burst, Arrivals::Rate),
-        seed,
+        ..Crowd::once(usize::try_from(args.buyers)?, arrivals, seed)
     };
     if let (Some(lasts), Some(last)) = (args.outage, crowd.plan().last())
         && last.due < args.outage_after + lasts

@@ -17,6 +17,8 @@ use crate::load::sender::Record;
 use crate::operator::Operator;
 use crate::report::Percentiles;
 use crate::target::Backstage;
+use crate::usage::processes;
+use crate::witness::Watch;
 
 /// Between two looks at what PostgreSQL has.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -130,9 +132,10 @@ async fn postmaster(backstage: &Backstage) -> Result<Pid> {
     let text = fs::read_to_string(&file)
         .with_context(|| format!("{file} cannot be read: PostgreSQL must be this user's own"))?;
     let said = text.lines().next().and_then(|line| line.parse().ok());
-    let parent = fs::read_to_string(format!("/proc/{backend}/stat"))
-        .ok()
-        .and_then(|stat| parent(&stat));
+    let parent = processes()?
+        .into_iter()
+        .find(|process| process.pid == backend)
+        .map(|process| process.parent);
     connection.close().await?;
     match parent.and_then(Pid::from_raw) {
         Some(postmaster) if parent == said => Ok(postmaster),
@@ -142,16 +145,9 @@ async fn postmaster(backstage: &Backstage) -> Result<Pid> {
 
 /// Units that PostgreSQL has as sold.
 async fn stored(backstage: &Backstage, sale: Uuid) -> Result<u64> {
-    let mut connection = connect(backstage).await?;
-    let sold: i64 = sqlx::query_scalar(
-        "SELECT sum(rounds.sold)::bigint FROM rounds JOIN sales ON sales.number = rounds.sale
-         WHERE sales.id = $1",
-    )
-    .bind(sale)
-    .fetch_one(&mut connection)
-    .await?;
-    connection.close().await?;
-    Ok(sold.cast_unsigned())
+    let watch = Watch::of(backstage, &[sale]).await;
+    let sold = watch.context("no database has the sale")?.sold().await?;
+    sold.context("the sale is gone")
 }
 
 /// PostgreSQL, standing still. It goes on when this is dropped, and by itself if this process dies.
@@ -201,28 +197,14 @@ impl Drop for Standing {
     }
 }
 
-/// Who started a process, as the kernel tells it of the process: state and parent follow its name,
-/// which is in parentheses.
-fn parent(stat: &str) -> Option<i32> {
-    let after_name = stat.rsplit(')').next()?;
-    after_name.split_whitespace().nth(1)?.parse().ok()
-}
-
 /// The processes that a process has started.
 fn children(of: Pid) -> Result<Vec<Pid>> {
-    let mut children = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Ok(stat) = fs::read_to_string(entry?.path().join("stat")) else {
-            continue;
-        };
-        let pid = stat.split(' ').next().and_then(|pid| pid.parse().ok());
-        if parent(&stat) == Some(of.as_raw_nonzero().get())
-            && let Some(pid) = pid.and_then(Pid::from_raw)
-        {
-            children.push(pid);
-        }
-    }
-    Ok(children)
+    let children = processes()?
+        .into_iter()
+        .filter(|process| process.parent == of.as_raw_nonzero().get());
+    Ok(children
+        .filter_map(|child| Pid::from_raw(child.pid))
+        .collect())
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::load::audience::{Audience, Hall, Seen, epoch_us};
 use crate::load::crowd::Arrivals;
 use crate::load::outcome::Outcome;
 use crate::load::sender::Record;
-use crate::report::{Figure, Goal, Percentiles, Run, ms};
+use crate::report::{Figure, Goal, Percentiles, Run, memory_bytes, ms};
 use crate::sale_run::{SaleRun, Wish};
 use crate::stage::Stage;
 use crate::trial::{self, Bench, Common, requests};
@@ -429,19 +429,12 @@ fn percentiles(us: &Histogram<u64>) -> Result<Percentiles> {
 /// What the kernel keeps of its own (sockets and files among it) and in the buffers of TCP.
 fn kernel_bytes() -> u64 {
     let file = |path| fs::read_to_string(path).unwrap_or_default();
-    let slab = || -> Option<u64> {
-        let meminfo = file("/proc/meminfo");
-        let line = meminfo
-            .lines()
-            .find_map(|line| line.strip_prefix("Slab:"))?;
-        let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-        Some(kib * 1024)
-    };
+    let slab = memory_bytes(&file("/proc/meminfo"), "Slab:");
     let buffers = || -> Option<u64> {
         let sockets = file("/proc/net/sockstat");
         let line = sockets.lines().find_map(|line| line.strip_prefix("TCP:"))?;
         let (_, pages) = line.split_once(" mem ")?;
         Some(pages.trim().parse::<u64>().ok()? * rustix::param::page_size() as u64)
     };
-    slab().unwrap_or(0) + buffers().unwrap_or(0)
+    slab.unwrap_or(0) + buffers().unwrap_or(0)
 }

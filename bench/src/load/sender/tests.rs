@@ -35,17 +35,7 @@ impl Ready {
             cuts_every: None,
             seed: 11,
         };
-        let crowd = Crowd {
-            buyers,
-            tries: 1,
-            quantity: 1,
-            greedy: false,
-            sales: 1,
-            in_turn: false,
-            copies: 1,
-            arrivals,
-            seed: 11,
-        };
+        let crowd = Crowd::once(buyers, arrivals, 11);
         let pool = Pool::open(&load).await.unwrap();
         assert_eq!(pool.opened, 16);
         let tally = Arc::default();

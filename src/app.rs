@@ -30,10 +30,11 @@ use crate::{
         session::Successors,
         token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
     },
+    catalogue::{Catalogue, Painter},
     clock,
     config::{self, Config, Endpoints},
     domain::{durability::Lack, id::Partition, order::Mode, receipt::ReceiptKeys},
-    engine::{Engine, EngineOptions, Engines, Fence, RedisUrl},
+    engine::{Cache, Engine, EngineOptions, Engines, Fence, RedisUrl},
     faults,
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
     lifecycle::{Lifecycle, Stage},
@@ -47,13 +48,14 @@ use crate::{
     },
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, Pseudonyms, Shop, provision_rounds},
+    sales::{Archive, Commits, OpenSales, Pseudonyms, Shop, provision_rounds},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
         endings::Endings,
         epochs::Epochs,
         floors::Floors,
+        images::Images,
         incidents::Incidents,
         journal::{Ledger, Positions},
         orders::Orders,
@@ -124,6 +126,8 @@ struct Stores {
     positions: Positions,
     rounds: Rounds,
     receipts: Option<ReceiptKeys>,
+    /// Holds what may be lost.
+    cache: Cache,
 }
 
 /// Starts everything that `roles` names.
@@ -331,7 +335,9 @@ async fn connect(
             .context("Redis does not answer at REDIS_URL: start it")?;
         engines.push(engine);
     }
+    let cache = endpoints.cache_redis_url.clone().map(RedisUrl);
     Ok(Stores {
+        cache: Cache::connect(cache.as_ref()).context("CACHE_REDIS_URL")?,
         database,
         engines: Engines::new(engines),
         positions,
@@ -471,6 +477,7 @@ async fn serve(
         pseudonyms: Pseudonyms::new(secret)?,
         epochs: Epochs::new(database.clone()),
         archive: Archive::new(Orders::new(database.clone())),
+        open: OpenSales::new(Sales::new(database.clone()), metrics.catalogue.clone()),
         receipts: stores
             .receipts
             .clone()
@@ -512,6 +519,13 @@ async fn serve(
         tokens,
         accounts,
         products: app.products.clone(),
+        catalogue: Catalogue::new(
+            app.products.clone(),
+            Images::new(database.clone()),
+            stores.cache.clone(),
+            metrics.catalogue.clone(),
+        ),
+        painter: Painter::default(),
         shop: Arc::clone(&shop),
         auditor,
         incidents: Incidents::new(database.clone()),

@@ -1,12 +1,13 @@
 //! Stockade: a Redis-first flash-sale engine.
 //!
 //! The folders are the architecture; a module imports only from layers below it:
-//! `cli` → `app` `lifecycle` → `http` → `sales` → `writer` `realtime` `auth` `ops` `embedded` →
+//! `cli` → `app` `lifecycle` → `http` → `sales` → `writer` `realtime` `auth` `catalogue` `ops` `embedded` →
 //! `engine` `store` → `config` `metrics` `readiness` `clock` → `domain`.
 #![warn(missing_docs)]
 
 pub mod app;
 pub mod auth;
+pub mod catalogue;
 pub mod clock;
 pub mod config;
 pub mod domain;

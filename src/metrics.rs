@@ -36,6 +36,8 @@ pub struct Metrics {
     pub recovery: RecoveryMetrics,
     /// Of live stock.
     pub realtime: RealtimeMetrics,
+    /// Of the catalogue.
+    pub catalogue: CatalogueMetrics,
 }
 
 /// Requests by route and status.
@@ -78,6 +80,15 @@ pub struct RouteLabels {
 pub struct RefusalLabels {
     /// The problem's code.
     pub code: &'static str,
+}
+
+/// How often the catalogue is not answered from memory.
+#[derive(Clone, Debug, Default)]
+pub struct CatalogueMetrics {
+    /// Questions to PostgreSQL about products, images, what is open of them, and changes.
+    pub queries: Counter,
+    /// Pages that the cache Redis had.
+    pub cached: Counter,
 }
 
 /// How busy the hashing of passwords is.
@@ -370,6 +381,17 @@ impl Metrics {
         recovery.register(&mut registry);
         let realtime = RealtimeMetrics::default();
         realtime.register(&mut registry);
+        let catalogue = CatalogueMetrics::default();
+        registry.register(
+            "catalogue_queries",
+            "Questions of the catalogue to PostgreSQL",
+            catalogue.queries.clone(),
+        );
+        registry.register(
+            "catalogue_cached",
+            "Pages of products that the cache Redis had",
+            catalogue.cached.clone(),
+        );
         Self {
             registry,
             http,
@@ -379,6 +401,7 @@ impl Metrics {
             audit,
             recovery,
             realtime,
+            catalogue,
         }
     }
 

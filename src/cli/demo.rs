@@ -55,6 +55,7 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         let content = Content {
             name: name.to_owned(),
             description: description.to_owned(),
+            sku: None,
             price,
         };
         match products.add(id, &content, true, clock::now()).await? {
@@ -62,7 +63,7 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
                 first.get_or_insert(product);
             }
             // Somebody has given it another price since; that stays.
-            Added::Mismatch => {}
+            Added::Mismatch | Added::SkuTaken => {}
         }
     }
     let Some(product) = first else { return Ok(()) };

@@ -67,42 +67,28 @@ impl Connection {
     ///
     /// `timeout` bounds every command of this connection.
     pub(super) async fn open(url: &RedisUrl, timeout: Duration) -> Result<Arc<Self>, EngineError> {
-        let config = Config::from_url(url.0.expose_secret())
-            .map_err(|error| EngineError::Refused(format!("REDIS_URL: {error}")))?;
-        let client = Builder::from_config(config)
-            .with_performance_config(|performance| {
-                performance.default_command_timeout = timeout;
-            })
-            .with_connection_config(|connection| {
-                connection.connection_timeout = Duration::from_secs(2);
-                connection.internal_command_timeout = Duration::from_secs(2);
-                // A write that is sent again might run twice.
-                connection.max_command_attempts = 1;
-                // These would end the connection, and be the answer to every call under way.
-                connection.reconnect_errors.clear();
-                connection.max_command_buffer_len = BUFFER_MAX;
-                connection.tcp.nodelay = Some(true);
-                connection.unresponsive = UnresponsiveConfig {
-                    max_timeout: Some(timeout * 2),
-                    interval: Duration::from_millis(500),
-                };
-            })
-            .set_policy(ReconnectPolicy::new_exponential(0, 20, 1_000, 2))
-            .build()
-            .map_err(|error| EngineError::Refused(error.to_string()))?;
-        let mut errors = client.error_rx();
-        tokio::spawn(async move {
-            while let Ok((error, _)) = errors.recv().await {
-                tracing::debug!(%error, "connection to Redis");
-            }
-        });
+        let client = client(url, timeout, true)?;
         let task = client.init().await.map_err(|_| EngineError::Disconnected)?;
-        Ok(Arc::new(Self {
+        Ok(Self::of(client, task))
+    }
+
+    /// Goes on connecting for ever, and waits for nothing: to a server that may be away.
+    pub(super) fn open_in_time(
+        url: &RedisUrl,
+        timeout: Duration,
+    ) -> Result<Arc<Self>, EngineError> {
+        let client = client(url, timeout, false)?;
+        let task = client.connect();
+        Ok(Self::of(client, task))
+    }
+
+    fn of(client: Client, task: ConnectHandle) -> Arc<Self> {
+        Arc::new(Self {
             client,
             task,
             silent: AtomicU32::new(0),
             given_up: AtomicU64::new(0),
-        }))
+        })
     }
 
     /// Connects with the timeout of script calls.
@@ -338,6 +324,41 @@ impl Connection {
             lag_max: number(value("min-replicas-max-lag")),
         }))
     }
+}
+
+/// A client that is not connected yet; `fail_fast` gives up if the first attempt fails.
+fn client(url: &RedisUrl, timeout: Duration, fail_fast: bool) -> Result<Client, EngineError> {
+    let mut config = Config::from_url(url.0.expose_secret())
+        .map_err(|error| EngineError::Refused(format!("the address of Redis: {error}")))?;
+    config.fail_fast = fail_fast;
+    let client = Builder::from_config(config)
+        .with_performance_config(|performance| {
+            performance.default_command_timeout = timeout;
+        })
+        .with_connection_config(|connection| {
+            connection.connection_timeout = Duration::from_secs(2);
+            connection.internal_command_timeout = Duration::from_secs(2);
+            // A write that is sent again might run twice.
+            connection.max_command_attempts = 1;
+            // These would end the connection, and be the answer to every call under way.
+            connection.reconnect_errors.clear();
+            connection.max_command_buffer_len = BUFFER_MAX;
+            connection.tcp.nodelay = Some(true);
+            connection.unresponsive = UnresponsiveConfig {
+                max_timeout: Some(timeout * 2),
+                interval: Duration::from_millis(500),
+            };
+        })
+        .set_policy(ReconnectPolicy::new_exponential(0, 20, 1_000, 2))
+        .build()
+        .map_err(|error| EngineError::Refused(error.to_string()))?;
+    let mut errors = client.error_rx();
+    tokio::spawn(async move {
+        while let Ok((error, _)) = errors.recv().await {
+            tracing::debug!(%error, "connection to Redis");
+        }
+    });
+    Ok(client)
 }
 
 fn number(text: Option<String>) -> u32 {

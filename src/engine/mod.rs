@@ -7,6 +7,7 @@ mod archive;
 mod audit;
 #[cfg(feature = "bench")]
 pub mod bench;
+mod cache;
 mod call;
 mod coalescer;
 mod condemn;
@@ -46,6 +47,7 @@ use tokio::sync::{broadcast, watch};
 
 pub use self::{
     audit::{Remains, RoundAudit, RoundKeys},
+    cache::Cache,
     connection::RedisUrl,
     epoch::{Inspection, InstallError},
     error::EngineError,

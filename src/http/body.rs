@@ -51,7 +51,7 @@ pub(super) struct Nothing {}
 
 async fn optional<T: DeserializeOwned>(request: Request) -> Result<Option<T>, Problem> {
     let (parts, body) = request.into_parts();
-    let bytes = collect(body).await?;
+    let bytes = collect(body, BODY_BYTES_MAX).await?;
     if bytes.is_empty() {
         return Ok(None);
     }
@@ -63,22 +63,32 @@ async fn optional<T: DeserializeOwned>(request: Request) -> Result<Option<T>, Pr
     read(&bytes).map(Some)
 }
 
-async fn collect(body: Body) -> Result<Vec<u8>, Problem> {
-    let too_large = || Problem::new(Code::PayloadTooLarge, "The body is larger than 16 KiB.");
+/// The largest image, in bytes.
+pub(super) const IMAGE_BYTES_MAX: usize = 5 * 1024 * 1024;
+
+/// The bytes of a body of at most so many.
+pub(super) async fn collect(body: Body, most: usize) -> Result<Vec<u8>, Problem> {
+    let too_large = || too_large(most);
     let expected = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
-    if expected > BODY_BYTES_MAX {
+    if expected > most {
         return Err(too_large());
     }
     let mut bytes = Vec::with_capacity(expected);
     let mut chunks = body.into_data_stream();
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|_| Problem::unreadable("#", "the body ended early"))?;
-        if bytes.len() + chunk.len() > BODY_BYTES_MAX {
+        if bytes.len() + chunk.len() > most {
             return Err(too_large());
         }
         bytes.extend_from_slice(&chunk);
     }
     Ok(bytes)
+}
+
+/// The refusal of a body of more bytes than these.
+pub(super) fn too_large(most: usize) -> Problem {
+    let detail = format!("The body is larger than {} KiB.", most / 1024);
+    Problem::new(Code::PayloadTooLarge, detail)
 }
 
 /// `application/json` or `application/…+json`, with or without parameters.

@@ -32,7 +32,8 @@ use tower::{Layer, Service};
 
 use super::{
     access_log::{AccessLog, Line},
-    body::BODY_BYTES_MAX,
+    body::{self, BODY_BYTES_MAX, IMAGE_BYTES_MAX},
+    images,
     problem::{self, CALL_MAY_RUN_FOR, Code, MEDIA_TYPE, Problem},
 };
 use crate::{
@@ -131,8 +132,9 @@ where
 
         Box::pin(async move {
             let answer = async {
-                if declared_length(request.headers()) > BODY_BYTES_MAX {
-                    return problem::bare(StatusCode::PAYLOAD_TOO_LARGE).into_response();
+                let most = body_bytes_max(&route);
+                if declared_length(request.headers()) > most {
+                    return body::too_large(most).into_response();
                 }
                 match inner.call(request).await {
                     Ok(response) => response,
@@ -262,6 +264,15 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         HeaderValue::from_str(id.hyphenated().encode_lower(&mut text))
             .unwrap_or(HeaderValue::from_static("none"))
     })
+}
+
+/// How large a body a route takes, in bytes.
+fn body_bytes_max(route: &str) -> usize {
+    if route == images::UPLOAD {
+        IMAGE_BYTES_MAX
+    } else {
+        BODY_BYTES_MAX
+    }
 }
 
 fn declared_length(headers: &HeaderMap) -> usize {

@@ -14,6 +14,7 @@ mod docs;
 mod edge;
 mod events;
 mod idempotency;
+mod images;
 mod incidents;
 mod leaderboard;
 mod orders;
@@ -47,6 +48,7 @@ pub use serve::serve;
 
 use crate::{
     auth::{accounts::Accounts, token::TokenKeys},
+    catalogue::{Catalogue, Painter},
     metrics::Metrics,
     ops::{auditor::Auditor, certificate::CertificateKey},
     readiness::Readiness,
@@ -66,8 +68,12 @@ pub struct Parts {
     pub tokens: Arc<TokenKeys>,
     /// Registers users and logs them in.
     pub accounts: Accounts,
-    /// The catalogue.
+    /// Products in PostgreSQL.
     pub products: Products,
+    /// Products and images, as a crowd may read them.
+    pub catalogue: Catalogue,
+    /// Makes images.
+    pub painter: Painter,
     /// Sells.
     pub shop: Arc<Shop>,
     /// Compares what Redis and PostgreSQL say of a sale.
@@ -107,6 +113,8 @@ parts! {
     tokens: Arc<TokenKeys>,
     accounts: Accounts,
     products: Products,
+    catalogue: Catalogue,
+    painter: Painter,
     shop: Arc<Shop>,
     auditor: Auditor,
     incidents: Incidents,
@@ -143,6 +151,7 @@ fn resources() -> Vec<routes::Routes> {
     vec![
         accounts::routes(),
         products::routes(),
+        images::routes(),
         sales::routes(),
         orders::routes(),
         receipts::routes(),

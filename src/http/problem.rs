@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::body::{BODY_BYTES_MAX, too_large};
 use crate::{
     domain::limits::{ALLOCATION_MAX, CALL_DEADLINE_MS, WRITER_STALL_MS},
     engine::EngineError,
@@ -230,14 +231,14 @@ codes! {
 
     /// The body is too large.
     PayloadTooLarge "payload_too_large" PAYLOAD_TOO_LARGE "The body is too large" Never NotApplied
-        cause "The body is larger than 16 KiB."
-        fix "Send less. No request of this API needs so much."
+        cause "The body is larger than 16 KiB, or an image larger than 5 MiB."
+        fix "Send less. No request of this API needs so much, and no page such an image."
         curl "curl $STOCKADE/openapi.json"
 
-    /// The body is not declared as JSON.
-    UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE "The body must be JSON" Never NotApplied
-        cause "The body's `Content-Type` is not `application/json`."
-        fix "Send `Content-Type: application/json`."
+    /// The body is not declared as what is expected.
+    UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE "The body's type is not the one expected" Never NotApplied
+        cause "The body's `Content-Type` is not `application/json`, or for an image none of `image/jpeg`, `image/png` and `image/webp`."
+        fix "Send `Content-Type: application/json`, or the image's own type."
         curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
 
     /// A part that is needed does not answer, or there is too much to do.
@@ -637,9 +638,7 @@ pub(super) fn bare(status: StatusCode) -> Problem {
             Code::MethodNotAllowed,
             "The route does not have this method.",
         ),
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            Problem::new(Code::PayloadTooLarge, "The body is larger than 16 KiB.")
-        }
+        StatusCode::PAYLOAD_TOO_LARGE => too_large(BODY_BYTES_MAX),
         StatusCode::UNSUPPORTED_MEDIA_TYPE => Problem::new(
             Code::UnsupportedMediaType,
             "The body must be application/json.",

@@ -106,8 +106,11 @@ struct SaleRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
     per_order_limit: Option<i64>,
-    /// May lie in the past: then the sale is open at once.
-    opens_at: Timestamp,
+    /// Absent or in the past: the sale is open at once. A standing sale has neither this nor
+    /// `closes_at`.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Timestamp, required = false)]
+    opens_at: Option<Timestamp>,
     /// If absent, the sale runs until it is sold out or closed.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Timestamp, required = false)]
@@ -464,7 +467,10 @@ impl SaleRequest {
             .as_ref()
             .and_then(|price| check.price("#/price", price));
         let window = Window {
-            opens_at_ms: check.instant("#/opens_at", self.opens_at),
+            opens_at_ms: match self.opens_at {
+                Some(opens_at) => check.instant("#/opens_at", opens_at),
+                None => clock::now_ms(),
+            },
             closes_at_ms: self
                 .closes_at
                 .map(|instant| check.instant("#/closes_at", instant)),
@@ -692,7 +698,7 @@ mod tests {
             assert_eq!(answer.body["code"], "validation");
             assert_eq!(answer.body["errors"][0]["pointer"], pointer, "{changes}");
         }
-        for member in ["product_id", "allocation", "per_buyer_limit", "opens_at"] {
+        for member in ["product_id", "allocation", "per_buyer_limit"] {
             let mut body = sound();
             body.as_object_mut().unwrap().remove(member);
             let answer = send(&body).await;

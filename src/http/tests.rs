@@ -37,18 +37,19 @@ use crate::{
             tests::{SECRET, keys},
         },
     },
+    catalogue::{Catalogue, Painter},
     clock,
     domain::receipt::ReceiptKeys,
-    engine::Engines,
-    metrics::Metrics,
+    engine::{Cache, Engines},
+    metrics::{CatalogueMetrics, Metrics},
     ops::auditor::Auditor,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, Pseudonyms, Shop},
+    sales::{Archive, Commits, OpenSales, Pseudonyms, Shop},
     store::{
         Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
-        incidents::Incidents, journal::Positions, orders::Orders, products::Products,
-        rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+        images::Images, incidents::Incidents, journal::Positions, orders::Orders,
+        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
     },
 };
 
@@ -125,6 +126,7 @@ fn closed_shop(database: Database) -> Shop {
         sales: Sales::new(database.clone()),
         rounds: Rounds::new(database.clone()),
         archive: Archive::new(orders.clone()),
+        open: OpenSales::new(Sales::new(database.clone()), CatalogueMetrics::default()),
         orders,
         epochs: Epochs::new(database),
         positions,
@@ -160,6 +162,13 @@ fn app(listener: Listener) -> Router {
         tokens,
         accounts,
         products: Products::new(database.clone()),
+        catalogue: Catalogue::new(
+            Products::new(database.clone()),
+            Images::new(database.clone()),
+            Cache::default(),
+            CatalogueMetrics::default(),
+        ),
+        painter: Painter::default(),
         shop: Arc::new(closed_shop(database.clone())),
         incidents: Incidents::new(database.clone()),
         endings: Endings::new(database.clone()),
@@ -188,7 +197,9 @@ fn all_operations() -> Vec<(Method, String, Access)> {
         for (path, item) in route.paths() {
             let path = path
                 .replace("{id}", &Uuid::nil().to_string())
-                .replace("{round}", "1");
+                .replace("{round}", "1")
+                .replace("{image}", &Uuid::nil().to_string())
+                .replace("{file}", &format!("{}.jpg", "0".repeat(64)));
             for (method, operation) in [
                 (Method::GET, &item.get),
                 (Method::POST, &item.post),

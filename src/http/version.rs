@@ -1,5 +1,7 @@
 //! `ETag`, `If-Match` and `If-None-Match`: a version seen, and one that must not have moved.
 
+use std::fmt::Write;
+
 use axum::{
     extract::FromRequestParts,
     http::{
@@ -8,6 +10,8 @@ use axum::{
         request,
     },
 };
+
+use sha2::{Digest, Sha256};
 
 use super::problem::{Code, Problem};
 
@@ -25,6 +29,41 @@ pub(super) fn etag(version: i64) -> HeaderValue {
 pub(super) fn live_etag(version: i64) -> HeaderValue {
     HeaderValue::from_str(&format!("\"{version}{LIVE}\""))
         .unwrap_or(HeaderValue::from_static("\"\""))
+}
+
+/// The same with what moved, as it was shown: that a client may have already.
+pub(super) fn seen_etag(version: i64, shown: &[u8]) -> HeaderValue {
+    HeaderValue::from_str(&format!("\"{version}{LIVE}-{}\"", digest(shown)))
+        .unwrap_or(HeaderValue::from_static("\"\""))
+}
+
+/// The `ETag` of an answer that has no version, by its bytes.
+pub(super) fn content_etag(shown: &[u8]) -> HeaderValue {
+    HeaderValue::from_str(&format!("\"{}\"", digest(shown)))
+        .unwrap_or(HeaderValue::from_static("\"\""))
+}
+
+/// Sixteen hexadecimal digits that tell one text from another.
+fn digest(shown: &[u8]) -> String {
+    let hash = Sha256::digest(shown);
+    hash[..8].iter().fold(String::new(), |mut text, byte| {
+        // Writing into a string cannot fail.
+        let _written = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The version that an `ETag` of ours names, without its quotes.
+fn version(tag: &str) -> Option<i64> {
+    let (version, shown) = match tag.split_once(LIVE) {
+        Some((version, shown)) => (version, shown),
+        None => (tag, ""),
+    };
+    let digits = |text: &str| text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let known = shown.is_empty() || shown.strip_prefix('-').is_some_and(digits);
+    let number = version.parse::<i64>().ok()?;
+    // Only the one way of writing it is a version: `+1` and `01` are none.
+    (known && number.to_string() == version).then_some(number)
 }
 
 /// Whether the client already has what this `ETag` names.
@@ -61,14 +100,12 @@ impl<S: Sync> FromRequestParts<S> for IfMatch {
             let detail = "Send the ETag of the version that you change as If-Match.";
             return Err(Problem::new(Code::PreconditionRequired, detail));
         };
-        let version = value.to_str().ok().map(str::trim).and_then(|tag| {
-            let tag = tag.strip_prefix('"')?.strip_suffix('"')?;
-            tag.strip_suffix(LIVE).unwrap_or(tag).parse::<i64>().ok()
-        });
-        version
-            .filter(|version| etag(*version) == value || live_etag(*version) == value)
-            .map(Self)
-            .ok_or_else(stale)
+        let version = value
+            .to_str()
+            .ok()
+            .map(str::trim)
+            .and_then(|tag| version(tag.strip_prefix('"')?.strip_suffix('"')?));
+        version.map(Self).ok_or_else(stale)
     }
 }
 
@@ -85,6 +122,12 @@ mod tests {
             (Some("\"3\""), Ok(3)),
             (Some("3"), Err(Code::PreconditionFailed)),
             (Some("\"3-live\""), Ok(3)),
+            (Some("\"3-live-0123456789abcdef\""), Ok(3)),
+            (Some("\"3-live-0123\""), Err(Code::PreconditionFailed)),
+            (
+                Some("\"3-live0123456789abcdef\""),
+                Err(Code::PreconditionFailed),
+            ),
             (Some("\"3-dead\""), Err(Code::PreconditionFailed)),
             (Some("\"03-live\""), Err(Code::PreconditionFailed)),
             (Some("\"03\""), Err(Code::PreconditionFailed)),

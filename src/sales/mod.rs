@@ -2,17 +2,19 @@
 
 mod archive;
 mod commits;
+mod open;
 mod provisioning;
 mod pseudonym;
 mod receipts;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use uuid::Uuid;
 
 pub use self::{
     archive::Archive,
     commits::Commits,
+    open::OpenSales,
     provisioning::provision_rounds,
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
@@ -28,7 +30,7 @@ use crate::{
         model::{Cancelled, Controlled, Restocked},
         order::{Decision, Durability, Order, Purchase, Refusal, Status},
         receipt::ReceiptKeys,
-        round::Intent,
+        round::{Intent, State},
     },
     engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
     faults,
@@ -142,6 +144,8 @@ pub struct Shop {
     pub pseudonyms: Pseudonyms,
     /// What was lost when an epoch began.
     pub epochs: Epochs,
+    /// Which sales of a product may be open.
+    pub open: OpenSales,
     /// Signs receipts, and knows its own.
     pub receipts: ReceiptKeys,
     /// What has left Redis.
@@ -190,6 +194,7 @@ impl Shop {
             provisioning::provision(engine, &self.rounds, facts.round_id(), &facts.terms).await?;
             self.directory.invalidate(facts.id);
         }
+        self.open.forget(facts.product);
         Ok((self.view(facts.id).await?, replayed))
     }
 
@@ -254,20 +259,29 @@ impl Shop {
         self.stand_all(self.sales.list(filter).await?).await
     }
 
-    /// The open sale of each of these products that has one.
-    ///
-    /// # Errors
-    /// [`SaleError`].
+    /// The sale of each of these products that is open or paused, if it has one and PostgreSQL and
+    /// Redis answer within `patience`: each as it stands, never older than this call.
     pub async fn open_sales(
         &self,
-        products: Vec<ProductId>,
-    ) -> Result<HashMap<ProductId, SaleView>, SaleError> {
-        let sales = self.sales.open_of(products, clock::now()).await?;
-        let views = self.stand_all(sales).await?;
-        Ok(views
-            .into_iter()
-            .map(|view| (view.facts.product, view))
-            .collect())
+        products: &[ProductId],
+        patience: Duration,
+    ) -> HashMap<ProductId, SaleView> {
+        let sales = match tokio::time::timeout(patience, self.open.of(products)).await {
+            Ok(Ok(sales)) => sales,
+            // Selling goes on while PostgreSQL is away, and so does showing it.
+            Ok(Err(_)) | Err(_) => self.open.as_known(products),
+        };
+        let standing = sales.into_iter().map(|sale| async {
+            let view = tokio::time::timeout(patience, self.stand(sale)).await;
+            view.ok()?.ok()
+        });
+        let views = futures::future::join_all(standing).await;
+        let open = |view: &SaleView| {
+            let state = view.standing.state;
+            matches!(state, State::Open | State::Paused)
+        };
+        let views = views.into_iter().flatten().filter(open);
+        views.map(|view| (view.facts.product, view)).collect()
     }
 
     /// Snapshots that are asked for together travel together.

@@ -5,6 +5,7 @@ pub mod directory;
 pub mod endings;
 pub mod epochs;
 pub mod floors;
+pub mod images;
 pub mod incidents;
 pub mod journal;
 pub mod lock;

@@ -462,7 +462,8 @@ impl Sales {
             .await
     }
 
-    /// The sales of these products that are open at `now`, the newest of each product.
+    /// The sales of these products whose window, as far as PostgreSQL knows it, begins before
+    /// `until` and has not ended at `now`: newest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -470,29 +471,26 @@ impl Sales {
         &self,
         products: Vec<ProductId>,
         now: DateTime<Utc>,
-    ) -> Result<Vec<Sale>, StoreError> {
+        until: DateTime<Utc>,
+    ) -> Result<Vec<Arc<SaleFacts>>, StoreError> {
         let products: Vec<Uuid> = products.into_iter().map(|id| id.0).collect();
         self.database
             .run(async move |pool| {
                 select!(
-                    "WHERE sales.number IN (
-                         SELECT max(open.number)
-                         FROM sales AS open
-                         JOIN rounds AS running
-                           ON running.sale = open.number AND running.round = open.round
-                         WHERE open.product_id = ANY ($1)
-                           AND running.provisioned_at IS NOT NULL
-                           AND running.intent <> 'closed'
-                           AND running.opens_at <= $2
-                           AND (running.closes_at IS NULL OR running.closes_at > $2)
-                         GROUP BY open.product_id)",
+                    "WHERE sales.product_id = ANY ($1)
+                       AND rounds.provisioned_at IS NOT NULL
+                       AND rounds.intent <> 'closed'
+                       AND rounds.opens_at <= $3
+                       AND (rounds.closes_at IS NULL OR rounds.closes_at > $2)
+                     ORDER BY sales.number DESC",
                     &products,
-                    now
+                    now,
+                    until
                 )
                 .fetch_all(&pool)
                 .await?
                 .into_iter()
-                .map(Sale::try_from)
+                .map(|row| Sale::try_from(row).map(|sale| sale.facts))
                 .collect()
             })
             .await

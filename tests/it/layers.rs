@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 /// Modules of the library and their layer. Neighbours in a layer do not know each other.
-const LAYERS: [(&str, u8); 20] = [
+const LAYERS: [(&str, u8); 21] = [
     ("domain", 0),
     ("faults", 0),
     ("clock", 1),
@@ -14,6 +14,7 @@ const LAYERS: [(&str, u8); 20] = [
     ("store", 2),
     ("writer", 3),
     ("auth", 3),
+    ("catalogue", 3),
     ("embedded", 3),
     ("ops", 3),
     ("realtime", 3),

@@ -8,6 +8,7 @@
 
 mod accounts;
 mod audit;
+mod catalogue;
 #[cfg(feature = "faults")]
 mod crash;
 mod documents;

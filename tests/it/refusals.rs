@@ -42,7 +42,11 @@ const CODES: &[(&str, u16, &str)] = &[
     ("precondition_failed", 412, "It has changed meanwhile"),
     ("precondition_required", 428, "If-Match is required"),
     ("payload_too_large", 413, "The body is too large"),
-    ("unsupported_media_type", 415, "The body must be JSON"),
+    (
+        "unsupported_media_type",
+        415,
+        "The body's type is not the one expected",
+    ),
     ("unavailable", 503, "Not available at the moment"),
 ];
 

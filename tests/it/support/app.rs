@@ -37,6 +37,8 @@ pub(crate) struct App {
     pub(crate) postgres: Option<Postgres>,
     /// Straight to PostgreSQL, for a test's own questions.
     pub(crate) database_url: SecretString,
+    /// The Redis that holds what may be lost, if there is one.
+    pub(crate) cache: Option<SecretString>,
     /// What its nodes go through to Redis and to PostgreSQL, if anything.
     pub(crate) proxies: Option<Proxies>,
     pub(crate) client: Client,
@@ -200,6 +202,7 @@ impl App {
             redis,
             postgres,
             database_url,
+            cache: None,
             proxies: None,
             client: Client::builder()
                 .pool_max_idle_per_host(256)
@@ -232,7 +235,7 @@ impl App {
     pub(crate) fn endpoints(&self) -> Endpoints {
         let mut endpoints = Endpoints {
             redis_url: self.redis.address.clone(),
-            cache_redis_url: None,
+            cache_redis_url: self.cache.clone(),
             database_url: self.database_url.clone(),
         };
         if let Some(proxies) = &self.proxies {

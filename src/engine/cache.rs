@@ -1,0 +1,109 @@
+//! The Redis that holds what may be lost: a connection of its own, so that nothing that sells ever
+//! waits for it, and no error, because whoever asks can do without.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use fred::types::Value;
+
+use super::{
+    connection::{Connection, RedisUrl},
+    error::EngineError,
+};
+
+/// How long anybody waits for it. What it saves takes about as long.
+const TIMEOUT: Duration = Duration::from_millis(100);
+
+/// How long it is left alone after it has failed, so that one that hangs costs one wait.
+const REST: Duration = Duration::from_secs(1);
+
+/// The largest value, in bytes: larger ones would push everything else out.
+const VALUE_BYTES_MAX: usize = 256 * 1024;
+
+/// What may be lost. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Cache(Option<Arc<Inner>>);
+
+struct Inner {
+    connection: Arc<Connection>,
+    born: Instant,
+    /// Until when it is left alone: milliseconds since `born`.
+    rests_until: AtomicU64,
+}
+
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() {
+            "Cache"
+        } else {
+            "no Cache"
+        })
+    }
+}
+
+impl Cache {
+    /// The cache there, or one that holds nothing without an address. Waits for nothing: it
+    /// connects when the server is there, again and again.
+    ///
+    /// # Errors
+    /// When the address cannot be read.
+    pub fn connect(url: Option<&RedisUrl>) -> Result<Self, EngineError> {
+        let Some(url) = url else {
+            return Ok(Self(None));
+        };
+        Ok(Self(Some(Arc::new(Inner {
+            connection: Connection::open_in_time(url, TIMEOUT)?,
+            born: Instant::now(),
+            rests_until: AtomicU64::new(0),
+        }))))
+    }
+
+    /// What was put there, if it is still there and the server answers.
+    pub async fn get(&self, key: &str) -> Option<Bytes> {
+        let key = Bytes::copy_from_slice(key.as_bytes());
+        match self.ask("GET", vec![key]).await? {
+            Value::Bytes(bytes) => Some(bytes),
+            Value::String(text) => Some(text.into_inner()),
+            _ => None,
+        }
+    }
+
+    /// Puts something there for `life`, if the server takes it.
+    pub async fn put(&self, key: &str, value: Bytes, life: Duration) {
+        if value.len() > VALUE_BYTES_MAX {
+            return;
+        }
+        let key = Bytes::copy_from_slice(key.as_bytes());
+        let seconds = Bytes::from(life.as_secs().max(1).to_string());
+        self.ask("SET", vec![key, value, Bytes::from_static(b"EX"), seconds])
+            .await;
+    }
+
+    async fn ask(&self, name: &'static str, arguments: Vec<Bytes>) -> Option<Value> {
+        let inner = self.0.as_deref()?;
+        let now = u64::try_from(inner.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if now < inner.rests_until.load(Ordering::Relaxed) {
+            return None;
+        }
+        let asked = inner.connection.command(name, arguments);
+        // The client's own timeout begins when it writes.
+        match tokio::time::timeout(TIMEOUT, asked).await {
+            Ok(Ok(value)) => Some(value),
+            failed => {
+                let rest = now + u64::try_from(REST.as_millis()).unwrap_or(u64::MAX);
+                inner.rests_until.store(rest, Ordering::Relaxed);
+                if let Ok(Err(error)) = failed {
+                    tracing::debug!(%error, "the cache");
+                }
+                None
+            }
+        }
+    }
+}

@@ -48,7 +48,7 @@ use crate::{
     },
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, OpenSales, Pseudonyms, Shop, provision_rounds},
+    sales::{Archive, Commits, OpenSales, Pseudonyms, RoundKeeper, Shop},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
@@ -63,6 +63,7 @@ use crate::{
         receipt_keys,
         rounds::Rounds,
         sales::Sales,
+        schedules::Schedules,
         sessions::Sessions,
         users::Users,
     },
@@ -470,6 +471,7 @@ async fn serve(
         directory: Directory::new(database.clone()),
         sales: Sales::new(database.clone()),
         rounds: stores.rounds.clone(),
+        schedules: Schedules::new(database.clone()),
         orders,
         commits,
         positions: stores.positions.clone(),
@@ -483,10 +485,15 @@ async fn serve(
             .clone()
             .context("there is no key of receipts")?,
     });
-    let (engines, rounds) = (stores.engines.clone(), stores.rounds.clone());
+    let keeper = RoundKeeper {
+        engines: stores.engines.clone(),
+        rounds: stores.rounds.clone(),
+        schedules: shop.schedules.clone(),
+        directory: shop.directory.clone(),
+    };
     let stop = life.token(Stage::Background);
-    life.spawn(Stage::Background, "provisioning", async move {
-        provision_rounds(engines, rounds, stop).await;
+    life.spawn(Stage::Background, "rounds", async move {
+        keeper.run(stop).await;
         Ok(())
     });
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -16,7 +17,7 @@ use stockade::metrics::EngineMetrics;
 use stockade::ops::auditor::{Auditor, RoundReport, Status};
 use stockade::store::DatabaseSettings;
 use stockade::store::journal::Positions;
-use stockade::store::sales::{Filter, Sale, Sales};
+use stockade::store::sales::{Filter, SaleFacts, Sales};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -87,7 +88,7 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
         said: Said::default(),
     };
     let mut engines = Vec::new();
-    let last = sales.iter().map(|sale| sale.facts.partition.0).max();
+    let last = sales.iter().map(|sale| sale.partition.0).max();
     for number in 0..last.map_or(0, |last| last + 1) {
         let engine = Engine::connect(&options, Partition(number), EngineMetrics::default()).await;
         engines.push(engine.context("Redis does not answer")?);
@@ -97,7 +98,7 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
     let mut fenced = BTreeMap::new();
     for engine in engines.all() {
         let partition = engine.partition();
-        if sales.iter().any(|sale| sale.facts.partition == partition) {
+        if sales.iter().any(|sale| sale.partition == partition) {
             let mut reason = enter(engine, &positions).await?;
             // A server that has just started is about to verify it.
             while reason.is_some() && Instant::now() < deadline {
@@ -113,18 +114,18 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
     let auditor = Auditor::new(database, engines);
     let mut rounds = Vec::new();
     for sale in &sales {
-        if fenced.contains_key(&sale.facts.partition.to_string()) {
+        if fenced.contains_key(&sale.partition.to_string()) {
             continue;
         }
-        for round in 1..=sale.facts.round {
-            let mut report = auditor.round(&sale.facts, round).await?;
+        for round in 1..=sale.last().round {
+            let mut report = auditor.round(sale, round).await?;
             while report
                 .as_ref()
                 .is_some_and(|report| report.verdict == Status::Pending)
                 && Instant::now() < deadline
             {
                 sleep(LOOK_AGAIN).await;
-                report = auditor.round(&sale.facts, round).await?;
+                report = auditor.round(sale, round).await?;
             }
             rounds.extend(report);
         }
@@ -143,20 +144,20 @@ async fn audit(arguments: &AuditArguments, config: &Config) -> anyhow::Result<Fi
 }
 
 /// The sale with this id, or all.
-async fn sales(sales: &Sales, id: Option<Uuid>) -> anyhow::Result<Vec<Sale>> {
+async fn sales(sales: &Sales, id: Option<Uuid>) -> anyhow::Result<Vec<Arc<SaleFacts>>> {
     if let Some(id) = id {
         return match sales.by_id(SaleId(id)).await? {
-            Some(sale) => Ok(vec![sale]),
+            Some(sale) => Ok(vec![sale.facts]),
             None => bail!("there is no sale {id}"),
         };
     }
-    let mut all: Vec<Sale> = Vec::new();
+    let mut all: Vec<Arc<SaleFacts>> = Vec::new();
     loop {
         let filter = Filter {
             state: None,
             now: clock::now(),
             product: None,
-            after: all.last().map(|sale| sale.facts.number),
+            after: all.last().map(|sale| sale.number),
             limit: i64::try_from(PAGE)?,
         };
         let page = sales.list(filter).await?;

@@ -90,6 +90,7 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         small_print: None,
         durability: Mode::Default,
         terms,
+        schedule: None,
         created_by: NOBODY,
     })
     .await?;

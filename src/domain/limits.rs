@@ -14,6 +14,22 @@ pub const BUYER_LIMIT_MAX: u64 = 1_000_000;
 /// cancelling in a loop would grow the state of a round without bound.
 pub const SPARE_ACCEPTANCES: u64 = 8;
 
+/// How long before they open rounds are in Redis, in milliseconds; the next one always is. Long enough
+/// to mend what keeps one from getting there, short enough that a change of the sale still reaches
+/// most of them.
+pub const ROUNDS_AHEAD_MS: i64 = 10 * 60 * 1_000;
+
+/// Rounds of a sale that are in Redis before they open: enough for windows of a second while a node
+/// restarts.
+pub const ROUNDS_AHEAD_MAX: usize = 8;
+
+/// The longest window of a recurring schedule, in seconds: 31 days. What is open longer than that
+/// does not recur.
+pub const SCHEDULE_SECONDS_MAX: u64 = 31 * 24 * 60 * 60;
+
+/// Windows that a schedule may list: about three years of daily ones, in one request.
+pub const SCHEDULE_WINDOWS_MAX: usize = 1_000;
+
 /// The longest `Idempotency-Key`, in characters.
 pub const IDEMPOTENCY_KEY_MAX: usize = 255;
 

@@ -13,3 +13,4 @@ pub mod money;
 pub mod order;
 pub mod receipt;
 pub mod round;
+pub mod schedule;

@@ -150,7 +150,9 @@ impl Memory {
         let refuses = match known.standing.state {
             State::Open => known.standing.sold_out(),
             State::Closed => true,
-            State::Scheduled | State::Paused => false,
+            // Between two rounds everybody waits, and keys of earlier rounds are replayed.
+            State::Scheduled => round.round > 1,
+            State::Paused => false,
         };
         let proved = known
             .proof
@@ -206,11 +208,17 @@ impl Memory {
             (known.standing, known.proof.clone())
         };
         let refusal = match standing.state {
-            // Before the first opening of a sale it has no orders: nothing to prove.
-            State::Scheduled if purchase.round.round == 1 => {
+            State::Scheduled => {
                 let opens_at_ms = standing.window.opens_at_ms;
-                let certain = redis_ms + 2 * MEMORY_MS < opens_at_ms;
-                return certain.then_some(Refusal::NotOpen { opens_at_ms });
+                if redis_ms + 2 * MEMORY_MS >= opens_at_ms {
+                    return None;
+                }
+                let refusal = Refusal::NotOpen { opens_at_ms };
+                // Before the first opening of a sale it has no orders: nothing to prove.
+                if purchase.round.round == 1 {
+                    return Some(refusal);
+                }
+                refusal
             }
             State::Closed => Refusal::Closed,
             // Past the end it would be closed, which only Redis' clock can say.
@@ -223,7 +231,7 @@ impl Memory {
                 return None;
             }
             State::Open if standing.sold_out() => Refusal::SoldOut,
-            State::Scheduled | State::Paused | State::Open => return None,
+            State::Paused | State::Open => return None,
         };
         if faults::bug("memory_without_proof") {
             return Some(refusal);
@@ -234,7 +242,7 @@ impl Memory {
         let limits_pass = purchase.quantity <= standing.per_order_limit
             && !buyers.contains(&purchase.buyer.prefix());
         let certain = !orders.contains(&purchase.order.prefix())
-            && (refusal == Refusal::Closed || limits_pass);
+            && (refusal != Refusal::SoldOut || limits_pass);
         certain.then_some(refusal)
     }
 }
@@ -372,6 +380,39 @@ mod tests {
         );
         assert_eq!(refuse(9_900), None);
         assert_eq!(refuse(10_001), None);
+    }
+
+    #[test]
+    fn before_a_later_round_only_with_a_proof() {
+        let (memory, at) = (Memory::default(), Instant::now());
+        let second = |sale| RoundId { sale, round: 2 };
+        let scheduled = Standing {
+            round: second(SaleNumber(1)),
+            orders: 3,
+            ..standing(State::Scheduled, 5, 0)
+        };
+        let refuse = |key, redis_ms| {
+            let purchase = Purchase {
+                round: scheduled.round,
+                quantity: 9,
+                ..purchase(key)
+            };
+            memory.refuse(&purchase, EPOCH, at, redis_ms)
+        };
+        memory.learn(&scheduled, at);
+        assert_eq!(
+            refuse("new", 9_000),
+            None,
+            "it may have an order of the first round"
+        );
+        assert!(memory.wants_proof(scheduled.round, at));
+        let mut known = Known::default();
+        known.add(purchase("accepted").order, BuyerId(Uuid::from_u128(8)));
+        memory.prove(scheduled.round, Some(Proof::new(&scheduled, known)));
+        let opens_at_ms = 10_000;
+        assert_eq!(refuse("new", 9_000), Some(Refusal::NotOpen { opens_at_ms }));
+        assert_eq!(refuse("accepted", 9_000), None, "a retry must reach Redis");
+        assert_eq!(refuse("new", 9_900), None);
     }
 
     #[test]

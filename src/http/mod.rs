@@ -23,8 +23,10 @@ mod probes;
 pub mod problem;
 mod products;
 mod receipts;
+mod rounds;
 mod routes;
 mod sales;
+mod schedule;
 mod serve;
 mod version;
 
@@ -153,6 +155,7 @@ fn resources() -> Vec<routes::Routes> {
         products::routes(),
         images::routes(),
         sales::routes(),
+        rounds::routes(),
         orders::routes(),
         receipts::routes(),
         leaderboard::routes(),

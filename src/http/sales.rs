@@ -24,6 +24,7 @@ use super::{
     page::{Page, Pagination},
     problem::{Code, FieldError, Problem},
     routes::{Access, Routes},
+    schedule::ScheduleBody,
     version::{IfMatch, live_etag},
 };
 use crate::{
@@ -34,6 +35,7 @@ use crate::{
         money::Money,
         order::Mode,
         round::{self, Intent, Terms, TermsError, Window},
+        schedule::Schedule,
     },
     sales::{SaleError, Shop},
     store::{
@@ -107,7 +109,7 @@ struct SaleRequest {
     #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
     per_order_limit: Option<i64>,
     /// Absent or in the past: the sale is open at once. A standing sale has neither this nor
-    /// `closes_at`.
+    /// `closes_at`; nor has one with a `schedule`.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Timestamp, required = false)]
     opens_at: Option<Timestamp>,
@@ -123,10 +125,11 @@ struct SaleRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = String, required = false, pattern = "^none$")]
     payment: Option<String>,
-    /// Not supported.
+    /// Opens the sale again and again, instead of `opens_at` and `closes_at`. Each opening is a
+    /// round of its own, with the same units and limits.
     #[serde(default, deserialize_with = "present")]
-    #[schema(ignore)]
-    schedule: Option<Value>,
+    #[schema(value_type = ScheduleBody, required = false)]
+    schedule: Option<ScheduleBody>,
     /// What an acceptance survives, and so what a 201 waits for: `default`, as Redis is set up;
     /// `replicated`, as many replicas as the server is configured with; `committed`, PostgreSQL.
     /// While the stores cannot give it, the sale sells nothing.
@@ -169,8 +172,11 @@ struct SaleView {
     seq: u64,
     per_buyer_limit: u64,
     per_order_limit: u64,
+    /// Between two rounds, when the next one opens.
     opens_at: Timestamp,
     closes_at: Option<Timestamp>,
+    /// When its rounds open, if there is more than one.
+    schedule: Option<ScheduleBody>,
     /// The clock that decides, in milliseconds since the Unix epoch.
     server_time_ms: i64,
     #[schema(example = "none")]
@@ -212,6 +218,7 @@ impl From<crate::sales::SaleView> for SaleView {
             per_order_limit: facts.terms.per_order_limit,
             opens_at: Timestamp::from_ms(standing.window.opens_at_ms),
             closes_at: standing.window.closes_at_ms.map(Timestamp::from_ms),
+            schedule: facts.schedule.as_deref().map(ScheduleBody::from),
             server_time_ms: standing.now_ms,
             payment: "none",
             durability: facts.durability,
@@ -327,7 +334,7 @@ async fn create(
     key: Option<IdempotencyKey>,
     Json(request): Json<SaleRequest>,
 ) -> Result<Response, Problem> {
-    let offer = request.check()?;
+    let offer = request.check(clock::now_ms())?;
     // Strings, numbers and instants always become JSON.
     let canonical = serde_json::to_vec(&request).map_err(Problem::internal)?;
     let product = products
@@ -335,11 +342,28 @@ async fn create(
         .await
         .map_err(|error| Problem::from(error).of_reading())?
         .ok_or(SaleError::NoProduct)?;
-    let terms = offer.terms(product.content.price)?;
     let id = SaleId(match &key {
         Some(key) => OperationId::derive("sales.create", operator.user, &key.0).0,
         None => clock::new_id(),
     });
+    let window = match &offer.schedule {
+        None => offer.window,
+        Some(schedule) => match schedule.first(shop.now_ms(shop.home(id))) {
+            Some(first) if schedule.begins_with(first) => first,
+            // A retry may come late; a sale that is there is not made again.
+            _ if shop
+                .sales
+                .by_id(id)
+                .await
+                .map_err(SaleError::from)?
+                .is_some() =>
+            {
+                offer.window
+            }
+            _ => return Err(passed(schedule)),
+        },
+    };
+    let terms = offer.terms(window, product.content.price)?;
     let sale = NewSale {
         id,
         fingerprint: Fingerprint::of(&[b"sale", &canonical]),
@@ -349,6 +373,7 @@ async fn create(
         small_print: offer.small_print,
         durability: offer.durability,
         terms,
+        schedule: offer.schedule,
         created_by: operator.user,
     };
     let (view, replayed) = shop.create(sale).await.map_err(Problem::of_making)?;
@@ -358,6 +383,15 @@ async fn create(
     let replayed = replayed.then_some([(IDEMPOTENCY_REPLAYED, REPLAYED)]);
     let body = axum::Json(SaleView::from(view));
     Ok((StatusCode::CREATED, headers, replayed, body).into_response())
+}
+
+/// The refusal of a schedule that begins in the past.
+fn passed(schedule: &Schedule) -> Problem {
+    let (pointer, detail) = match schedule {
+        Schedule::Windows(_) => ("#/schedule/windows/0/closes_at", "has passed"),
+        Schedule::Recurring(_) => ("#/schedule/until", "has passed: no opening is left"),
+    };
+    Problem::out_of_range(vec![FieldError::new(pointer, detail)])
 }
 
 /// Pause a sale
@@ -392,7 +426,8 @@ async fn resume(
 
 /// Close a sale
 ///
-/// For ever. Doing it twice is doing it once.
+/// For ever; of a sale with a schedule only the present round, or between rounds the next one.
+/// Doing it twice is doing it once.
 #[utoipa::path(post, path = "/v1/sales/{id}/close", tag = "sales", params(("id" = Uuid, Path)),
     responses((status = 200, description = "The sale", body = SaleView)))]
 async fn close(
@@ -437,12 +472,14 @@ struct Offer {
     allocation: u64,
     per_buyer_limit: u64,
     per_order_limit: u64,
+    /// Of the first round, if there is no schedule to say.
     window: Window,
+    schedule: Option<Schedule>,
     durability: Mode,
 }
 
 impl SaleRequest {
-    fn check(&self) -> Result<Offer, Problem> {
+    fn check(&self, now_ms: i64) -> Result<Offer, Problem> {
         let mut check = Check::new();
         let allocation = check.units("#/allocation", self.allocation, 1..=ALLOCATION_MAX);
         let per_buyer_limit = check.units(
@@ -466,6 +503,22 @@ impl SaleRequest {
             .price
             .as_ref()
             .and_then(|price| check.price("#/price", price));
+        if self.schedule.is_some() {
+            let given = [
+                ("#/opens_at", self.opens_at.is_some()),
+                ("#/closes_at", self.closes_at.is_some()),
+            ];
+            for (pointer, _) in given.into_iter().filter(|(_, given)| *given) {
+                check.refuse(
+                    pointer,
+                    "must be absent: schedule says when each round opens and closes",
+                );
+            }
+        }
+        let schedule = self
+            .schedule
+            .as_ref()
+            .and_then(|schedule| schedule.check(&mut check, now_ms));
         let window = Window {
             opens_at_ms: match self.opens_at {
                 Some(opens_at) => check.instant("#/opens_at", opens_at),
@@ -481,13 +534,8 @@ impl SaleRequest {
         {
             check.refuse("#/closes_at", TermsError::Window.to_string());
         }
-        for (pointer, given) in [
-            ("#/hold_seconds", &self.hold_seconds),
-            ("#/schedule", &self.schedule),
-        ] {
-            if given.is_some() {
-                check.refuse(pointer, "not supported");
-            }
+        if self.hold_seconds.is_some() {
+            check.refuse("#/hold_seconds", "not supported");
         }
         if self.payment.as_ref().is_some_and(|given| given != "none") {
             check.refuse("#/payment", "not supported; only none is");
@@ -505,6 +553,7 @@ impl SaleRequest {
             per_buyer_limit,
             per_order_limit,
             window,
+            schedule,
             durability: durability.flatten().unwrap_or_default(),
         })
     }
@@ -512,9 +561,9 @@ impl SaleRequest {
 
 impl Offer {
     /// The rules of the first round; the values are in range together too.
-    fn terms(&self, product_price: Money) -> Result<Terms, Problem> {
+    fn terms(&self, window: Window, product_price: Money) -> Result<Terms, Problem> {
         let terms = Terms {
-            window: self.window,
+            window,
             per_buyer_limit: self.per_buyer_limit,
             per_order_limit: self.per_order_limit,
             unit_price: self.price.unwrap_or(product_price),
@@ -571,7 +620,8 @@ mod tests {
         let handler = async |Json(request): Json<SaleRequest>| {
             let currency = Currency::parse("EUR").map_err(Problem::internal)?;
             let price = Money::new(1999, currency).map_err(Problem::internal)?;
-            let terms = request.check()?.terms(price)?;
+            let offer = request.check(1_795_000_000_000)?;
+            let terms = offer.terms(offer.window, price)?;
             let Window {
                 opens_at_ms,
                 closes_at_ms,
@@ -684,7 +734,13 @@ mod tests {
             ),
             (json!({"hold_seconds": 60}), 422, "#/hold_seconds"),
             (json!({"hold_seconds": null}), 422, "#/hold_seconds"),
-            (json!({"schedule": {}}), 422, "#/schedule"),
+            (json!({"schedule": {}}), 422, "#/opens_at"),
+            (json!({"schedule": []}), 400, "#/schedule"),
+            (
+                json!({"schedule": {"every": "day"}}),
+                400,
+                "#/schedule/every",
+            ),
             (json!({"payment": "stripe"}), 422, "#/payment"),
             (json!({"payment": 1}), 400, "#/payment"),
             (json!({"durability": "fsync"}), 422, "#/durability"),
@@ -697,6 +753,104 @@ mod tests {
             assert_eq!(answer.status.as_u16(), status, "{changes}: {}", answer.text);
             assert_eq!(answer.body["code"], "validation");
             assert_eq!(answer.body["errors"][0]["pointer"], pointer, "{changes}");
+        }
+        let recurring = |changes: Value| {
+            let mut schedule = json!({
+                "cron": "0 18 * * FRI", "time_zone": "Europe/Berlin", "duration_seconds": 600,
+            });
+            let members = changes.as_object().unwrap().clone();
+            schedule.as_object_mut().unwrap().extend(members);
+            schedule
+        };
+        let listed = |windows: &[(&str, &str)]| {
+            let day = |time: &str| format!("2027-01-01T{time}Z");
+            let windows = windows
+                .iter()
+                .map(|(opens, closes)| json!({"opens_at": day(opens), "closes_at": day(closes)}));
+            json!({ "windows": windows.collect::<Vec<_>>() })
+        };
+        for (schedule, status, pointer) in [
+            (json!({}), 422, "#/schedule"),
+            (json!({"cron": "0 18 * * *"}), 422, "#/schedule/time_zone"),
+            (recurring(json!({"windows": []})), 422, "#/schedule"),
+            (
+                recurring(json!({"cron": "0 25 * * *"})),
+                422,
+                "#/schedule/cron",
+            ),
+            (
+                recurring(json!({"cron": "0 0 30 2 *"})),
+                422,
+                "#/schedule/cron",
+            ),
+            (recurring(json!({"cron": 5})), 400, "#/schedule/cron"),
+            (
+                recurring(json!({"time_zone": "Berlin"})),
+                422,
+                "#/schedule/time_zone",
+            ),
+            (
+                recurring(json!({"duration_seconds": 0})),
+                422,
+                "#/schedule/duration_seconds",
+            ),
+            (
+                recurring(json!({"duration_seconds": -1})),
+                422,
+                "#/schedule/duration_seconds",
+            ),
+            (
+                recurring(json!({"duration_seconds": 2_678_401})),
+                422,
+                "#/schedule/duration_seconds",
+            ),
+            (
+                recurring(json!({"cron": "*/5 * * * *"})),
+                422,
+                "#/schedule/duration_seconds",
+            ),
+            (recurring(json!({"rounds": 0})), 422, "#/schedule/rounds"),
+            (
+                recurring(json!({"until": "Friday"})),
+                400,
+                "#/schedule/until",
+            ),
+            (
+                recurring(json!({"starts_on": "2027-01-02", "until": "2027-01-01"})),
+                422,
+                "#/schedule/until",
+            ),
+            (listed(&[]), 422, "#/schedule/windows"),
+            (
+                listed(&[("10:00:00", "10:00:00")]),
+                422,
+                "#/schedule/windows/0/closes_at",
+            ),
+            (
+                listed(&[("10:00:00", "11:00:00"), ("10:59:59", "12:00:00")]),
+                422,
+                "#/schedule/windows/1/opens_at",
+            ),
+            (
+                json!({"windows": [{"opens_at": "2027-01-01T10:00:00Z"}]}),
+                400,
+                "#/schedule/windows/0/closes_at",
+            ),
+        ] {
+            let mut body = with(&json!({"schedule": schedule}));
+            body.as_object_mut().unwrap().remove("opens_at");
+            let answer = send(&body).await;
+            assert_eq!(
+                answer.status.as_u16(),
+                status,
+                "{schedule}: {}",
+                answer.text
+            );
+            assert_eq!(
+                answer.body["errors"][0]["pointer"], pointer,
+                "{schedule}: {}",
+                answer.text
+            );
         }
         for member in ["product_id", "allocation", "per_buyer_limit"] {
             let mut body = sound();

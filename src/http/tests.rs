@@ -49,7 +49,8 @@ use crate::{
     store::{
         Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
         images::Images, incidents::Incidents, journal::Positions, orders::Orders,
-        products::Products, rounds::Rounds, sales::Sales, sessions::Sessions, users::Users,
+        products::Products, rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions,
+        users::Users,
     },
 };
 
@@ -125,6 +126,7 @@ fn closed_shop(database: Database) -> Shop {
         directory: Directory::new(database.clone()),
         sales: Sales::new(database.clone()),
         rounds: Rounds::new(database.clone()),
+        schedules: Schedules::new(database.clone()),
         archive: Archive::new(orders.clone()),
         open: OpenSales::new(Sales::new(database.clone()), CatalogueMetrics::default()),
         orders,

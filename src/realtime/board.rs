@@ -75,7 +75,8 @@ impl Drop for Seat {
 /// What the page is made from, for as long as somebody looks at it.
 #[derive(Default)]
 struct Sources {
-    open: HashMap<SaleId, Watching>,
+    /// Each with what the last list said of it.
+    open: HashMap<SaleId, (Watching, Arc<SaleFacts>)>,
     /// Sales that have closed: in which round, and when this node learnt of it.
     closed: HashMap<SaleId, (u32, Instant)>,
     listed_at: Option<Instant>,
@@ -200,16 +201,18 @@ impl Sources {
         let now = Instant::now();
         self.listed_at = Some(now);
         for sale in &listed {
+            if let Some((_, facts)) = self.open.get_mut(&sale.id) {
+                *facts = Arc::clone(sale);
+                continue;
+            }
             let over = self.closed.get(&sale.id);
-            if self.open.contains_key(&sale.id)
-                || over.is_some_and(|(round, _)| *round >= sale.round)
-            {
+            if over.is_some_and(|(round, _)| *round >= sale.round) {
                 continue;
             }
             let feeds = feeds.get(usize::from(sale.partition.0));
             if let Some(watching) = feeds.and_then(|feeds| feeds.join(sale.id, sale.round_id())) {
                 self.closed.remove(&sale.id);
-                self.open.insert(sale.id, watching);
+                self.open.insert(sale.id, (watching, Arc::clone(sale)));
             }
         }
         // PostgreSQL lists a closed sale until the writer has stored its end.
@@ -221,11 +224,14 @@ impl Sources {
     /// Shows the latest of every open sale. Returns whether subscribers must be told.
     fn show(&mut self, page: &mut Page, now: Instant) -> bool {
         let mut changed = false;
-        self.open.retain(|sale, watching| {
+        self.open.retain(|sale, (watching, facts)| {
             let Some(frame) = watching.page.borrow().newest().cloned() else {
                 return true;
             };
-            let (round, closed) = (frame.look.0, frame.is_closed());
+            // The end of one round of many is a change like any other.
+            let round = frame.look.0;
+            let goes_on = facts.last().round > round || facts.last().upcoming.is_some();
+            let closed = frame.is_closed() && !goes_on;
             if !closed || page.has(*sale) {
                 changed |= page.show(frame);
             }
@@ -248,7 +254,10 @@ impl Sources {
         if self.open.is_empty() {
             return self.listed_at;
         }
-        let pages = self.open.values().map(|watching| watching.page.borrow());
+        let pages = self
+            .open
+            .values()
+            .map(|(watching, _)| watching.page.borrow());
         pages.filter_map(|page| Some(page.newest()?.made_at)).max()
     }
 }

@@ -15,7 +15,10 @@ use super::{
     page::Page,
 };
 use crate::{
-    domain::id::{RoundId, SaleId, SaleNumber},
+    domain::{
+        id::{RoundId, SaleId, SaleNumber},
+        round::State as RoundState,
+    },
     engine::Standing,
     metrics::RealtimeMetrics,
 };
@@ -44,6 +47,8 @@ struct State {
 struct Feed {
     sale: SaleId,
     round: RoundId,
+    /// Whether the round was seen closed.
+    over: bool,
     rows: Vec<Row>,
     /// When the next row may be told something new.
     clear_at: Option<Instant>,
@@ -95,6 +100,12 @@ impl Feed {
         }
     }
 
+    /// Whether the round is over and the last of it is shown.
+    fn is_done(&self) -> bool {
+        let waits = |row: &Row| row.latest.due(Duration::ZERO).is_some();
+        self.over && !self.rows.iter().any(waits)
+    }
+
     /// Shows each row whose turn it is what waits for it, those first who have waited longest.
     /// Returns when the next turn is.
     fn flush(
@@ -125,7 +136,8 @@ pub(super) struct Watching {
     /// What is shown of it. Its sender goes when the node stops.
     pub(super) page: watch::Receiver<Page>,
     feeds: Arc<Feeds>,
-    sale: SaleNumber,
+    /// The round in which it was joined.
+    round: RoundId,
     row: usize,
 }
 
@@ -141,7 +153,7 @@ impl Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        self.feeds.leave(self.sale, self.row);
+        self.feeds.leave(self.round.sale, self.row);
     }
 }
 
@@ -158,8 +170,7 @@ impl Feeds {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Watches a sale, which is in this round as far as the caller knows. `None` when the node
-    /// stops.
+    /// Watches a sale. If nobody does yet, it is in this round. `None` when the node stops.
     pub(super) fn join(self: &Arc<Self>, sale: SaleId, round: RoundId) -> Option<Watching> {
         let mut state = self.state();
         if state.closed {
@@ -170,20 +181,28 @@ impl Feeds {
             Feed {
                 sale,
                 round,
+                over: false,
                 rows: Vec::new(),
                 clear_at: None,
             }
         });
-        feed.round = feed.round.max(round);
         let (row, page) = feed.seat();
         drop(state);
         self.joined.notify_one();
         Some(Watching {
             page,
             feeds: Arc::clone(self),
-            sale: round.sale,
+            round,
             row,
         })
+    }
+
+    /// The round that a sale is in for those who watch it.
+    pub(super) fn round_of(&self, watching: &Watching) -> RoundId {
+        let state = self.state();
+        // Whoever watches keeps it there until the node stops.
+        let feed = state.feeds.get(&watching.round.sale);
+        feed.map_or(watching.round, |feed| feed.round)
     }
 
     fn leave(&self, sale: SaleNumber, row: usize) {
@@ -208,6 +227,22 @@ impl Feeds {
         }
     }
 
+    /// Turns each sale to the round that `next` gives, once its own is over and the last of it is
+    /// shown. Returns whether any turned.
+    pub(super) fn turn(&self, next: impl Fn(SaleId, RoundId) -> Option<RoundId>) -> bool {
+        let mut turned = false;
+        for feed in self.state().feeds.values_mut() {
+            if feed.is_done()
+                && let Some(next) = next(feed.sale, feed.round)
+            {
+                feed.round = next;
+                feed.over = false;
+                turned = true;
+            }
+        }
+        turned
+    }
+
     /// The rounds to sample.
     pub(super) fn rounds(&self) -> Vec<RoundId> {
         self.state().feeds.values().map(|feed| feed.round).collect()
@@ -225,11 +260,12 @@ impl Feeds {
             let Some(feed) = state.feeds.get_mut(&standing.round.sale) else {
                 continue;
             };
-            // An old round lives on for cancels and refunds; the sale has moved on.
-            if standing.round < feed.round {
+            // An old round lives on for cancels and refunds, and those to come are looked at
+            // before their time.
+            if standing.round != feed.round {
                 continue;
             }
-            feed.round = standing.round;
+            feed.over |= standing.state == RoundState::Closed;
             feed.offer(&standing, now, interval, &self.metrics);
         }
         for feed in state.feeds.values_mut() {
@@ -304,22 +340,47 @@ pub(super) mod tests {
         drop(first);
         assert_eq!(feeds.rounds(), [round]);
         drop(second);
-        assert_eq!((feeds.rounds(), metrics.watched_sales.get()), (vec![], 0));
+        let watched = metrics.watched_sales.get();
+        assert_eq!((feeds.rounds(), watched), (vec![], 0));
         // Who comes later does not get what an earlier audience saw.
         let third = feeds.join(SALE, round).unwrap();
         assert!(!third.is_fresh(Instant::now(), INTERVAL, None));
     }
 
     #[test]
-    fn news_of_other_sales_and_of_past_rounds_are_not_shown() {
+    fn news_of_other_sales_and_of_other_rounds_are_not_shown() {
         let (feeds, metrics) = feeds();
         feeds.offer([standing(1, 1, 1)], Instant::now(), INTERVAL);
         let watching = feeds.join(SALE, standing(1, 2, 0).round).unwrap();
         feeds.offer([standing(2, 1, 1)], Instant::now(), INTERVAL);
-        assert_eq!(metrics.frames.get(), 0);
         feeds.offer([standing(1, 3, 0)], Instant::now(), INTERVAL);
-        assert_eq!(feeds.rounds(), [standing(1, 3, 0).round]);
+        assert_eq!(metrics.frames.get(), 0);
+        feeds.offer([standing(1, 2, 0)], Instant::now(), INTERVAL);
         assert!(watching.page.borrow().newest().is_some());
+    }
+
+    #[test]
+    fn a_sale_turns_once_its_round_is_over_and_the_last_of_it_is_shown() {
+        let (feeds, _) = feeds();
+        let round = |round| standing(1, round, 0).round;
+        let watching = feeds.join(SALE, round(1)).unwrap();
+        let turn = || feeds.turn(|_, at| (at == round(1)).then_some(round(2)));
+        let now = Instant::now();
+        feeds.offer([standing(1, 1, 0)], now, INTERVAL);
+        assert!(!turn(), "not over");
+        let last = Standing {
+            state: RoundState::Closed,
+            ..standing(1, 1, 9)
+        };
+        feeds.offer([last], now, INTERVAL);
+        assert!(!turn(), "the last of it is not shown");
+        feeds.flush(now + INTERVAL, INTERVAL);
+        assert_eq!(watching.page.borrow().newest_id(), Some(FrameId::of(&last)));
+        assert!(turn());
+        assert_eq!(feeds.rounds(), [round(2)]);
+        feeds.offer([standing(1, 2, 0)], now + INTERVAL * 2, INTERVAL);
+        let shown = watching.page.borrow().newest_id();
+        assert_eq!(shown, Some(FrameId::of(&standing(1, 2, 0))));
     }
 
     #[test]

@@ -106,7 +106,8 @@ impl Hub {
     pub async fn run(&self, stop: CancellationToken) {
         let closing = Closing(self);
         let partitions = self.engines.all().iter().zip(&*self.feeds);
-        let samplers = partitions.map(|(engine, feeds)| sampler::run(engine, feeds, &self.metrics));
+        let samplers = partitions
+            .map(|(engine, feeds)| sampler::run(engine, feeds, &self.directory, &self.metrics));
         tokio::select! {
             () = stop.cancelled() => {}
             _ = join_all(samplers) => {}
@@ -140,11 +141,16 @@ impl Hub {
         let index = usize::from(sale.partition.0);
         let feeds = self.feeds.get(index).ok_or(WatchError::Stale)?;
         let engine = self.engines.of(sale.partition).ok_or(WatchError::Stale)?;
-        let round = sale.round_id();
+        let sale = match engine.redis_ms() {
+            Some(now_ms) => sale.at(now_ms),
+            None => sale,
+        };
         let seat = self.seat()?;
-        let mut watching = feeds.join(sale.id, round).ok_or(WatchError::Stopping)?;
+        let watching = feeds.join(sale.id, sale.round_id());
+        let mut watching = watching.ok_or(WatchError::Stopping)?;
         if !watching.is_fresh(Instant::now(), SNAPSHOT_AGE_MAX, last_seen) {
-            let standing = engine.snapshot(round).await?;
+            // The round that those who watch are still in.
+            let standing = engine.snapshot(feeds.round_of(&watching)).await?;
             let id = FrameId::of(&standing);
             let interval = pace::interval(0, self.metrics.open_streams());
             feeds.offer([standing], Instant::now(), interval);

@@ -2,6 +2,7 @@
 
 use std::{
     pin::pin,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,6 +20,7 @@ use crate::{
     domain::id::RoundId,
     engine::{Engine, EngineError, Standing},
     metrics::RealtimeMetrics,
+    store::directory::Directory,
 };
 
 /// The time between two looks at what the node itself has changed. News come with every call; to
@@ -26,15 +28,28 @@ use crate::{
 const NEWS_REST: Duration = Duration::from_millis(10);
 
 /// Samples and listens for ever, but only while something is watched.
-pub(super) async fn run(engine: &Engine, feeds: &Feeds, metrics: &RealtimeMetrics) {
+pub(super) async fn run(
+    engine: &Engine,
+    feeds: &Feeds,
+    directory: &Directory,
+    metrics: &RealtimeMetrics,
+) {
     loop {
         feeds.occupied().await;
-        follow(engine, feeds, metrics).await;
+        follow(engine, feeds, directory, metrics).await;
     }
 }
 
 /// Samples and listens until nobody watches any more.
-async fn follow(engine: &Engine, feeds: &Feeds, metrics: &RealtimeMetrics) {
+async fn follow(engine: &Engine, feeds: &Feeds, directory: &Directory, metrics: &RealtimeMetrics) {
+    // The round after one that is over; none as long as this node knows of none.
+    let next = |sale, round| {
+        let mut facts = directory.remembered(sale)?;
+        while facts.round_id() <= round {
+            facts = Arc::clone(facts.next.as_ref()?);
+        }
+        Some(facts.round_id())
+    };
     let mut news = engine.news();
     let mut sample_at = Instant::now();
     let mut rested_at = Instant::now();
@@ -45,9 +60,15 @@ async fn follow(engine: &Engine, feeds: &Feeds, metrics: &RealtimeMetrics) {
         let due = feeds.flush(now, interval).map(|due| due.max(rested_at));
         tokio::select! {
             standings = &mut sampling => {
-                feeds.offer(standings, Instant::now(), interval);
+                let now = Instant::now();
+                feeds.offer(standings, now, interval);
+                // The next round is to be seen at once.
+                if feeds.turn(next) {
+                    sample_at = now;
+                }
             }
             () = sleep_until(sample_at.into()), if sampling.is_terminated() => {
+                feeds.turn(next);
                 let rounds = feeds.rounds();
                 if rounds.is_empty() {
                     return;

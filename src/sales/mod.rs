@@ -3,9 +3,10 @@
 mod archive;
 mod commits;
 mod open;
-mod provisioning;
 mod pseudonym;
 mod receipts;
+mod rounds;
+mod windows;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -15,9 +16,10 @@ pub use self::{
     archive::Archive,
     commits::Commits,
     open::OpenSales,
-    provisioning::provision_rounds,
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
+    rounds::RoundKeeper,
+    windows::{RoundState, RoundView},
 };
 use crate::{
     clock,
@@ -42,6 +44,7 @@ use crate::{
         orders::{self, Orders},
         rounds::Rounds,
         sales::{self, Inserted, NewSale, SaleChanged, SaleFacts, Sales},
+        schedules::Schedules,
     },
     writer::StoredPosition,
 };
@@ -102,7 +105,7 @@ impl From<Arc<StoreError>> for SaleError {
 /// A sale as it stands.
 #[derive(Clone, Debug)]
 pub struct SaleView {
-    /// What does not change while a round runs.
+    /// The sale in its current round.
     pub facts: Arc<SaleFacts>,
     /// Where the units of its current round are.
     pub standing: Standing,
@@ -132,6 +135,8 @@ pub struct Shop {
     pub sales: Sales,
     /// Rounds in PostgreSQL.
     pub rounds: Rounds,
+    /// When rounds open.
+    pub schedules: Schedules,
     /// Orders in PostgreSQL.
     pub orders: Orders,
     /// Up to where PostgreSQL has each journal.
@@ -159,12 +164,26 @@ impl Shop {
             .ok_or(SaleError::Engine(EngineError::Disconnected))
     }
 
-    /// The sale, if Redis has its round.
+    /// The sale in its current round, if Redis has it.
     async fn facts(&self, id: SaleId) -> Result<Arc<SaleFacts>, SaleError> {
         let facts = self.directory.by_id(id).await?;
-        facts
+        let facts = facts
             .filter(|facts| facts.provisioned)
-            .ok_or(SaleError::NotFound)
+            .ok_or(SaleError::NotFound)?;
+        // The node's estimate is never ahead of Redis' clock: a round that Redis is past answers
+        // `closed`, and the next one is asked.
+        Ok(match self.engine(facts.partition)?.redis_ms() {
+            Some(now_ms) => facts.at(now_ms),
+            None => facts,
+        })
+    }
+
+    /// What time it is where a sale lives, milliseconds since the Unix epoch.
+    pub fn now_ms(&self, partition: Partition) -> i64 {
+        let engine = self.engines.of(partition);
+        engine
+            .and_then(Engine::redis_ms)
+            .unwrap_or_else(clock::now_ms)
     }
 
     /// Where a new sale shall live: it stays there for life, however many partitions there are
@@ -191,7 +210,7 @@ impl Shop {
         let facts = sale.facts;
         if !facts.provisioned {
             let engine = self.engine(facts.partition)?;
-            provisioning::provision(engine, &self.rounds, facts.round_id(), &facts.terms).await?;
+            rounds::provision(engine, &self.rounds, facts.round_id(), &facts.terms).await?;
             self.directory.invalidate(facts.id);
         }
         self.open.forget(facts.product);
@@ -230,12 +249,16 @@ impl Shop {
         self.stand(self.facts(id).await?).await
     }
 
-    async fn stand(&self, facts: Arc<SaleFacts>) -> Result<SaleView, SaleError> {
-        let standing = self
-            .engine(facts.partition)?
-            .snapshot(facts.round_id())
-            .await?;
-        self.seen(facts, standing)
+    /// Of a round that is over, what stands is the round after it.
+    async fn stand(&self, mut facts: Arc<SaleFacts>) -> Result<SaleView, SaleError> {
+        let engine = self.engine(facts.partition)?;
+        loop {
+            let standing = engine.snapshot(facts.round_id()).await?;
+            match &facts.next {
+                Some(next) if standing.state == State::Closed => facts = Arc::clone(next),
+                _ => return self.seen(facts, standing),
+            }
+        }
     }
 
     fn seen(&self, facts: Arc<SaleFacts>, standing: Standing) -> Result<SaleView, SaleError> {
@@ -285,12 +308,13 @@ impl Shop {
     }
 
     /// Snapshots that are asked for together travel together.
-    async fn stand_all(&self, sales: Vec<sales::Sale>) -> Result<Vec<SaleView>, SaleError> {
-        let views = sales.into_iter().map(|sale| self.stand(sale.facts));
+    async fn stand_all(&self, sales: Vec<Arc<SaleFacts>>) -> Result<Vec<SaleView>, SaleError> {
+        let views = sales.into_iter().map(|facts| self.stand(facts));
         futures::future::try_join_all(views).await
     }
 
-    /// Decides on a purchase.
+    /// Decides on a purchase. When the round turns out to be over, the next one decides: the order's
+    /// id is of the sale, so a key that has its order in any round finds it there.
     ///
     /// # Errors
     /// [`SaleError`]; [`EngineError::may_have_run`] says whether there may be an order.
@@ -301,7 +325,31 @@ impl Shop {
         key: &str,
         quantity: u64,
     ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
-        let facts = self.facts(id).await?;
+        let mut facts = self.facts(id).await?;
+        loop {
+            let mut answer = self.purchase_in(&facts, buyer, key, quantity).await?;
+            if answer.decision == Decision::Refused(Refusal::Closed) {
+                if let Some(next) = &facts.next {
+                    facts = Arc::clone(next);
+                    continue;
+                }
+                // Its round is not there yet.
+                if let Some(upcoming) = facts.upcoming {
+                    let opens_at_ms = upcoming.opens_at_ms;
+                    answer.decision = Decision::Refused(Refusal::NotOpen { opens_at_ms });
+                }
+            }
+            return Ok((answer, facts));
+        }
+    }
+
+    async fn purchase_in(
+        &self,
+        facts: &SaleFacts,
+        buyer: BuyerId,
+        key: &str,
+        quantity: u64,
+    ) -> Result<Answer, SaleError> {
         let engine = self.engine(facts.partition)?;
         let owner = if faults::bug("key_of_everybody") {
             BuyerId(Uuid::nil())
@@ -318,7 +366,7 @@ impl Shop {
             redeem: false,
             archive: engine.archived_rounds(facts.round_id()),
         };
-        Ok((self.decide(engine, purchase).await?, facts))
+        self.decide(engine, purchase).await
     }
 
     /// Has a purchase decided, and gives what may be told of it. PostgreSQL is asked first whether
@@ -481,11 +529,21 @@ impl Shop {
         intent: Intent,
         actor: Uuid,
     ) -> Result<SaleView, SaleError> {
-        let facts = self.facts(id).await?;
+        let mut facts = self.facts(id).await?;
         let engine = self.engine(facts.partition)?;
-        match engine.control(facts.round_id(), intent, actor).await? {
-            (Controlled::Done | Controlled::Already, standing) => self.seen(facts, standing),
-            (Controlled::Closed, _) => Err(SaleError::Conflict("The sale is closed.")),
+        loop {
+            let (controlled, standing) = engine.control(facts.round_id(), intent, actor).await?;
+            match (controlled, &facts.next) {
+                // Who asks twice for the end of a round does not end the one after it.
+                (Controlled::Done | Controlled::Already, Some(_)) if intent == Intent::Closed => {
+                    return self.stand(facts).await;
+                }
+                (Controlled::Done | Controlled::Already, _) => return self.seen(facts, standing),
+                (Controlled::Closed, Some(next)) => facts = Arc::clone(next),
+                (Controlled::Closed, None) => {
+                    return Err(SaleError::Conflict("The sale is closed."));
+                }
+            }
         }
     }
 
@@ -501,20 +559,25 @@ impl Shop {
         actor: Uuid,
         key: &str,
     ) -> Result<(SaleView, bool), SaleError> {
-        let facts = self.facts(id).await?;
+        let mut facts = self.facts(id).await?;
         let operation = OperationId::derive(&format!("restock {id}"), actor, key);
         let fingerprint = Fingerprint::restock(units);
         let engine = self.engine(facts.partition)?;
-        let round = facts.round_id();
-        let (restocked, standing) = engine
-            .restock(round, units, operation, fingerprint, actor)
-            .await?;
-        match restocked {
-            Restocked::Done => Ok((self.seen(facts, standing)?, false)),
-            Restocked::Replayed => Ok((self.seen(facts, standing)?, true)),
-            Restocked::Mismatch => Err(SaleError::Mismatch),
-            Restocked::Closed => Err(SaleError::Conflict("The sale is closed.")),
-            Restocked::TooMany => Err(SaleError::TooMany),
+        loop {
+            let (restocked, standing) = engine
+                .restock(facts.round_id(), units, operation, fingerprint, actor)
+                .await?;
+            return match (restocked, &facts.next) {
+                (Restocked::Done, _) => Ok((self.seen(facts, standing)?, false)),
+                (Restocked::Replayed, _) => Ok((self.seen(facts, standing)?, true)),
+                (Restocked::Mismatch, _) => Err(SaleError::Mismatch),
+                (Restocked::TooMany, _) => Err(SaleError::TooMany),
+                (Restocked::Closed, Some(next)) => {
+                    facts = Arc::clone(next);
+                    continue;
+                }
+                (Restocked::Closed, None) => Err(SaleError::Conflict("The sale is closed.")),
+            };
         }
     }
 
@@ -530,8 +593,11 @@ impl Shop {
         limit: usize,
     ) -> Result<(LeaderboardPage, Arc<SaleFacts>), SaleError> {
         let facts = self.facts(id).await?;
-        let round = round.unwrap_or(facts.round);
-        if !(1..=facts.round).contains(&round) {
+        // Between rounds it is the last one that people want to see.
+        let begun = facts.terms.window.opens_at_ms <= self.now_ms(facts.partition);
+        let present = if begun { facts.round } else { facts.round - 1 };
+        let round = round.unwrap_or(present.max(1));
+        if !(1..=facts.last().round).contains(&round) {
             return Err(SaleError::NotFound);
         }
         let round = RoundId {

@@ -109,11 +109,14 @@ impl OpenSales {
     fn pick(&self, products: &[ProductId], now: DateTime<Utc>) -> Vec<Arc<SaleFacts>> {
         let now_ms = now.timestamp_millis();
         let known = self.known();
-        let open = |sale: &&Arc<SaleFacts>| {
+        let open = |sale: &Arc<SaleFacts>| {
+            let sale = Arc::clone(sale).at(now_ms);
             let window = sale.terms.window;
-            window.opens_at_ms <= now_ms && window.closes_at_ms.is_none_or(|end| now_ms < end)
+            let open =
+                window.opens_at_ms <= now_ms && window.closes_at_ms.is_none_or(|end| now_ms < end);
+            open.then_some(sale)
         };
-        let newest = |id| known.get(id).and_then(|(_, sales)| sales.iter().find(open));
-        products.iter().filter_map(newest).cloned().collect()
+        let newest = |id| known.get(id)?.1.iter().find_map(open);
+        products.iter().filter_map(newest).collect()
     }
 }

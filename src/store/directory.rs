@@ -1,18 +1,20 @@
 //! Which sale an id or a number means, from memory.
 //!
-//! Every purchase asks, so the answer must not cost a query. What it says does not change while a
-//! round runs; whoever changes a sale calls [`Directory::invalidate`].
+//! Every purchase asks, so the answer must not cost a query. What it says of a round does not change
+//! while it runs; whoever changes a sale calls [`Directory::invalidate`], and of sales with a
+//! schedule the rounds to come are read anew all the time, one query for all of them. Until that has
+//! an answer the old one counts: PostgreSQL may be away for a while.
 
 use std::{
     collections::{HashMap, HashSet},
     hash::Hash,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
 
 use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
+    sync::{Notify, mpsc, oneshot},
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -31,6 +33,10 @@ const UNKNOWN_FOR: Duration = Duration::from_secs(1);
 const QUESTIONS_MAX: usize = 1_024;
 /// Questions that one query answers.
 const QUERY_MAX: usize = 256;
+
+/// The time between two looks for new rounds of sales with a schedule. The next round is there a
+/// whole window ahead.
+const REFRESH_PERIOD: Duration = Duration::from_millis(500);
 
 /// What a sale is asked for by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,6 +57,7 @@ struct Question {
 pub struct Directory {
     memory: Arc<RwLock<Memory>>,
     questions: mpsc::Sender<Question>,
+    refresh: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -90,6 +97,7 @@ impl Memory {
             return;
         }
         if self.sales.len() >= SALES_MAX
+            && !self.sales.contains_key(&facts.id)
             && let Some(any) = self.sales.keys().next().copied()
         {
             self.forget(any);
@@ -122,8 +130,31 @@ impl Directory {
     pub fn new(database: Database) -> Self {
         let memory = Arc::new(RwLock::default());
         let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
-        tokio::spawn(answer(Sales::new(database), Arc::clone(&memory), asked));
-        Self { memory, questions }
+        let sales = Sales::new(database);
+        let refresh = Arc::new(Notify::new());
+        tokio::spawn(keep_fresh(
+            sales.clone(),
+            Arc::downgrade(&memory),
+            Arc::clone(&refresh),
+        ));
+        tokio::spawn(answer(sales, Arc::clone(&memory), asked));
+        Self {
+            memory,
+            questions,
+            refresh,
+        }
+    }
+
+    /// What is remembered of a sale: no question, no wait.
+    pub fn remembered(&self, id: SaleId) -> Option<Arc<SaleFacts>> {
+        read(&self.memory).sales.get(&id).cloned()
+    }
+
+    /// Reads rounds to come soon: there are new ones of this sale.
+    pub fn refresh(&self, sale: SaleNumber) {
+        if read(&self.memory).numbers.contains_key(&sale) {
+            self.refresh.notify_one();
+        }
     }
 
     /// The sale with this id.
@@ -168,6 +199,38 @@ impl Directory {
             .await
             .map_err(|_| gone(()))?;
         answered.await.map_err(|_| gone(()))?
+    }
+}
+
+/// Reads all remembered sales with a schedule again and again, for as long as there is a directory.
+async fn keep_fresh(sales: Sales, memory: Weak<RwLock<Memory>>, refresh: Arc<Notify>) {
+    loop {
+        // Both ways: told, or after a while. Told or not is all the same.
+        let _ = timeout(REFRESH_PERIOD, refresh.notified()).await;
+        let Some(memory) = memory.upgrade() else {
+            return;
+        };
+        let (ids, generation) = {
+            let memory = read(&memory);
+            let ids = memory.sales.values().filter(|sale| sale.schedule.is_some());
+            (
+                ids.map(|sale| sale.id).collect::<Vec<_>>(),
+                memory.generation,
+            )
+        };
+        for ids in ids.chunks(QUERY_MAX) {
+            // Nobody waits for it: the next look may have an answer.
+            let Ok(found) = sales.by_ids_or_numbers(ids.to_vec(), vec![]).await else {
+                break;
+            };
+            let mut memory = write(&memory);
+            if memory.generation != generation {
+                break;
+            }
+            for sale in found {
+                memory.remember(&sale.facts);
+            }
+        }
     }
 }
 

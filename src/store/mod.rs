@@ -15,6 +15,7 @@ pub mod rebuild;
 pub mod receipt_keys;
 pub mod rounds;
 pub mod sales;
+pub mod schedules;
 pub mod sessions;
 pub mod users;
 

@@ -1,6 +1,6 @@
 //! Sales and their current round, in the form that everything else reads them.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
@@ -13,10 +13,11 @@ use super::{
 use crate::domain::{
     id::{Fingerprint, Partition, ProductId, RoundId, SaleId, SaleNumber},
     order::Mode,
-    round::{Counters, Intent, State, Terms},
+    round::{Counters, Intent, State, Terms, Window},
+    schedule::{Progress, Schedule},
 };
 
-/// What does not change while a round runs.
+/// A sale in one of its rounds: what does not change while the round runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SaleFacts {
     /// Its name in the API.
@@ -33,12 +34,20 @@ pub struct SaleFacts {
     pub small_print: Option<String>,
     /// What it asks of its acceptances; fixed when it is made.
     pub durability: Mode,
-    /// The current round: 1, 2, 3 ….
+    /// The round: 1, 2, 3 ….
     pub round: u32,
-    /// The rules of the current round.
+    /// The rules of the round.
     pub terms: Terms,
-    /// Whether Redis has the current round. Until then nothing is sold.
+    /// Whether Redis has the round. Until then nothing is sold.
     pub provisioned: bool,
+    /// When its rounds open, if it opens more than once.
+    pub schedule: Option<Arc<Schedule>>,
+    /// How far that has been carried out.
+    pub progress: Progress,
+    /// The same sale in the round that comes after this one, if Redis has it.
+    pub next: Option<Arc<SaleFacts>>,
+    /// The window behind the last round that Redis has, if the schedule has one.
+    pub upcoming: Option<Window>,
     /// Counts changes; the `ETag`.
     pub version: i64,
     /// Which operator made it.
@@ -50,12 +59,42 @@ pub struct SaleFacts {
 }
 
 impl SaleFacts {
-    /// The current round.
+    /// The round.
     pub fn round_id(&self) -> RoundId {
         RoundId {
             sale: self.number,
             round: self.round,
         }
+    }
+
+    /// The same sale in the round that it is in at `now_ms`, by Redis' clock: the first whose window
+    /// has not passed, else the last.
+    pub fn at(self: Arc<Self>, now_ms: i64) -> Arc<Self> {
+        let mut facts = self;
+        while let Some(next) = &facts.next
+            && facts
+                .terms
+                .window
+                .closes_at_ms
+                .is_some_and(|end| now_ms >= end)
+        {
+            facts = Arc::clone(next);
+        }
+        facts
+    }
+
+    /// Whether there is a round after this one, or will be.
+    pub fn goes_on(&self) -> bool {
+        self.next.is_some() || self.upcoming.is_some()
+    }
+
+    /// The last round that Redis has.
+    pub fn last(&self) -> &Self {
+        let mut facts = self;
+        while let Some(next) = &facts.next {
+            facts = next;
+        }
+        facts
     }
 }
 
@@ -89,6 +128,8 @@ pub struct NewSale {
     pub durability: Mode,
     /// The rules of its first round, checked.
     pub terms: Terms,
+    /// When its rounds open, if it opens more than once: the first one in the window of `terms`.
+    pub schedule: Option<Schedule>,
     /// Which operator makes it.
     pub created_by: Uuid,
 }
@@ -161,12 +202,61 @@ struct Columns {
     held: i64,
     sold: i64,
     seq: i64,
+    schedule: Option<serde_json::Value>,
+    planned_until: Option<DateTime<Utc>>,
+    windows_planned: Option<i32>,
+}
+
+/// Reads a schedule and how far it has been carried out.
+pub(super) fn schedule(
+    schedule: Option<serde_json::Value>,
+    planned_until: Option<DateTime<Utc>>,
+    windows_planned: Option<i32>,
+) -> Result<Option<(Schedule, Progress)>, StoreError> {
+    let (Some(schedule), Some(until), Some(windows)) = (schedule, planned_until, windows_planned)
+    else {
+        return Ok(None);
+    };
+    let schedule = serde_json::from_value(schedule)
+        .map_err(|error| unreadable(format!("schedule: {error}")))?;
+    let progress = Progress {
+        until_ms: until.timestamp_millis(),
+        windows: windows.cast_unsigned(),
+    };
+    Ok(Some((schedule, progress)))
+}
+
+/// Puts the rounds of each sale behind its first one. Rows come in order of sale and round.
+fn chain(rows: Vec<Columns>) -> Result<Vec<Sale>, StoreError> {
+    let mut chains: Vec<Vec<Sale>> = Vec::new();
+    for row in rows {
+        let sale = Sale::try_from(row)?;
+        match chains.last_mut() {
+            // What Redis does not have yet is no round to turn to.
+            Some(chain) if chain[0].facts.number == sale.facts.number => {
+                if sale.facts.provisioned {
+                    chain.push(sale);
+                }
+            }
+            _ => chains.push(vec![sale]),
+        }
+    }
+    let linked = chains.into_iter().filter_map(|chain| {
+        chain.into_iter().rev().reduce(|later, mut sale| {
+            let facts = Arc::make_mut(&mut sale.facts);
+            facts.next = Some(later.facts);
+            facts.upcoming = None;
+            sale
+        })
+    });
+    Ok(linked.collect())
 }
 
 impl TryFrom<Columns> for Sale {
     type Error = StoreError;
 
     fn try_from(row: Columns) -> Result<Self, StoreError> {
+        let planned = schedule(row.schedule, row.planned_until, row.windows_planned)?;
         let facts = SaleFacts {
             id: SaleId(row.id),
             number: SaleNumber(row.number.cast_unsigned()),
@@ -185,6 +275,14 @@ impl TryFrom<Columns> for Sale {
                 allocation: row.initial_allocation.cast_unsigned(),
             },
             provisioned: row.provisioned_at.is_some(),
+            next: None,
+            upcoming: planned
+                .as_ref()
+                .and_then(|(schedule, progress)| schedule.next(*progress)),
+            progress: planned
+                .as_ref()
+                .map_or_else(Progress::default, |plan| plan.1),
+            schedule: planned.map(|(schedule, _)| Arc::new(schedule)),
             version: row.version,
             created_by: row.created_by,
             created_at: row.created_at,
@@ -204,20 +302,23 @@ impl TryFrom<Columns> for Sale {
     }
 }
 
-/// Selects sales with their current round; the macro keeps each one checked against the schema.
+/// Selects sales with the rounds from which on they may not be over; the macro keeps each one checked
+/// against the schema.
 macro_rules! select {
     ($tail:literal, $($argument:expr),* $(,)?) => {
         sqlx::query_as!(
             Columns,
             "SELECT sales.id, sales.number, sales.partition, sales.product_id, sales.name,
-                    sales.terms, sales.durability, sales.round, sales.version, sales.created_by, sales.created_at,
+                    sales.terms, sales.durability, rounds.round, sales.version, sales.created_by, sales.created_at,
                     sales.updated_at, sales.request_fingerprint, rounds.unit_price, rounds.currency,
                     rounds.initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
                     rounds.opens_at, rounds.closes_at, rounds.provisioned_at, rounds.intent,
-                    rounds.allocation, rounds.remaining, rounds.held, rounds.sold, rounds.seq
+                    rounds.allocation, rounds.remaining, rounds.held, rounds.sold, rounds.seq,
+                    sales.schedule, sales.planned_until, sales.windows_planned
              FROM sales
-             JOIN rounds ON rounds.sale = sales.number AND rounds.round = sales.round "
-            + $tail,
+             JOIN rounds ON rounds.sale = sales.number AND rounds.round >= sales.round "
+            + $tail
+            + " ORDER BY sales.number, rounds.round",
             $($argument),*
         )
     };
@@ -243,6 +344,8 @@ impl Sales {
         self.database
             .run(async move |pool| {
                 let terms = sale.terms;
+                let schedule = sale.schedule.as_ref().map(serde_json::to_value).transpose();
+                let schedule = schedule.map_err(|error| unreadable(error.to_string()))?;
                 let opens_at = DateTime::from_timestamp_millis(terms.window.opens_at_ms);
                 let closes_at = terms
                     .window
@@ -253,9 +356,13 @@ impl Sales {
                          INSERT INTO sales (id, partition, product_id, name, terms, price_amount,
                                             price_currency, allocation, per_buyer_limit,
                                             per_order_limit, opens_at, closes_at, durability,
-                                            payment, created_by, request_fingerprint)
+                                            payment, created_by, request_fingerprint, schedule,
+                                            planned_until, windows_planned, plan_at)
                          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
-                                 'none', $14, $15)
+                                 'none', $14, $15, $16,
+                                 CASE WHEN $16::jsonb IS NOT NULL THEN $11::timestamptz END,
+                                 CASE WHEN $16::jsonb IS NOT NULL THEN 1 END,
+                                 CASE WHEN $16::jsonb IS NOT NULL THEN $11::timestamptz END)
                          ON CONFLICT (id) DO NOTHING
                          RETURNING number, round
                      )
@@ -278,6 +385,7 @@ impl Sales {
                     sale.durability.as_str(),
                     sale.created_by,
                     sale.fingerprint.0.as_slice(),
+                    schedule,
                 )
                 .execute(&pool)
                 .await;
@@ -293,11 +401,15 @@ impl Sales {
                     }
                     Err(error) => return Err(error.into()),
                 };
-                let row = select!("WHERE sales.id = $1", sale.id.0)
-                    .fetch_one(&pool)
+                let rows = select!("WHERE sales.id = $1", sale.id.0)
+                    .fetch_all(&pool)
                     .await?;
-                let asked_before = row.request_fingerprint == sale.fingerprint.0;
-                let stored = Sale::try_from(row)?;
+                let asked_before = rows
+                    .first()
+                    .is_some_and(|row| row.request_fingerprint == sale.fingerprint.0);
+                let stored = chain(rows)?
+                    .pop()
+                    .ok_or_else(|| unreadable(format!("sale {} without a round", sale.id)))?;
                 Ok(match (new, asked_before) {
                     (true, _) => Inserted::New(stored),
                     (false, true) => Inserted::Replayed(stored),
@@ -339,18 +451,31 @@ impl Sales {
             .collect();
         self.database
             .run(async move |pool| {
-                select!(
+                let rows = select!(
                     "WHERE sales.id = ANY ($1) OR sales.number = ANY ($2)",
                     &ids,
                     &numbers
-                )
-                .fetch_all(&pool)
-                .await?
-                .into_iter()
-                .map(Sale::try_from)
-                .collect()
+                );
+                chain(rows.fetch_all(&pool).await?)
             })
             .await
+    }
+
+    /// These sales as they are at `now`, in this order.
+    async fn in_order(
+        &self,
+        numbers: Vec<i32>,
+        now: DateTime<Utc>,
+    ) -> Result<Vec<Arc<SaleFacts>>, StoreError> {
+        let number = |number: &i32| SaleNumber(number.cast_unsigned());
+        let asked = numbers.iter().map(number).collect();
+        let found = self.by_ids_or_numbers(vec![], asked).await?;
+        let mut found: HashMap<_, _> = found
+            .into_iter()
+            .map(|sale| (sale.facts.number, sale.facts.at(now.timestamp_millis())))
+            .collect();
+        let facts = numbers.iter().filter_map(|n| found.remove(&number(n)));
+        Ok(facts.collect())
     }
 
     /// Changes what is said about a sale, if it has this version; `None` stays. What a running round
@@ -399,38 +524,43 @@ impl Sales {
             .await
     }
 
-    /// A page of sales, newest first. Intent and counters are as old as the writer is behind.
+    /// A page of sales, newest first, by what PostgreSQL knows: it may be behind.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn list(&self, filter: Filter) -> Result<Vec<Sale>, StoreError> {
-        self.database
+    pub async fn list(&self, filter: Filter) -> Result<Vec<Arc<SaleFacts>>, StoreError> {
+        let numbers = self
+            .database
             .run(async move |pool| {
                 // The same order of questions as in domain::round::state.
-                select!(
-                    "WHERE provisioned_at IS NOT NULL
-                       AND ($1::text IS NULL OR $1 =
-                            CASE WHEN rounds.intent = 'closed' OR rounds.closes_at <= $2 THEN 'closed'
-                                 WHEN rounds.opens_at > $2 THEN 'scheduled'
-                                 WHEN rounds.intent = 'paused' OR rounds.grace_until > $2 THEN 'paused'
-                                 ELSE 'open' END)
-                       AND ($3::uuid IS NULL OR sales.product_id = $3)
-                       AND ($4::int IS NULL OR sales.number < $4)
-                     ORDER BY sales.number DESC
-                     LIMIT $5",
-                    filter.state.map(State::as_str),
-                    filter.now,
-                    filter.product.map(|id| id.0),
-                    filter.after.map(|number| number.0.cast_signed()),
-                    filter.limit
+                Ok::<_, StoreError>(
+                    sqlx::query_scalar!(
+                        "SELECT sales.number FROM sales
+                         JOIN rounds ON rounds.sale = sales.number
+                          AND rounds.round = current_round(sales.number, sales.round, $2)
+                         WHERE ($1::text IS NULL OR $1 =
+                                CASE WHEN rounds.intent IN ('closed', 'settled', 'archived')
+                                       OR rounds.closes_at <= $2 THEN 'closed'
+                                     WHEN rounds.opens_at > $2 THEN 'scheduled'
+                                     WHEN rounds.intent = 'paused' OR rounds.grace_until > $2
+                                     THEN 'paused'
+                                     ELSE 'open' END)
+                           AND ($3::uuid IS NULL OR sales.product_id = $3)
+                           AND ($4::int IS NULL OR sales.number < $4)
+                         ORDER BY sales.number DESC
+                         LIMIT $5",
+                        filter.state.map(State::as_str),
+                        filter.now,
+                        filter.product.map(|id| id.0),
+                        filter.after.map(|number| number.0.cast_signed()),
+                        filter.limit
+                    )
+                    .fetch_all(&pool)
+                    .await?,
                 )
-                .fetch_all(&pool)
-                .await?
-                .into_iter()
-                .map(Sale::try_from)
-                .collect()
             })
-            .await
+            .await?;
+        self.in_order(numbers, filter.now).await
     }
 
     /// The sales that are not closed at `now` and that Redis has, newest first, at most `limit`.
@@ -442,24 +572,27 @@ impl Sales {
         now: DateTime<Utc>,
         limit: i64,
     ) -> Result<Vec<Arc<SaleFacts>>, StoreError> {
-        self.database
+        let numbers = self
+            .database
             .run(async move |pool| {
-                select!(
-                    "WHERE rounds.intent <> 'closed'
-                       AND (rounds.closes_at IS NULL OR rounds.closes_at > $1)
-                       AND rounds.provisioned_at IS NOT NULL
-                     ORDER BY sales.number DESC
-                     LIMIT $2",
-                    now,
-                    limit
+                Ok::<_, StoreError>(
+                    sqlx::query_scalar!(
+                        "SELECT sales.number FROM sales
+                         JOIN rounds ON rounds.sale = sales.number
+                          AND rounds.round = current_round(sales.number, sales.round, $1)
+                         WHERE rounds.intent IN ('live', 'paused')
+                           AND (rounds.closes_at IS NULL OR rounds.closes_at > $1)
+                         ORDER BY sales.number DESC
+                         LIMIT $2",
+                        now,
+                        limit
+                    )
+                    .fetch_all(&pool)
+                    .await?,
                 )
-                .fetch_all(&pool)
-                .await?
-                .into_iter()
-                .map(|row| Sale::try_from(row).map(|sale| sale.facts))
-                .collect()
             })
-            .await
+            .await?;
+        self.in_order(numbers, now).await
     }
 
     /// The sales of these products whose window, as far as PostgreSQL knows it, begins before
@@ -474,25 +607,29 @@ impl Sales {
         until: DateTime<Utc>,
     ) -> Result<Vec<Arc<SaleFacts>>, StoreError> {
         let products: Vec<Uuid> = products.into_iter().map(|id| id.0).collect();
-        self.database
+        let numbers = self
+            .database
             .run(async move |pool| {
-                select!(
-                    "WHERE sales.product_id = ANY ($1)
-                       AND rounds.provisioned_at IS NOT NULL
-                       AND rounds.intent <> 'closed'
-                       AND rounds.opens_at <= $3
-                       AND (rounds.closes_at IS NULL OR rounds.closes_at > $2)
-                     ORDER BY sales.number DESC",
-                    &products,
-                    now,
-                    until
+                Ok::<_, StoreError>(
+                    sqlx::query_scalar!(
+                        "SELECT DISTINCT sales.number FROM sales
+                         JOIN rounds ON rounds.sale = sales.number
+                          AND rounds.round >= sales.round
+                         WHERE sales.product_id = ANY ($1)
+                           AND rounds.provisioned_at IS NOT NULL
+                           AND rounds.intent IN ('live', 'paused')
+                           AND rounds.opens_at <= $3
+                           AND (rounds.closes_at IS NULL OR rounds.closes_at > $2)
+                         ORDER BY sales.number DESC",
+                        &products,
+                        now,
+                        until
+                    )
+                    .fetch_all(&pool)
+                    .await?,
                 )
-                .fetch_all(&pool)
-                .await?
-                .into_iter()
-                .map(|row| Sale::try_from(row).map(|sale| sale.facts))
-                .collect()
             })
-            .await
+            .await?;
+        self.in_order(numbers, now).await
     }
 }

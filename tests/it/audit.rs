@@ -102,6 +102,7 @@ impl Stall {
                 unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
                 allocation: 5_000,
             },
+            schedule: None,
             created_by: ACTOR,
         };
         let inserted = Sales::new(database.clone()).insert(sale).await.unwrap();

@@ -573,3 +573,64 @@ async fn there_are_no_events_of_a_sale_that_does_not_exist() {
     }
     app.finish().await;
 }
+
+#[tokio::test]
+async fn every_subscriber_sees_the_end_of_a_round_and_then_the_next() {
+    let app = App::start().await;
+    let at = |ms| {
+        let at = clock::now() + TimeDelta::milliseconds(ms);
+        at.to_rfc3339_opts(SecondsFormat::Millis, true)
+    };
+    let (end, next) = (at(1_000), at(2_000));
+    let sale = app.sale(json!({ "allocation": 5 })).await;
+    let body = json!({
+        "product_id": sale["product_id"], "allocation": 3, "per_buyer_limit": 2,
+        "schedule": { "windows": [
+            { "opens_at": at(0), "closes_at": end },
+            { "opens_at": end, "closes_at": next },
+            { "opens_at": at(2_500), "closes_at": at(60_000) },
+        ]},
+    });
+    let sale = send(app.operate(Method::POST, "/v1/sales").json(&body)).await;
+    let sale = sale.expect(201).json();
+    let sale = id(&sale).to_owned();
+    let path = format!("/v1/sales/{sale}/events");
+    let mut streams = [
+        Subscriber::connect(&app, &path, None).await,
+        Subscriber::connect(&app, "/v1/events", None).await,
+    ];
+    app.buy(&sale, clock::new_id(), "k", 2).await.expect(201);
+    for stream in &mut streams {
+        let mut seen = Vec::new();
+        let of_sale = async {
+            loop {
+                let event = stream.event().await;
+                if event.sale() != sale {
+                    continue;
+                }
+                let what = (event.data["round"].as_u64(), event.data["state"].clone());
+                if seen.last() != Some(&what) {
+                    seen.push(what.clone());
+                }
+                match (what.0, what.1.as_str()) {
+                    // The last of a round is not lost.
+                    (Some(1), Some("closed")) => assert_eq!(event.data["sold"], 2),
+                    (Some(3), Some("open")) => return,
+                    _ => {}
+                }
+            }
+        };
+        timeout(PATIENCE, of_sale).await.unwrap();
+        let expected = [
+            (1, "open"),
+            (1, "closed"),
+            (2, "open"),
+            (2, "closed"),
+            (3, "scheduled"),
+            (3, "open"),
+        ];
+        let expected = expected.map(|(round, state)| (Some(round), json!(state)));
+        assert_eq!(seen, expected);
+    }
+    app.finish().await;
+}

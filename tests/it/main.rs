@@ -30,6 +30,7 @@ mod receipts;
 mod refusals;
 mod replica;
 mod rounds_end;
+mod schedules;
 mod selling;
 mod standby;
 mod support;

@@ -103,6 +103,7 @@ impl Shop {
                 unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
                 allocation: 10_000,
             },
+            schedule: None,
             created_by: ACTOR,
         };
         let inserted = Sales::new(database.clone()).insert(sale).await.unwrap();

@@ -142,8 +142,11 @@ impl Auditor {
         let Some(sale) = self.sales.by_id(sale).await? else {
             return Ok(None);
         };
-        self.round(&sale.facts, round.unwrap_or(sale.facts.round))
-            .await
+        let mut facts = sale.facts;
+        if let Some(now_ms) = self.engine(facts.partition)?.redis_ms() {
+            facts = facts.at(now_ms);
+        }
+        self.round(&facts, round.unwrap_or(facts.round)).await
     }
 
     /// Audits a round. Looks again, for about a second, while its last entry is being stored.

@@ -18,7 +18,7 @@ use rustix::process::{Resource, getrlimit};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     net::{TcpListener, TcpSocket},
-    sync::watch,
+    sync::{Notify, watch},
 };
 
 use crate::{
@@ -32,8 +32,11 @@ use crate::{
     },
     catalogue::{Catalogue, Painter},
     clock,
-    config::{self, Config, Endpoints},
-    domain::{durability::Lack, id::Partition, order::Mode, receipt::ReceiptKeys},
+    config::{self, Config, Endpoints, Stores as Source, Switch},
+    domain::{
+        durability::Lack, id::Partition, order::Mode, payment::Gateway as GatewayName,
+        receipt::ReceiptKeys,
+    },
     engine::{Cache, Engine, EngineOptions, Engines, Fence, RedisUrl},
     faults,
     http::{self, AccessLog, HttpSettings, HttpState, Listener},
@@ -46,9 +49,10 @@ use crate::{
         recovery::Recovery,
         trimming::Trimmer,
     },
+    payments::{Gateway, Gateways, Paypal, PaypalSettings, Sandbox, Stripe, StripeSettings},
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, OpenSales, Pseudonyms, RoundKeeper, Shop},
+    sales::{Archive, Commits, OpenSales, Pseudonyms, RoundKeeper, Shop, Till},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
@@ -59,16 +63,21 @@ use crate::{
         incidents::Incidents,
         journal::{Ledger, Positions},
         orders::Orders,
+        payments::Payments,
         products::Products,
         receipt_keys,
         rounds::Rounds,
         sales::Sales,
+        sandbox::ToyBank,
         schedules::Schedules,
         sessions::Sessions,
         users::Users,
     },
     writer::{State, Writer},
 };
+
+/// How much sooner than its request a payment is answered, in milliseconds.
+const REQUEST_MARGIN_MS: u64 = 1_000;
 
 /// The time between two looks at what the metrics and `/readyz` show.
 const LOOK: Duration = Duration::from_millis(200);
@@ -271,6 +280,7 @@ fn housekeeping(
         engines: stores.engines.clone(),
         endings: Endings::new(stores.database.clone()),
         orders: Orders::new(stores.database.clone()),
+        payments: Payments::new(stores.database.clone()),
         key: certificate_key(config)?,
         settle_after: seconds(config.settle_after),
         archive_after: seconds(config.archive_after),
@@ -497,6 +507,24 @@ async fn serve(
         Ok(())
     });
 
+    let (gateways, sandbox) = gateways(config, database)?;
+    let till = Arc::new(Till {
+        shop: Arc::clone(&shop),
+        payments: Payments::new(database.clone()),
+        gateways: gateways.clone(),
+        sandbox: sandbox.clone(),
+        // The answer has to be there before the request is given up.
+        patience: Duration::from_millis(config.request_timeout_ms - REQUEST_MARGIN_MS),
+        due: Notify::new(),
+    });
+    let (worker, stop) = (Arc::clone(&till), life.token(Stage::Background));
+    let engines = stores.engines.clone();
+    life.spawn(Stage::Background, "payments", async move {
+        let _ = stop.run_until_cancelled(engines.verified()).await;
+        worker.run(stop).await;
+        Ok(())
+    });
+
     let files = Files::of_this_process(config.database_pool);
     let hub = Hub::new(
         stores.engines.clone(),
@@ -534,6 +562,9 @@ async fn serve(
         ),
         painter: Painter::default(),
         shop: Arc::clone(&shop),
+        till,
+        gateways,
+        sandbox,
         auditor,
         incidents: Incidents::new(database.clone()),
         endings: Endings::new(database.clone()),
@@ -562,6 +593,63 @@ async fn serve(
         app.admin_addr = Some(listen(addr, router, connections, "admin", life)?);
     }
     Ok(())
+}
+
+/// The gateways that the configuration has, and the toy bank by itself: it has to be asked for its
+/// webhooks.
+fn gateways(
+    config: &Config,
+    database: &Database,
+) -> anyhow::Result<(Gateways, Option<Arc<Sandbox>>)> {
+    let mut gateways = Gateways::new();
+    let embedded = matches!(config.stores(), Ok(Source::Embedded));
+    let sandbox = match (config.sandbox, &config.jwt_secret) {
+        (Some(Switch::Off), _) | (None, None) => None,
+        (None, _) if !embedded => None,
+        (Some(Switch::On) | None, secret) => {
+            let secret = secret.as_ref().context("STOCKADE_JWT_SECRET is not set")?;
+            let secret = format!("sandbox webhooks {}", secret.expose_secret());
+            let sandbox = Arc::new(Sandbox::new(
+                ToyBank::new(database.clone()),
+                SecretString::from(secret),
+            ));
+            gateways.add(
+                GatewayName::Sandbox,
+                Arc::clone(&sandbox) as Arc<dyn Gateway>,
+            );
+            Some(sandbox)
+        }
+    };
+    if let (Some(key), Some(secrets)) = (&config.stripe_secret_key, &config.stripe_webhook_secret) {
+        let settings = StripeSettings {
+            url: config.stripe_url.clone(),
+            secret_key: key.clone(),
+            webhook_secrets: secrets
+                .expose_secret()
+                .split(',')
+                .map(|secret| SecretString::from(secret.trim()))
+                .collect(),
+            return_url: config.payment_return_url.clone(),
+        };
+        let stripe = Stripe::new(settings).context("Stripe cannot be reached over TLS")?;
+        gateways.add(GatewayName::Stripe, Arc::new(stripe));
+    }
+    if let (Some(id), Some(secret), Some(webhook)) = (
+        &config.paypal_client_id,
+        &config.paypal_client_secret,
+        &config.paypal_webhook_id,
+    ) {
+        let settings = PaypalSettings {
+            url: config.paypal_url.clone(),
+            client_id: id.clone(),
+            client_secret: secret.clone(),
+            webhook_id: webhook.clone(),
+            return_url: config.payment_return_url.clone(),
+        };
+        let paypal = Paypal::new(settings).context("PayPal cannot be reached over TLS")?;
+        gateways.add(GatewayName::Paypal, Arc::new(paypal));
+    }
+    Ok((gateways, sandbox))
 }
 
 /// Makes the configured operator, if there is none with that address. Gives the password that was

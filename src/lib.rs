@@ -1,7 +1,8 @@
 //! Stockade: a Redis-first flash-sale engine.
 //!
 //! The folders are the architecture; a module imports only from layers below it:
-//! `cli` → `app` `lifecycle` → `http` → `sales` → `writer` `realtime` `auth` `catalogue` `ops` `embedded` →
+//! `cli` → `app` `lifecycle` → `http` → `sales` → `writer` `realtime` `auth` `catalogue` `ops` `payments`
+//! `embedded` →
 //! `engine` `store` → `config` `metrics` `readiness` `clock` → `domain`.
 #![warn(missing_docs)]
 
@@ -18,6 +19,7 @@ pub mod http;
 pub mod lifecycle;
 pub mod metrics;
 pub mod ops;
+pub mod payments;
 pub mod readiness;
 pub mod realtime;
 pub mod sales;

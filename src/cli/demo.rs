@@ -89,6 +89,8 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         name: format!("{} drop", product.content.name),
         small_print: None,
         durability: Mode::Default,
+        payment: None,
+        refund_returns_units: true,
         terms,
         schedule: None,
         created_by: NOBODY,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use secrecy::SecretString;
 use serde::Deserialize;
 
-use super::values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability};
+use super::values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability, Switch};
 
 /// One key, as `stockade check-config` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +145,34 @@ keys! {
     /// it then, retries too.
     archive_after: u32 = "86400", shown, "STOCKADE_ARCHIVE_AFTER",
         danger: "retries of an archived round cost PostgreSQL a query each";
+    /// `on` or `off`: the sandbox, a gateway with toy money. Unset, it is on with embedded stores, off with others.
+    sandbox: Option<Switch> = unset, shown, "STOCKADE_SANDBOX",
+        danger: "orders of sales with the payment `sandbox` are paid with nothing";
+    /// Stripe's secret key (`sk_…` or a restricted `rk_…`). With the webhook's secret, sales may have the payment `stripe`.
+    stripe_secret_key: Option<SecretString> = unset, secret, "STOCKADE_STRIPE_SECRET_KEY",
+        danger: "who knows it can move the account's money";
+    /// Secret of Stripe's webhook to `/v1/webhooks/stripe` (`whsec_…`); two, separated by a comma, while it is changed.
+    stripe_webhook_secret: Option<SecretString> = unset, secret, "STOCKADE_STRIPE_WEBHOOK_SECRET",
+        danger: "";
+    /// Where Stripe's API is.
+    stripe_url: String = "https://api.stripe.com", shown, "STOCKADE_STRIPE_URL",
+        danger: "whoever answers there decides what is paid";
+    /// PayPal's client id of a REST application. With its secret and a webhook, sales may have the payment `paypal`.
+    paypal_client_id: Option<String> = unset, shown, "STOCKADE_PAYPAL_CLIENT_ID",
+        danger: "";
+    /// The secret of that application.
+    paypal_client_secret: Option<SecretString> = unset, secret, "STOCKADE_PAYPAL_CLIENT_SECRET",
+        danger: "who knows it can move the account's money";
+    /// PayPal's id of the webhook to `/v1/webhooks/paypal`.
+    paypal_webhook_id: Option<String> = unset, shown, "STOCKADE_PAYPAL_WEBHOOK_ID",
+        danger: "";
+    /// Where PayPal's API is; `https://api-m.sandbox.paypal.com` is its own sandbox.
+    paypal_url: String = "https://api-m.paypal.com", shown, "STOCKADE_PAYPAL_URL",
+        danger: "whoever answers there decides what is paid";
+    /// Where a gateway sends the buyer's browser back to (`https://shop.example/paid`). Without it, only
+    /// methods that need no redirection work with Stripe.
+    payment_return_url: Option<String> = unset, shown, "STOCKADE_PAYMENT_RETURN_URL",
+        danger: "";
     /// Secret that the key of the certificates is derived from: at least 32 bytes.
     /// Unset, it is derived from `STOCKADE_JWT_SECRET`.
     certificate_key: Option<SecretString> = unset, secret, "STOCKADE_CERTIFICATE_KEY",

@@ -21,7 +21,7 @@ use crate::faults;
 
 pub use endpoints::Endpoints;
 pub use keys::{Config, KEYS, Key};
-pub use values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability};
+pub use values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability, Switch};
 
 use crate::domain::{durability::Said, order::Durability, receipt::ReceiptKeys};
 
@@ -249,6 +249,58 @@ impl Config {
         }
     }
 
+    /// Half of a gateway takes money that nobody hears of.
+    fn check_gateways(&self) -> Result<(), ConfigError> {
+        match (&self.stripe_secret_key, &self.stripe_webhook_secret) {
+            (Some(_), None) => {
+                return Err(ConfigError::Relation(
+                    "STOCKADE_STRIPE_SECRET_KEY is set, but STOCKADE_STRIPE_WEBHOOK_SECRET is not: set both, or neither",
+                ));
+            }
+            (None, Some(_)) => {
+                return Err(ConfigError::Relation(
+                    "STOCKADE_STRIPE_WEBHOOK_SECRET is set, but STOCKADE_STRIPE_SECRET_KEY is not: set both, or neither",
+                ));
+            }
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        let paypal = [
+            self.paypal_client_id.is_some(),
+            self.paypal_client_secret.is_some(),
+            self.paypal_webhook_id.is_some(),
+        ];
+        if paypal.contains(&true) && paypal.contains(&false) {
+            return Err(ConfigError::Relation(
+                "STOCKADE_PAYPAL_CLIENT_ID, STOCKADE_PAYPAL_CLIENT_SECRET and STOCKADE_PAYPAL_WEBHOOK_ID belong together: set all, or none",
+            ));
+        }
+        for (key, url) in [
+            ("STOCKADE_STRIPE_URL", Some(&self.stripe_url)),
+            ("STOCKADE_PAYPAL_URL", Some(&self.paypal_url)),
+            (
+                "STOCKADE_PAYMENT_RETURN_URL",
+                self.payment_return_url.as_ref(),
+            ),
+        ] {
+            let Some(url) = url else { continue };
+            let parsed = url.parse::<hyper::Uri>();
+            let local = |host: &str| matches!(host, "127.0.0.1" | "localhost" | "[::1]");
+            let sound = parsed.is_ok_and(|parsed| match parsed.scheme_str() {
+                Some("https") => true,
+                // Money and keys do not travel in the clear.
+                Some("http") => parsed.host().is_some_and(local),
+                _ => false,
+            });
+            if !sound || url.ends_with('/') && key != "STOCKADE_PAYMENT_RETURN_URL" {
+                return Err(value(
+                    key,
+                    "must begin with https:// (http:// to this machine only), without a slash at the end",
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         within("STOCKADE_REPLICAS", self.replicas, 0, 5)?;
         within("STOCKADE_DATABASE_POOL", self.database_pool, 2, 500)?;
@@ -325,6 +377,7 @@ impl Config {
             }
         }
         self.receipt_keys()?;
+        self.check_gateways()?;
         if let Some(email) = &self.operator_email
             && !EmailAddress::is_valid(email)
         {

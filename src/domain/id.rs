@@ -53,6 +53,10 @@ uuid_id!(
     /// An operator's operation that must have one effect only; see [`OperationId::derive`].
     OperationId
 );
+uuid_id!(
+    /// A payment; see [`PaymentId::derive`].
+    PaymentId
+);
 
 /// The short name of a sale inside Redis and inside order ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -141,6 +145,19 @@ impl OperationId {
     pub fn derive(operation: &str, actor: Uuid, key: &str) -> Self {
         let bytes = digest(&[operation.as_bytes(), actor.as_bytes(), key.as_bytes()]);
         Self(Builder::from_custom_bytes(bytes).into_uuid())
+    }
+}
+
+impl PaymentId {
+    /// The id of what `buyer` pays with `key`; `what` names what is paid for.
+    pub fn derive(what: &str, buyer: BuyerId, key: &str) -> Self {
+        let parts: [&[u8]; 4] = [
+            b"payment",
+            what.as_bytes(),
+            buyer.0.as_bytes(),
+            key.as_bytes(),
+        ];
+        Self(Builder::from_custom_bytes(digest(&parts)).into_uuid())
     }
 }
 

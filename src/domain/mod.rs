@@ -11,6 +11,7 @@ pub mod limits;
 pub mod model;
 pub mod money;
 pub mod order;
+pub mod payment;
 pub mod receipt;
 pub mod round;
 pub mod schedule;

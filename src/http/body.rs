@@ -35,6 +35,24 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     }
 }
 
+/// The largest event of a gateway, in bytes: a payment has a few thousand.
+pub(super) const EVENT_BYTES_MAX: usize = 256 * 1024;
+
+/// A body byte by byte, as it was signed.
+pub(super) struct Raw(pub(super) axum::body::Bytes);
+
+impl<S: Sync> FromRequest<S> for Raw {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Problem> {
+        let bytes = axum::body::to_bytes(request.into_body(), EVENT_BYTES_MAX).await;
+        bytes.map(Self).map_err(|_| {
+            let detail = "The body is larger than 256 KiB, or ended early.";
+            Problem::new(Code::PayloadTooLarge, detail)
+        })
+    }
+}
+
 /// The same, but nothing instead of a body is as good.
 impl<S: Sync, T: DeserializeOwned> OptionalFromRequest<S> for Json<T> {
     type Rejection = Problem;

@@ -19,6 +19,7 @@ mod incidents;
 mod leaderboard;
 mod orders;
 mod page;
+mod payments;
 mod probes;
 pub mod problem;
 mod products;
@@ -53,9 +54,10 @@ use crate::{
     catalogue::{Catalogue, Painter},
     metrics::Metrics,
     ops::{auditor::Auditor, certificate::CertificateKey},
+    payments::{Gateways, Sandbox},
     readiness::Readiness,
     realtime::Hub,
-    sales::Shop,
+    sales::{Shop, Till},
     store::{endings::Endings, incidents::Incidents, products::Products},
 };
 use edge::{Edge, EdgeLayer};
@@ -78,6 +80,12 @@ pub struct Parts {
     pub painter: Painter,
     /// Sells.
     pub shop: Arc<Shop>,
+    /// Takes payments.
+    pub till: Arc<Till>,
+    /// Who moves the money.
+    pub gateways: Gateways,
+    /// The toy bank, if it is open.
+    pub sandbox: Option<Arc<Sandbox>>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
     /// What was lost.
@@ -118,6 +126,9 @@ parts! {
     catalogue: Catalogue,
     painter: Painter,
     shop: Arc<Shop>,
+    till: Arc<Till>,
+    gateways: Gateways,
+    sandbox: Option<Arc<Sandbox>>,
     auditor: Auditor,
     incidents: Incidents,
     endings: Endings,
@@ -157,6 +168,7 @@ fn resources() -> Vec<routes::Routes> {
         sales::routes(),
         rounds::routes(),
         orders::routes(),
+        payments::routes(),
         receipts::routes(),
         leaderboard::routes(),
         events::routes(),

@@ -21,6 +21,7 @@ use super::{
     check::{Check, Price, Timestamp},
     idempotency::{IDEMPOTENCY_REPLAYED, IdempotencyKey, REPLAYED},
     page::{Page, Pagination},
+    payments::PaymentView,
     problem::{Code, Problem},
     routes::{Access, Routes},
 };
@@ -35,8 +36,8 @@ use crate::{
     },
     engine::Answer,
     faults,
-    sales::{self, Shop},
-    store::{orders::Filter, sales::SaleFacts},
+    sales::{self, Shop, Till},
+    store::{orders::Filter, payments::Payment, sales::SaleFacts},
 };
 
 /// Room for a 201, so that it is written without growing.
@@ -146,6 +147,10 @@ pub(super) struct OrderView {
     body: OrderBody,
     /// Whether PostgreSQL has it. Accepted it is either way.
     stored: bool,
+    /// How it is paid: the payment that may confirm it or has, else the last try. Absent from lists,
+    /// and where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payment: Option<PaymentView>,
 }
 
 impl OrderView {
@@ -160,6 +165,19 @@ impl OrderView {
         Self {
             body: OrderBody::new(order, sale, order.status, receipt),
             stored: *stored,
+            payment: None,
+        }
+    }
+
+    /// The same, with its payment.
+    pub(super) fn with_payment(
+        view: &sales::OrderView,
+        payment: Option<&Payment>,
+        receipts: &ReceiptKeys,
+    ) -> Self {
+        Self {
+            payment: payment.map(PaymentView::new),
+            ..Self::new(view, receipts)
         }
     }
 }
@@ -298,10 +316,13 @@ pub(super) fn sees(caller: &Identity) -> Option<BuyerId> {
 async fn get(
     Caller(caller): Caller,
     State(shop): State<Arc<Shop>>,
+    State(till): State<Arc<Till>>,
     Path(id): Path<Uuid>,
 ) -> Result<axum::Json<OrderView>, Problem> {
     let view = shop.order(OrderId(id), sees(&caller)).await?;
-    Ok(axum::Json(OrderView::new(&view, &shop.receipts)))
+    let payment = till.payment(&view).await?;
+    let view = OrderView::with_payment(&view, payment.as_ref(), &shop.receipts);
+    Ok(axum::Json(view))
 }
 
 /// List orders
@@ -334,24 +355,32 @@ async fn list(
     let view = |(order, sale): (Order, Arc<SaleFacts>)| OrderView {
         body: OrderBody::new(&order, &sale, order.status, None),
         stored: true,
+        payment: None,
     };
     Ok(axum::Json(page.page(rows, |(order, _)| order.id, view)))
 }
 
 /// Cancel an order
 ///
-/// Its units are for sale again. Doing it twice is doing it once.
+/// Its units are for sale again, and what was paid for it goes back. Doing it twice is doing it once.
 #[utoipa::path(post, path = "/v1/orders/{id}/cancel", tag = "orders", params(("id" = Uuid, Path)),
     responses((status = 200, description = "The order", body = OrderView)))]
 async fn cancel(
     Caller(caller): Caller,
     State(shop): State<Arc<Shop>>,
+    State(till): State<Arc<Till>>,
     Path(id): Path<Uuid>,
     _: Option<Json<Nothing>>,
 ) -> Result<axum::Json<OrderView>, Problem> {
-    let view = shop.cancel(OrderId(id), sees(&caller), caller.user).await?;
+    let sales::Paid {
+        order: view,
+        payment,
+    } = till.cancel(OrderId(id), sees(&caller), caller.user).await?;
     match view.order.status {
-        Status::Cancelled => Ok(axum::Json(OrderView::new(&view, &shop.receipts))),
+        Status::Cancelled => {
+            let view = OrderView::with_payment(&view, payment.as_ref(), &shop.receipts);
+            Ok(axum::Json(view))
+        }
         Status::Held | Status::Confirmed | Status::Expired | Status::Refunded => {
             let detail = format!("The order is {}.", view.order.status.as_str());
             Err(Problem::new(Code::Conflict, detail))

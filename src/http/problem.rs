@@ -169,6 +169,30 @@ codes! {
         fix "Keep the receipt, and show it to the operator. While a loss is still being worked up, the same request may succeed later."
         curl "curl $STOCKADE/v1/orders/$ORDER_ID -H \"Authorization: Bearer $TOKEN\""
 
+    /// Not paid in time.
+    HoldExpired "hold_expired" CONFLICT "The order was not paid in time" Never NotApplied
+        cause "A held order has to be paid before `hold_until`. It was not, and its units are for sale again. Nothing was taken: money that was reserved is let go, and money that came too late buys the units again or goes back."
+        fix "Buy again, with a new key, and pay sooner."
+        curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"quantity\": 1}'"
+
+    /// The bank said no.
+    PaymentDeclined "payment_declined" PAYMENT_REQUIRED "The bank did not pay" Never NotApplied
+        cause "The bank or the gateway refused this payment; `decline` says why, as far as it tells. Nothing was taken, and the order is still held until `hold_until`."
+        fix "Pay with something else before `hold_until`, with a new key: this key stands for the payment that was declined."
+        curl "curl -X POST $STOCKADE/v1/orders/$ORDER_ID/pay -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"payment_method\": \"sandbox_ok\"}'"
+
+    /// The gateway does not answer.
+    GatewayUnavailable "gateway_unavailable" SERVICE_UNAVAILABLE "The payment gateway does not answer" After Unknown
+        cause "The gateway is down, slow, or left alone for a moment because it was. The payment may have been reserved or not; it is found out by itself. The order is still held until `hold_until`, and nothing is taken for an order that is not confirmed."
+        fix "Send the same request with the same key after `Retry-After`, before `hold_until`: it pays once, however often it is sent."
+        curl "curl $STOCKADE/v1/orders/$ORDER_ID -H \"Authorization: Bearer $TOKEN\""
+
+    /// Not signed by the gateway.
+    WebhookInvalid "webhook_invalid" BAD_REQUEST "Not a webhook of this gateway" Never NotApplied
+        cause "The signature is missing, wrong, or more than five minutes from now, the body is no event, or this gateway is not configured."
+        fix "Check the webhook's secret in the configuration, and this machine's clock. Events that were refused are sent again by the gateway."
+        curl "curl -i -X POST $STOCKADE/v1/webhooks/sandbox -d '{}'"
+
     /// Cannot be read (400), or is out of range (422).
     Validation "validation" BAD_REQUEST "The request is not valid" Never NotApplied
         cause "Status 400: the request cannot be read, because of its syntax, a wrong type, an unknown field or a bad query. Status 422: it can be read, but a value is out of range. `errors` points to each place."
@@ -593,6 +617,9 @@ impl From<SaleError> for Problem {
             }
             SaleError::Stale => super::version::stale(),
             SaleError::Conflict(detail) => Self::new(Code::Conflict, detail),
+            SaleError::HoldExpired => super::payments::expired(),
+            SaleError::NoPayment => super::payments::method("this sale takes no payment"),
+            SaleError::NoMethod => super::payments::method("is needed: this sale takes money"),
             SaleError::TooMany => {
                 let detail = format!("the allocation would leave 1 to {ALLOCATION_MAX}");
                 Self::out_of_range(vec![FieldError::new("#/units", detail)])
@@ -670,6 +697,10 @@ mod tests {
         ("idempotency_key_mismatch", 422),
         ("receipt_invalid", 422),
         ("not_redeemable", 409),
+        ("hold_expired", 409),
+        ("payment_declined", 402),
+        ("gateway_unavailable", 503),
+        ("webhook_invalid", 400),
         ("validation", 400),
         ("unauthenticated", 401),
         ("invalid_credentials", 401),

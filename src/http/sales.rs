@@ -34,9 +34,11 @@ use crate::{
         limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
         money::Money,
         order::Mode,
+        payment::Gateway,
         round::{self, Intent, Terms, TermsError, Window},
         schedule::Schedule,
     },
+    payments::Gateways,
     sales::{SaleError, Shop},
     store::{
         products::Products,
@@ -121,10 +123,15 @@ struct SaleRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(ignore)]
     hold_seconds: Option<Value>,
-    /// How orders are paid: `none`.
+    /// Who takes the money: `none`, or a gateway that the server has (`sandbox`, `stripe`,
+    /// `paypal`). Needs `hold_seconds`.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = String, required = false, pattern = "^none$")]
+    #[schema(value_type = String, required = false, pattern = "^(none|sandbox|stripe|paypal)$")]
     payment: Option<String>,
+    /// Whether the units of a refunded order are for sale again; `true` if absent.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = bool, required = false)]
+    refund_returns_units: Option<bool>,
     /// Opens the sale again and again, instead of `opens_at` and `closes_at`. Each opening is a
     /// round of its own, with the same units and limits.
     #[serde(default, deserialize_with = "present")]
@@ -179,8 +186,11 @@ struct SaleView {
     schedule: Option<ScheduleBody>,
     /// The clock that decides, in milliseconds since the Unix epoch.
     server_time_ms: i64,
+    /// Who takes the money; `none` confirms orders without any.
     #[schema(example = "none")]
     payment: &'static str,
+    /// Whether the units of a refunded order are for sale again.
+    refund_returns_units: bool,
     /// What its acceptances survive; each order says what its own does.
     #[schema(inline)]
     durability: Mode,
@@ -220,7 +230,8 @@ impl From<crate::sales::SaleView> for SaleView {
             closes_at: standing.window.closes_at_ms.map(Timestamp::from_ms),
             schedule: facts.schedule.as_deref().map(ScheduleBody::from),
             server_time_ms: standing.now_ms,
-            payment: "none",
+            payment: facts.payment.map_or("none", Gateway::as_str),
+            refund_returns_units: facts.refund_returns_units,
             durability: facts.durability,
             lack: lack.map(|lack| lack.to_string()),
             created_at: Timestamp(facts.created_at),
@@ -331,10 +342,17 @@ async fn create(
     Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     State(products): State<Products>,
+    State(gateways): State<Gateways>,
     key: Option<IdempotencyKey>,
     Json(request): Json<SaleRequest>,
 ) -> Result<Response, Problem> {
     let offer = request.check(clock::now_ms())?;
+    if let Some(gateway) = offer.payment
+        && gateways.of(gateway).is_none()
+    {
+        let error = FieldError::new("#/payment", not_configured(gateway));
+        return Err(Problem::out_of_range(vec![error]));
+    }
     // Strings, numbers and instants always become JSON.
     let canonical = serde_json::to_vec(&request).map_err(Problem::internal)?;
     let product = products
@@ -372,6 +390,8 @@ async fn create(
         name: offer.name.unwrap_or(product.content.name),
         small_print: offer.small_print,
         durability: offer.durability,
+        payment: offer.payment,
+        refund_returns_units: offer.refund_returns_units,
         terms,
         schedule: offer.schedule,
         created_by: operator.user,
@@ -476,6 +496,22 @@ struct Offer {
     window: Window,
     schedule: Option<Schedule>,
     durability: Mode,
+    payment: Option<Gateway>,
+    refund_returns_units: bool,
+}
+
+/// What an operator has to do before a sale can have this gateway.
+fn not_configured(gateway: Gateway) -> &'static str {
+    match gateway {
+        Gateway::Sandbox => "the sandbox is off: set STOCKADE_SANDBOX=on",
+        Gateway::Stripe => {
+            "Stripe is not configured: set STOCKADE_STRIPE_SECRET_KEY and STOCKADE_STRIPE_WEBHOOK_SECRET"
+        }
+        Gateway::Paypal => {
+            "PayPal is not configured: set STOCKADE_PAYPAL_CLIENT_ID, STOCKADE_PAYPAL_CLIENT_SECRET and \
+             STOCKADE_PAYPAL_WEBHOOK_ID"
+        }
+    }
 }
 
 impl SaleRequest {
@@ -537,9 +573,20 @@ impl SaleRequest {
         if self.hold_seconds.is_some() {
             check.refuse("#/hold_seconds", "not supported");
         }
-        if self.payment.as_ref().is_some_and(|given| given != "none") {
-            check.refuse("#/payment", "not supported; only none is");
-        }
+        let payment = match self.payment.as_deref() {
+            None | Some("none") => None,
+            Some(word) => {
+                let gateway = Gateway::parse(word);
+                if gateway.is_none() {
+                    check.refuse("#/payment", "must be none, sandbox, stripe or paypal");
+                } else if self.hold_seconds.is_none() {
+                    let detail =
+                        "is needed when orders are paid: the seconds that a buyer has for it";
+                    check.refuse("#/hold_seconds", detail);
+                }
+                gateway
+            }
+        };
         let durability = self.durability.as_deref().map(Mode::parse);
         if durability == Some(None) {
             check.refuse("#/durability", "must be default, replicated or committed");
@@ -555,6 +602,8 @@ impl SaleRequest {
             window,
             schedule,
             durability: durability.flatten().unwrap_or_default(),
+            payment,
+            refund_returns_units: self.refund_returns_units.unwrap_or(true),
         })
     }
 }
@@ -741,7 +790,8 @@ mod tests {
                 400,
                 "#/schedule/every",
             ),
-            (json!({"payment": "stripe"}), 422, "#/payment"),
+            (json!({"payment": "cash"}), 422, "#/payment"),
+            (json!({"payment": "stripe"}), 422, "#/hold_seconds"),
             (json!({"payment": 1}), 400, "#/payment"),
             (json!({"durability": "fsync"}), 422, "#/durability"),
             (json!({"durability": "Committed"}), 422, "#/durability"),

@@ -15,7 +15,7 @@ use axum::{
     },
 };
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tower::ServiceExt;
 use uuid::Uuid;
 
@@ -43,14 +43,15 @@ use crate::{
     engine::{Cache, Engines},
     metrics::{CatalogueMetrics, Metrics},
     ops::auditor::Auditor,
+    payments::Gateways,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, OpenSales, Pseudonyms, Shop},
+    sales::{Archive, Commits, OpenSales, Pseudonyms, Shop, Till},
     store::{
         Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
         images::Images, incidents::Incidents, journal::Positions, orders::Orders,
-        products::Products, rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions,
-        users::Users,
+        payments::Payments, products::Products, rounds::Rounds, sales::Sales, schedules::Schedules,
+        sessions::Sessions, users::Users,
     },
 };
 
@@ -172,6 +173,16 @@ fn app(listener: Listener) -> Router {
         ),
         painter: Painter::default(),
         shop: Arc::new(closed_shop(database.clone())),
+        till: Arc::new(Till {
+            shop: Arc::new(closed_shop(database.clone())),
+            payments: Payments::new(database.clone()),
+            gateways: Gateways::new(),
+            sandbox: None,
+            patience: Duration::from_secs(1),
+            due: Notify::new(),
+        }),
+        gateways: Gateways::new(),
+        sandbox: None,
         incidents: Incidents::new(database.clone()),
         endings: Endings::new(database.clone()),
         certificate_key: None,

@@ -26,6 +26,7 @@ use crate::{
     store::{
         endings::{Ending, Endings},
         orders::{Orders, Place},
+        payments::Payments,
     },
 };
 
@@ -49,6 +50,8 @@ pub struct RoundEnds {
     pub endings: Endings,
     /// Their orders in PostgreSQL.
     pub orders: Orders,
+    /// Their payments.
+    pub payments: Payments,
     /// Signs certificates; without one nothing is archived.
     pub key: Option<CertificateKey>,
     /// How long after its close a round settles.
@@ -180,6 +183,10 @@ impl RoundEnds {
     }
 
     async fn settle(&self, engine: &Engine, ending: &Ending) -> Result<Step, AuditError> {
+        // After it no order is confirmed and no unit goes back.
+        if self.payments.pending(ending.round).await? {
+            return Ok(Step::Later("payments are under way".to_owned()));
+        }
         if let Err(step) = self.sound(ending, "settle").await? {
             return Ok(step);
         }

@@ -6,6 +6,7 @@ mod open;
 mod pseudonym;
 mod receipts;
 mod rounds;
+mod till;
 mod windows;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -19,6 +20,7 @@ pub use self::{
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
     rounds::RoundKeeper,
+    till::{Paid, Till},
     windows::{RoundState, RoundView},
 };
 use crate::{
@@ -73,6 +75,15 @@ pub enum SaleError {
     /// The allocation would leave its bounds.
     #[error("the allocation would leave its bounds")]
     TooMany,
+    /// The units of the order went back before it was paid.
+    #[error("the hold has expired")]
+    HoldExpired,
+    /// The sale takes no money, and a payment method was given.
+    #[error("the sale takes no payment")]
+    NoPayment,
+    /// The sale takes money, and no payment method was given.
+    #[error("a payment method is needed")]
+    NoMethod,
     /// The stores cannot give what the sale promises. Nothing was done.
     #[error(transparent)]
     Lack(#[from] Lack),

@@ -32,6 +32,19 @@ pub struct Stored {
     pub provisioned: bool,
 }
 
+/// What the payments of a round come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundMoney {
+    /// Payments of its orders.
+    pub payments: u64,
+    /// Sold orders that no payment pays for, although the sale takes money.
+    pub unpaid: u64,
+    /// Payments that are over and keep another amount than their sold orders are worth.
+    pub differing: u64,
+    /// Payments that took money or confirmed an order and have come no further for ten minutes.
+    pub stuck: u64,
+}
+
 /// What PostgreSQL has of a round, counted in full.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoundSums {
@@ -93,6 +106,8 @@ pub struct RoundSums {
     pub others_final: bool,
     /// The hash over all orders in the round's certificate, if it has one.
     pub certified: Option<String>,
+    /// What its payments come to.
+    pub money: RoundMoney,
 }
 
 /// What PostgreSQL says of a buyer of a round.
@@ -315,7 +330,52 @@ impl Snapshot {
             sale_letters: of_sale.letters.cast_unsigned(),
             others_final: of_sale.others_final,
             certified: of_sale.certified,
+            money: self.money(round).await?,
         }))
+    }
+
+    /// What the payments of a round come to. A payment may pay for orders of other rounds, too.
+    async fn money(&mut self, round: RoundId) -> Result<RoundMoney, StoreError> {
+        let row = sqlx::query!(
+            r#"WITH touched AS (
+                   SELECT payment.id, payment.state, payment.updated_at, payment.captured,
+                          payment.captured - payment.refunded - payment.refund_due AS kept,
+                          (SELECT coalesce(sum(orders.quantity * orders.unit_price), 0)
+                           FROM payment_orders AS paid JOIN orders ON orders.id = paid.order_id
+                           WHERE paid.payment_id = payment.id AND paid.fate = 'confirmed'
+                             AND orders.status = 'confirmed') AS worth,
+                          EXISTS (SELECT FROM refunds AS refund
+                                  WHERE refund.payment_id = payment.id
+                                    AND refund.state = 'asked') AS asked
+                   FROM payments AS payment
+                   WHERE payment.id IN (SELECT payment_id FROM payment_orders
+                                        WHERE sale = $1 AND round = $2)
+               )
+               SELECT count(*) AS "payments!",
+                      count(*) FILTER (WHERE state IN ('captured', 'refunded') AND NOT asked
+                                         AND kept <> worth) AS "differing!",
+                      count(*) FILTER (WHERE (state IN ('capturing', 'revoking')
+                                              OR state IN ('releasing', 'authorised') AND captured > 0
+                                              OR asked)
+                                         AND updated_at < now() - interval '10 minutes') AS "stuck!",
+                      (SELECT count(*)
+                       FROM orders JOIN sales ON sales.number = orders.sale
+                       WHERE orders.sale = $1 AND orders.round = $2 AND sales.payment <> 'none'
+                         AND orders.status = 'confirmed' AND orders.unit_price > 0
+                         AND NOT EXISTS (SELECT FROM payment_orders AS paid
+                                         WHERE paid.order_id = orders.id AND paid.live)) AS "unpaid!"
+               FROM touched"#,
+            round.sale.0.cast_signed(),
+            round.round.cast_signed()
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        Ok(RoundMoney {
+            payments: row.payments.cast_unsigned(),
+            unpaid: row.unpaid.cast_unsigned(),
+            differing: row.differing.cast_unsigned(),
+            stuck: row.stuck.cast_unsigned(),
+        })
     }
 
     /// Orders behind `after`, whatever their status, in order of acceptance.

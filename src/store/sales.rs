@@ -13,6 +13,7 @@ use super::{
 use crate::domain::{
     id::{Fingerprint, Partition, ProductId, RoundId, SaleId, SaleNumber},
     order::Mode,
+    payment::Gateway,
     round::{Counters, Intent, State, Terms, Window},
     schedule::{Progress, Schedule},
 };
@@ -34,6 +35,10 @@ pub struct SaleFacts {
     pub small_print: Option<String>,
     /// What it asks of its acceptances; fixed when it is made.
     pub durability: Mode,
+    /// Who takes the money; `None` confirms held orders without any.
+    pub payment: Option<Gateway>,
+    /// Whether the units of a refunded order are for sale again.
+    pub refund_returns_units: bool,
     /// The round: 1, 2, 3 ….
     pub round: u32,
     /// The rules of the round.
@@ -126,6 +131,10 @@ pub struct NewSale {
     pub small_print: Option<String>,
     /// What it asks of its acceptances.
     pub durability: Mode,
+    /// Who takes the money, if anybody.
+    pub payment: Option<Gateway>,
+    /// Whether the units of a refunded order are for sale again.
+    pub refund_returns_units: bool,
     /// The rules of its first round, checked.
     pub terms: Terms,
     /// When its rounds open, if it opens more than once: the first one in the window of `terms`.
@@ -182,6 +191,8 @@ struct Columns {
     name: String,
     terms: Option<String>,
     durability: String,
+    payment: String,
+    refund_returns_units: bool,
     round: i32,
     version: i64,
     created_by: Uuid,
@@ -266,6 +277,14 @@ impl TryFrom<Columns> for Sale {
             small_print: row.terms,
             durability: Mode::parse(&row.durability)
                 .ok_or_else(|| unreadable(format!("durability of sale {}", row.id)))?,
+            payment: match row.payment.as_str() {
+                "none" => None,
+                word => Some(
+                    Gateway::parse(word)
+                        .ok_or_else(|| unreadable(format!("payment of sale {}", row.id)))?,
+                ),
+            },
+            refund_returns_units: row.refund_returns_units,
             round: row.round.cast_unsigned(),
             terms: Terms {
                 window: window(row.opens_at, row.closes_at),
@@ -309,7 +328,8 @@ macro_rules! select {
         sqlx::query_as!(
             Columns,
             "SELECT sales.id, sales.number, sales.partition, sales.product_id, sales.name,
-                    sales.terms, sales.durability, rounds.round, sales.version, sales.created_by, sales.created_at,
+                    sales.terms, sales.durability, sales.payment,
+                    sales.refund_returns_units, rounds.round, sales.version, sales.created_by, sales.created_at,
                     sales.updated_at, sales.request_fingerprint, rounds.unit_price, rounds.currency,
                     rounds.initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
                     rounds.opens_at, rounds.closes_at, rounds.provisioned_at, rounds.intent,
@@ -356,13 +376,14 @@ impl Sales {
                          INSERT INTO sales (id, partition, product_id, name, terms, price_amount,
                                             price_currency, allocation, per_buyer_limit,
                                             per_order_limit, opens_at, closes_at, durability,
-                                            payment, created_by, request_fingerprint, schedule,
+                                            payment, refund_returns_units, created_by,
+                                            request_fingerprint, schedule,
                                             planned_until, windows_planned, plan_at)
                          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
-                                 'none', $14, $15, $16,
-                                 CASE WHEN $16::jsonb IS NOT NULL THEN $11::timestamptz END,
-                                 CASE WHEN $16::jsonb IS NOT NULL THEN 1 END,
-                                 CASE WHEN $16::jsonb IS NOT NULL THEN $11::timestamptz END)
+                                 $14, $15, $16, $17, $18,
+                                 CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END,
+                                 CASE WHEN $18::jsonb IS NOT NULL THEN 1 END,
+                                 CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END)
                          ON CONFLICT (id) DO NOTHING
                          RETURNING number, round
                      )
@@ -383,6 +404,8 @@ impl Sales {
                     opens_at,
                     closes_at,
                     sale.durability.as_str(),
+                    sale.payment.map_or("none", Gateway::as_str),
+                    sale.refund_returns_units,
                     sale.created_by,
                     sale.fingerprint.0.as_slice(),
                     schedule,

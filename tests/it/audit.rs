@@ -92,6 +92,8 @@ impl Stall {
             name: "Kettle".to_owned(),
             small_print: None,
             durability: Mode::Default,
+            payment: None,
+            refund_returns_units: true,
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,

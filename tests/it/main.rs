@@ -18,6 +18,7 @@ mod engine;
 mod events;
 mod faults;
 mod fence;
+mod gateways;
 mod idempotency;
 mod layers;
 mod losses;

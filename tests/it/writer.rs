@@ -93,6 +93,8 @@ impl Shop {
             name: "Kettle".to_owned(),
             small_print: None,
             durability: Mode::Default,
+            payment: None,
+            refund_returns_units: true,
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,

@@ -15,7 +15,7 @@ use crate::{
     },
     engine::{Remains, RoundAudit, RoundKeys},
     store::{
-        audit::{RoundSums, Stored},
+        audit::{RoundMoney, RoundSums, Stored},
         journal::Position,
     },
 };
@@ -79,6 +79,8 @@ pub enum CheckName {
     Durability,
     /// PostgreSQL: an event explains the status of each order.
     Statuses,
+    /// What was paid and is not given back is what the sold orders are worth, and each is paid.
+    Payments,
     /// Redis has as many orders and operations of the sale as PostgreSQL.
     SaleCounts,
     /// Each order of PostgreSQL is in Redis, the same to the last field.
@@ -99,7 +101,7 @@ pub enum CheckName {
 
 impl CheckName {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Conservation,
         Self::Bounds,
         Self::RedisKeys,
@@ -114,6 +116,7 @@ impl CheckName {
         Self::DeadLetters,
         Self::Durability,
         Self::Statuses,
+        Self::Payments,
         Self::SaleCounts,
         Self::Orders,
         Self::Leaderboard,
@@ -146,6 +149,7 @@ impl CheckName {
             Self::DeadLetters => "dead_letters",
             Self::Durability => "durability",
             Self::Statuses => "statuses",
+            Self::Payments => "payments",
             Self::SaleCounts => "sale_counts",
             Self::Orders => "orders",
             Self::Leaderboard => "leaderboard",
@@ -416,6 +420,7 @@ pub fn judge(
             some => format!("{some} statuses and events do not fit"),
         },
     ));
+    checks.push(payments(redis, sums));
     checks.push(sale_counts(redis, sums));
     both(redis, &stored, sides, orders, &mut checks);
     let certified = sums.certified.as_deref();
@@ -632,6 +637,38 @@ fn not_ahead(redis: &RoundAudit, stored: &Stored) -> Check {
         format!("at most {}", place(redis.pseq, seq)),
         place(position, stored.counters.seq),
     )
+}
+
+fn payments(redis: &RoundAudit, sums: &RoundSums) -> Check {
+    let RoundMoney {
+        payments,
+        unpaid,
+        differing,
+        stuck,
+    } = sums.money;
+    let mut wrong = Vec::new();
+    for (count, what) in [
+        (unpaid, "sold orders are not paid"),
+        (differing, "keep another amount than was sold"),
+        (stuck, "do not come to their end"),
+    ] {
+        if count > 0 {
+            wrong.push(format!("{count} {what}"));
+        }
+    }
+    let actual = if wrong.is_empty() {
+        format!("{payments} payments, all as sold")
+    } else {
+        format!("{payments} payments, {}", wrong.join(", "))
+    };
+    let status = match unpaid + differing + stuck {
+        0 => Status::Pass,
+        // A payment is written down at once, its order when the writer has come so far.
+        _ if level(redis, &sums.stored()) => Status::Fail,
+        _ => Status::Pending,
+    };
+    let expected = format!("{payments} payments, all as sold");
+    Check::new(CheckName::Payments, status, expected, actual)
 }
 
 fn dense(sums: &RoundSums) -> Check {

@@ -101,6 +101,7 @@ impl Evidence {
                 sale_letters: 0,
                 others_final: true,
                 certified: None,
+                money: RoundMoney::default(),
             },
             sides: Sides::Read {
                 orders: pair(50),
@@ -660,6 +661,25 @@ fn a_round_that_redis_does_not_have_yet_is_pending() {
     // Somebody said that Redis has it.
     evidence.sums.provisioned = true;
     assert!(evidence.with(Status::Fail).contains(&CheckName::RedisKeys));
+}
+
+#[test]
+fn money_without_goods_and_goods_without_money_are_found_once_all_is_stored() {
+    type Wrong = fn(&mut RoundMoney);
+    let wrongs: [Wrong; 3] = [
+        |money| money.unpaid = 1,
+        |money| money.differing = 1,
+        |money| money.stuck = 1,
+    ];
+    for wrong in wrongs {
+        let mut evidence = Evidence::sound();
+        evidence.sums.money.payments = 50;
+        wrong(&mut evidence.sums.money);
+        assert_eq!(evidence.with(Status::Fail), [CheckName::Payments]);
+        // The writer is on its way: the order may be about to say so, too.
+        evidence.sums.counted_at = entry(59);
+        assert!(!evidence.with(Status::Fail).contains(&CheckName::Payments));
+    }
 }
 
 #[test]

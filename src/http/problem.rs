@@ -615,6 +615,11 @@ impl From<SaleError> for Problem {
                 let missing = FieldError::new("#/product_id", "there is no such product");
                 Self::out_of_range(vec![missing])
             }
+            SaleError::Terms(error) => super::sales::contradiction(error),
+            SaleError::NoWindow => {
+                let detail = "no window opens behind the rounds that are made";
+                Self::out_of_range(vec![FieldError::new("#/schedule", detail)])
+            }
             SaleError::Stale => super::version::stale(),
             SaleError::Conflict(detail) => Self::new(Code::Conflict, detail),
             SaleError::HoldExpired => super::payments::expired(),

@@ -55,7 +55,7 @@ struct RoundView {
     state: RoundState,
     opens_at: Timestamp,
     closes_at: Option<Timestamp>,
-    /// Of one unit; absent until the round is made, as all that follows.
+    /// Of one unit. What is planned shows what it would be made from now.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Price, required = false)]
     price: Option<Money>,
@@ -65,7 +65,8 @@ struct RoundView {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = i64, required = false)]
     per_order_limit: Option<u64>,
-    /// Units given to the round so far: always `remaining` + `held` + `sold`.
+    /// Units given to the round so far: always `remaining` + `held` + `sold`, which are absent
+    /// until it is made.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = i64, required = false)]
     allocation: Option<u64>,
@@ -94,17 +95,18 @@ impl From<sales::RoundView> for RoundView {
             sales::RoundState::Made(round::State::Paused) => RoundState::Paused,
             sales::RoundState::Made(round::State::Closed) => RoundState::Closed,
         };
-        let made = view.made;
-        let counters = made.map(|made| made.counters);
+        let (rules, counters) = (view.rules, view.counters);
         Self {
-            round: made.map(|made| made.round),
+            round: view.round,
             state,
             opens_at: Timestamp::from_ms(view.window.opens_at_ms),
             closes_at: view.window.closes_at_ms.map(Timestamp::from_ms),
-            price: made.map(|made| made.unit_price),
-            per_buyer_limit: made.map(|made| made.per_buyer_limit),
-            per_order_limit: made.map(|made| made.per_order_limit),
-            allocation: counters.map(|counters| counters.allocation),
+            price: rules.map(|rules| rules.unit_price),
+            per_buyer_limit: rules.map(|rules| rules.per_buyer_limit),
+            per_order_limit: rules.map(|rules| rules.per_order_limit),
+            allocation: counters
+                .map(|counters| counters.allocation)
+                .or(rules.map(|rules| rules.allocation)),
             remaining: counters.map(|counters| counters.remaining),
             held: counters.map(|counters| counters.held),
             sold: counters.map(|counters| counters.sold),

@@ -42,7 +42,7 @@ use crate::{
     sales::{SaleError, Shop},
     store::{
         products::Products,
-        sales::{Filter, NewSale},
+        sales::{self, Filter, NewSale},
     },
 };
 
@@ -64,6 +64,7 @@ pub(super) fn routes() -> Routes {
             routes!(change),
             &[
                 Code::NotFound,
+                Code::Conflict,
                 Code::PreconditionFailed,
                 Code::PreconditionRequired,
             ],
@@ -304,30 +305,81 @@ struct SaleChange {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = String, required = false, min_length = 1, max_length = 10_000)]
     terms: Option<String>,
+    /// Of one unit of the next rounds.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Price, required = false)]
+    price: Option<Price>,
+    /// Units of each of the next rounds.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 10_000_000)]
+    allocation: Option<i64>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
+    per_buyer_limit: Option<i64>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
+    per_order_limit: Option<i64>,
+    /// When rounds open behind those that are made; `null` makes no more of them.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<ScheduleBody>, required = false)]
+    schedule: Option<Nullable>,
+}
+
+/// A schedule, or `null` for none.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Nullable(Option<ScheduleBody>);
+
+impl SaleChange {
+    fn check(&self, by: Uuid) -> Result<sales::SaleChange, Problem> {
+        let mut check = Check::new();
+        let mut units = |pointer, units: Option<i64>, max| {
+            units.map(|units| check.units(pointer, units, 1..=max))
+        };
+        let allocation = units("#/allocation", self.allocation, ALLOCATION_MAX);
+        let per_buyer_limit = units("#/per_buyer_limit", self.per_buyer_limit, BUYER_LIMIT_MAX);
+        let per_order_limit = units("#/per_order_limit", self.per_order_limit, BUYER_LIMIT_MAX);
+        let mut text = |pointer, text: &Option<String>, characters| {
+            let text = text.as_ref();
+            text.map(|text| check.text(pointer, text, characters))
+        };
+        let name = text("#/name", &self.name, NAME_CHARACTERS);
+        let small_print = text("#/terms", &self.terms, SMALL_PRINT_CHARACTERS);
+        let price = self.price.as_ref();
+        let unit_price = price.and_then(|price| check.price("#/price", price));
+        let schedule = self.schedule.as_ref().map(|schedule| {
+            let schedule = schedule.0.as_ref();
+            schedule.and_then(|schedule| schedule.check(&mut check, clock::now_ms()))
+        });
+        check.done().map(|()| sales::SaleChange {
+            name,
+            small_print,
+            unit_price,
+            allocation,
+            per_buyer_limit,
+            per_order_limit,
+            schedule,
+            by,
+        })
+    }
 }
 
 /// Change a sale
 ///
-/// Its name and its small print. What a round obeys is fixed when it is made.
+/// Its name and its small print; price, units, limits and schedule of the rounds that are not made
+/// yet. Rounds that are made keep what they have.
 #[utoipa::path(patch, path = "/v1/sales/{id}", tag = "sales", request_body = SaleChange,
     params(("id" = Uuid, Path), ("If-Match" = String, Header, description = "The ETag of the version to change")),
     responses((status = 200, description = "The sale", body = SaleView)))]
 async fn change(
-    _: Operator,
+    Operator(operator): Operator,
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     IfMatch(version): IfMatch,
     Json(change): Json<SaleChange>,
 ) -> Result<Response, Problem> {
-    let mut check = Check::new();
-    let name = change
-        .name
-        .map(|name| check.text("#/name", &name, NAME_CHARACTERS));
-    let small_print = change
-        .terms
-        .map(|terms| check.text("#/terms", &terms, SMALL_PRINT_CHARACTERS));
-    check.done()?;
-    let changed = shop.change(SaleId(id), version, name, small_print).await;
+    let change = change.check(operator.user)?;
+    let changed = shop.change(SaleId(id), version, change).await;
     Ok(shown(changed.map_err(Problem::of_making)?))
 }
 
@@ -618,17 +670,20 @@ impl Offer {
             unit_price: self.price.unwrap_or(product_price),
             allocation: self.allocation,
         };
-        terms.check().map(|()| terms).map_err(|error| {
-            let pointer = match error {
-                TermsError::Allocation => "#/allocation",
-                TermsError::BuyerLimit => "#/per_buyer_limit",
-                TermsError::OrderLimit => "#/per_order_limit",
-                TermsError::Window => "#/closes_at",
-                TermsError::Total => "#/price",
-            };
-            Problem::out_of_range(vec![FieldError::new(pointer, error.to_string())])
-        })
+        terms.check().map(|()| terms).map_err(contradiction)
     }
+}
+
+/// The refusal of rules that contradict each other.
+pub(super) fn contradiction(error: TermsError) -> Problem {
+    let pointer = match error {
+        TermsError::Allocation => "#/allocation",
+        TermsError::BuyerLimit => "#/per_buyer_limit",
+        TermsError::OrderLimit => "#/per_order_limit",
+        TermsError::Window => "#/closes_at",
+        TermsError::Total => "#/price",
+    };
+    Problem::out_of_range(vec![FieldError::new(pointer, error.to_string())])
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ use crate::{
         model::{Cancelled, Controlled, Restocked},
         order::{Decision, Durability, Order, Purchase, Refusal, Status},
         receipt::ReceiptKeys,
-        round::{Intent, State},
+        round::{Intent, State, TermsError},
     },
     engine::{Answer, Engine, EngineError, Engines, LeaderboardPage, Standing},
     faults,
@@ -45,7 +45,7 @@ use crate::{
         journal::Positions,
         orders::{self, Orders},
         rounds::Rounds,
-        sales::{self, Inserted, NewSale, SaleChanged, SaleFacts, Sales},
+        sales::{self, Inserted, NewSale, SaleChange, SaleChanged, SaleFacts, Sales},
         schedules::Schedules,
     },
     writer::StoredPosition,
@@ -66,6 +66,12 @@ pub enum SaleError {
     /// The product does not exist.
     #[error("there is no such product")]
     NoProduct,
+    /// The rules of a round would contradict each other.
+    #[error(transparent)]
+    Terms(TermsError),
+    /// No window of a schedule opens behind the rounds that are made.
+    #[error("no window opens behind the rounds that are made")]
+    NoWindow,
     /// Somebody else has changed it meanwhile.
     #[error("it has another version")]
     Stale,
@@ -228,7 +234,8 @@ impl Shop {
         Ok((self.view(facts.id).await?, replayed))
     }
 
-    /// Changes what is said about a sale, if it has this version; `None` stays.
+    /// Changes what is said about a sale and what its next rounds are made from, if it has this
+    /// version. Rounds that are made keep what they have.
     ///
     /// # Errors
     /// [`SaleError`].
@@ -236,17 +243,25 @@ impl Shop {
         &self,
         id: SaleId,
         version: i64,
-        name: Option<String>,
-        small_print: Option<String>,
+        change: SaleChange,
     ) -> Result<SaleView, SaleError> {
-        match self
-            .sales
-            .change(id, version, name, small_print, clock::now())
-            .await?
-        {
+        let now_ms = self.now_ms(self.facts(id).await?.partition);
+        match self.sales.change(id, version, change, now_ms).await? {
             SaleChanged::Done => {}
             SaleChanged::Stale => return Err(SaleError::Stale),
             SaleChanged::Missing => return Err(SaleError::NotFound),
+            SaleChanged::Terms(error) => return Err(SaleError::Terms(error)),
+            SaleChanged::Final => {
+                return Err(SaleError::Conflict(
+                    "The sale has no schedule, so no round will be made from this.",
+                ));
+            }
+            SaleChanged::Endless => {
+                return Err(SaleError::Conflict(
+                    "The present round has no end: close it, then no other can overlap it.",
+                ));
+            }
+            SaleChanged::Over => return Err(SaleError::NoWindow),
         }
         self.directory.invalidate(id);
         self.view(id).await

@@ -4,10 +4,9 @@ use super::{SaleError, Shop};
 use crate::{
     domain::{
         id::{RoundId, SaleId},
-        money::Money,
         round::{Counters, State, Window, state},
     },
-    store::schedules::StoredRound,
+    store::schedules::Making,
 };
 
 /// Windows that a schedule shows ahead of its rounds: recurring ones have no end.
@@ -31,23 +30,13 @@ pub struct RoundView {
     pub window: Window,
     /// What it is.
     pub state: RoundState,
-    /// Its number, price, limits and units, once it is made.
-    pub made: Option<MadeRound>,
-}
-
-/// A round that is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MadeRound {
-    /// 1, 2, 3 ….
-    pub round: u32,
-    /// The price of one unit.
-    pub unit_price: Money,
-    /// Units that one buyer may have.
-    pub per_buyer_limit: u64,
-    /// Units that one order may ask for.
-    pub per_order_limit: u64,
-    /// Where its units are.
-    pub counters: Counters,
+    /// 1, 2, 3 …, once it is made.
+    pub round: Option<u32>,
+    /// Price, limits and units: of a planned one those that it would be made from now. A window
+    /// that was missed has none.
+    pub rules: Option<Making>,
+    /// Where its units are, once it is made.
+    pub counters: Option<Counters>,
 }
 
 impl Shop {
@@ -72,7 +61,9 @@ impl Shop {
                 return Ok(RoundView {
                     window: past.window,
                     state: RoundState::Missed,
-                    made: None,
+                    round: None,
+                    rules: None,
+                    counters: None,
                 });
             };
             let mut window = past.window;
@@ -99,7 +90,9 @@ impl Shop {
                 } else {
                     RoundState::Planned
                 },
-                made: Some(MadeRound::from(stored)),
+                round: Some(stored.round),
+                rules: Some(stored.rules),
+                counters: Some(stored.counters),
             })
         });
         let mut views = futures::future::try_join_all(views).await?;
@@ -113,24 +106,15 @@ impl Shop {
                 .take(PLANNED_MAX)
                 .filter(|window| window.opens_at_ms > made_ms)
                 .take(limit.saturating_sub(views.len()));
+            let making = self.schedules.making(facts.number).await?;
             views.extend(planned.map(|window| RoundView {
                 window,
                 state: RoundState::Planned,
-                made: None,
+                round: None,
+                rules: Some(making),
+                counters: None,
             }));
         }
         Ok(views)
-    }
-}
-
-impl From<StoredRound> for MadeRound {
-    fn from(stored: StoredRound) -> Self {
-        Self {
-            round: stored.round,
-            unit_price: stored.unit_price,
-            per_buyer_limit: stored.per_buyer_limit,
-            per_order_limit: stored.per_order_limit,
-            counters: stored.counters,
-        }
     }
 }

@@ -1,9 +1,10 @@
 //! Which sale an id or a number means, from memory.
 //!
 //! Every purchase asks, so the answer must not cost a query. What it says of a round does not change
-//! while it runs; whoever changes a sale calls [`Directory::invalidate`], and of sales with a
-//! schedule the rounds to come are read anew all the time, one query for all of them. Until that has
-//! an answer the old one counts: PostgreSQL may be away for a while.
+//! while it runs; whoever changes a sale calls [`Directory::invalidate`]. What another node has
+//! changed, and the rounds to come of sales with a schedule, are read anew all the time, with a few
+//! queries for all of them. Until these have an answer the old one counts: PostgreSQL may be away for
+//! a while.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -34,8 +35,8 @@ const QUESTIONS_MAX: usize = 1_024;
 /// Questions that one query answers.
 const QUERY_MAX: usize = 256;
 
-/// The time between two looks for new rounds of sales with a schedule. The next round is there a
-/// whole window ahead.
+/// The time between two looks for what has changed. The next round of a sale is there a whole window
+/// ahead.
 const REFRESH_PERIOD: Duration = Duration::from_millis(500);
 
 /// What a sale is asked for by.
@@ -202,34 +203,46 @@ impl Directory {
     }
 }
 
-/// Reads all remembered sales with a schedule again and again, for as long as there is a directory.
+/// Reads remembered sales again and again that have a schedule or that somebody has changed, for as
+/// long as there is a directory.
 async fn keep_fresh(sales: Sales, memory: Weak<RwLock<Memory>>, refresh: Arc<Notify>) {
+    let mut looked_at = None;
     loop {
         // Both ways: told, or after a while. Told or not is all the same.
         let _ = timeout(REFRESH_PERIOD, refresh.notified()).await;
         let Some(memory) = memory.upgrade() else {
             return;
         };
+        // Nobody waits for it: the next look may have an answer.
+        let Ok((changed, now)) = sales.changed(looked_at).await else {
+            continue;
+        };
         let (ids, generation) = {
             let memory = read(&memory);
-            let ids = memory.sales.values().filter(|sale| sale.schedule.is_some());
-            (
-                ids.map(|sale| sale.id).collect::<Vec<_>>(),
-                memory.generation,
-            )
+            let scheduled = memory.sales.values().filter(|sale| sale.schedule.is_some());
+            let mut ids: HashSet<_> = scheduled.map(|sale| sale.id).collect();
+            let changed = changed.iter().filter(|id| memory.sales.contains_key(id));
+            ids.extend(changed);
+            (ids.into_iter().collect::<Vec<_>>(), memory.generation)
         };
+        let mut whole = true;
         for ids in ids.chunks(QUERY_MAX) {
-            // Nobody waits for it: the next look may have an answer.
-            let Ok(found) = sales.by_ids_or_numbers(ids.to_vec(), vec![]).await else {
-                break;
-            };
+            let found = sales.by_ids_or_numbers(ids.to_vec(), vec![]).await;
             let mut memory = write(&memory);
-            if memory.generation != generation {
-                break;
+            match found {
+                Ok(found) if memory.generation == generation => {
+                    for sale in found {
+                        memory.remember(&sale.facts);
+                    }
+                }
+                _ => {
+                    whole = false;
+                    break;
+                }
             }
-            for sale in found {
-                memory.remember(&sale.facts);
-            }
+        }
+        if whole {
+            looked_at = Some(now);
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use chrono::{DateTime, Utc};
+use sqlx::PgPool;
 use uuid::Uuid;
 
 use super::{
@@ -12,9 +13,10 @@ use super::{
 };
 use crate::domain::{
     id::{Fingerprint, Partition, ProductId, RoundId, SaleId, SaleNumber},
+    money::Money,
     order::Mode,
     payment::Gateway,
-    round::{Counters, Intent, State, Terms, Window},
+    round::{Counters, Intent, State, Terms, TermsError, Window},
     schedule::{Progress, Schedule},
 };
 
@@ -156,6 +158,37 @@ pub enum Inserted {
     NoProduct,
 }
 
+/// What to change of a sale; `None` stays. What a round obeys that is made does not change.
+#[derive(Clone, Debug, Default)]
+pub struct SaleChange {
+    /// 1 … 200 characters.
+    pub name: Option<String>,
+    /// 1 … 10,000 characters.
+    pub small_print: Option<String>,
+    /// Of one unit of the next rounds.
+    pub unit_price: Option<Money>,
+    /// Units of each of the next rounds.
+    pub allocation: Option<u64>,
+    /// Units that one buyer may have of each of them.
+    pub per_buyer_limit: Option<u64>,
+    /// Units that one order may ask for.
+    pub per_order_limit: Option<u64>,
+    /// When they open; `Some(None)` makes no more of them.
+    pub schedule: Option<Option<Schedule>>,
+    /// Who asks.
+    pub by: Uuid,
+}
+
+impl SaleChange {
+    /// Whether it says anything about rounds but when they open.
+    fn changes_terms(&self) -> bool {
+        self.unit_price.is_some()
+            || self.allocation.is_some()
+            || self.per_buyer_limit.is_some()
+            || self.per_order_limit.is_some()
+    }
+}
+
 /// What became of changing a sale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SaleChanged {
@@ -165,6 +198,14 @@ pub enum SaleChanged {
     Stale,
     /// There is no such sale.
     Missing,
+    /// The rules would contradict each other.
+    Terms(TermsError),
+    /// No round will be made from it, and rules of rounds were to be changed.
+    Final,
+    /// The last round that is made has no end, so no other can follow it.
+    Endless,
+    /// No window opens behind the last round that is made.
+    Over,
 }
 
 /// Which sales to list, newest first.
@@ -501,8 +542,32 @@ impl Sales {
         Ok(facts.collect())
     }
 
-    /// Changes what is said about a sale, if it has this version; `None` stays. What a running round
-    /// obeys does not change.
+    /// The sales that were changed since an instant, and the instant of this look, both by
+    /// PostgreSQL's clock. A few that were changed before are among them: a transaction ends later
+    /// than it begins.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn changed(
+        &self,
+        since: Option<DateTime<Utc>>,
+    ) -> Result<(Vec<SaleId>, DateTime<Utc>), StoreError> {
+        self.database
+            .run(async move |pool| {
+                let looked_at = sqlx::query_scalar!(r#"SELECT now() AS "now!""#);
+                let looked_at = looked_at.fetch_one(&pool).await?;
+                let ids = sqlx::query_scalar!(
+                    "SELECT id FROM sales WHERE updated_at > $1::timestamptz - interval '10 seconds'",
+                    since.unwrap_or(looked_at)
+                );
+                let ids = ids.fetch_all(&pool).await?;
+                Ok((ids.into_iter().map(SaleId).collect(), looked_at))
+            })
+            .await
+    }
+
+    /// Changes what is said about a sale, if it has this version. A schedule holds for what comes
+    /// behind the rounds that are made.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -510,40 +575,11 @@ impl Sales {
         &self,
         id: SaleId,
         version: i64,
-        name: Option<String>,
-        small_print: Option<String>,
-        now: DateTime<Utc>,
+        change: SaleChange,
+        now_ms: i64,
     ) -> Result<SaleChanged, StoreError> {
         self.database
-            .run(async move |pool| {
-                let done = sqlx::query!(
-                    "UPDATE sales
-                     SET name = coalesce($3, name), terms = coalesce($4, terms),
-                         version = version + 1, updated_at = $5
-                     WHERE id = $1 AND version = $2",
-                    id.0,
-                    version,
-                    name,
-                    small_print,
-                    now
-                )
-                .execute(&pool)
-                .await?;
-                if done.rows_affected() == 1 {
-                    return Ok(SaleChanged::Done);
-                }
-                let known = sqlx::query_scalar!(
-                    r#"SELECT EXISTS (SELECT FROM sales WHERE id = $1) AS "known!""#,
-                    id.0
-                )
-                .fetch_one(&pool)
-                .await?;
-                Ok(if known {
-                    SaleChanged::Stale
-                } else {
-                    SaleChanged::Missing
-                })
-            })
+            .run(async move |pool| change_sale(pool, id, version, change, now_ms).await)
             .await
     }
 
@@ -655,4 +691,121 @@ impl Sales {
             .await?;
         self.in_order(numbers, now).await
     }
+}
+
+async fn change_sale(
+    pool: PgPool,
+    id: SaleId,
+    version: i64,
+    change: SaleChange,
+    now_ms: i64,
+) -> Result<SaleChanged, StoreError> {
+    let now = DateTime::from_timestamp_millis(now_ms)
+        .ok_or_else(|| unreadable(format!("instant {now_ms}")))?;
+    let mut transaction = pool.begin().await?;
+    // Nobody makes rounds of it meanwhile.
+    let row = sqlx::query!(
+        "SELECT number, version, price_amount, price_currency, allocation, per_buyer_limit,
+                per_order_limit, schedule, planned_until, windows_planned, plan_at
+         FROM sales WHERE id = $1 FOR NO KEY UPDATE",
+        id.0
+    )
+    .fetch_optional(&mut *transaction)
+    .await?;
+    let Some(mut row) = row else {
+        return Ok(SaleChanged::Missing);
+    };
+    if row.version != version {
+        return Ok(SaleChanged::Stale);
+    }
+    match &change.schedule {
+        None => {}
+        Some(None) => {
+            (row.schedule, row.planned_until) = (None, None);
+            (row.windows_planned, row.plan_at) = (None, None);
+        }
+        Some(Some(schedule)) => {
+            // A round that an operator has closed is over, whatever its window says.
+            let last = sqlx::query!(
+                r#"SELECT bool_or(ends IS NULL) AS "endless!", max(ends) AS ends
+                   FROM (SELECT CASE WHEN intent IN ('live', 'paused') THEN closes_at
+                                     ELSE least(closes_at, $2) END AS ends
+                         FROM rounds WHERE sale = $1) AS windows"#,
+                row.number,
+                now
+            )
+            .fetch_one(&mut *transaction)
+            .await?;
+            let Some(ends) = last.ends.filter(|_| !last.endless) else {
+                return Ok(SaleChanged::Endless);
+            };
+            let progress = Progress {
+                until_ms: ends.timestamp_millis().max(now_ms) - 1,
+                windows: 0,
+            };
+            if schedule.next(progress).is_none() {
+                return Ok(SaleChanged::Over);
+            }
+            let form = serde_json::to_value(schedule);
+            row.schedule = Some(form.map_err(|error| unreadable(error.to_string()))?);
+            row.planned_until = DateTime::from_timestamp_millis(progress.until_ms);
+            (row.windows_planned, row.plan_at) = (Some(0), Some(now));
+        }
+    }
+    if change.changes_terms() {
+        if row.schedule.is_none() {
+            return Ok(SaleChanged::Final);
+        }
+        let unit_price = match change.unit_price {
+            Some(price) => price,
+            None => money(row.price_amount, &row.price_currency)?,
+        };
+        row.price_amount = unit_price.amount;
+        unit_price
+            .currency
+            .as_str()
+            .clone_into(&mut row.price_currency);
+        let given = |units: Option<u64>, stays: i64| units.map_or(stays, u64::cast_signed);
+        row.allocation = given(change.allocation, row.allocation);
+        row.per_buyer_limit = given(change.per_buyer_limit, row.per_buyer_limit);
+        row.per_order_limit = given(change.per_order_limit, row.per_order_limit);
+        let terms = Terms {
+            window: Window {
+                opens_at_ms: now_ms,
+                closes_at_ms: None,
+            },
+            per_buyer_limit: row.per_buyer_limit.cast_unsigned(),
+            per_order_limit: row.per_order_limit.cast_unsigned(),
+            unit_price,
+            allocation: row.allocation.cast_unsigned(),
+        };
+        if let Err(error) = terms.check() {
+            return Ok(SaleChanged::Terms(error));
+        }
+    }
+    sqlx::query!(
+        "UPDATE sales
+         SET name = coalesce($2, name), terms = coalesce($3, terms), price_amount = $4,
+             price_currency = $5, allocation = $6, per_buyer_limit = $7, per_order_limit = $8,
+             schedule = $9, planned_until = $10, windows_planned = $11, plan_at = $12,
+             version = version + 1, updated_at = now(), updated_by = $13
+         WHERE id = $1",
+        id.0,
+        change.name,
+        change.small_print,
+        row.price_amount,
+        row.price_currency,
+        row.allocation,
+        row.per_buyer_limit,
+        row.per_order_limit,
+        row.schedule,
+        row.planned_until,
+        row.windows_planned,
+        row.plan_at,
+        change.by
+    )
+    .execute(&mut *transaction)
+    .await?;
+    transaction.commit().await?;
+    Ok(SaleChanged::Done)
 }

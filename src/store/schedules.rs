@@ -38,6 +38,19 @@ pub struct Planned {
     pub missed: usize,
 }
 
+/// What a round of a sale is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Making {
+    /// The price of one unit.
+    pub unit_price: Money,
+    /// Units that it starts with.
+    pub allocation: u64,
+    /// Units that one buyer may have.
+    pub per_buyer_limit: u64,
+    /// Units that one order may ask for.
+    pub per_order_limit: u64,
+}
+
 /// A window that is a round, or passed without one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PastWindow {
@@ -52,12 +65,8 @@ pub struct PastWindow {
 pub struct StoredRound {
     /// 1, 2, 3 ….
     pub round: u32,
-    /// The price of one unit.
-    pub unit_price: Money,
-    /// Units that one buyer may have.
-    pub per_buyer_limit: u64,
-    /// Units that one order may ask for.
-    pub per_order_limit: u64,
+    /// What it was made from.
+    pub rules: Making,
     /// Whether Redis has it.
     pub provisioned: bool,
     /// Whether a node saw it open, or need not.
@@ -116,6 +125,31 @@ impl Schedules {
             .await
     }
 
+    /// What the next rounds of a sale are made from.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn making(&self, sale: SaleNumber) -> Result<Making, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query!(
+                    "SELECT price_amount, price_currency, allocation, per_buyer_limit,
+                            per_order_limit
+                     FROM sales WHERE number = $1",
+                    sale.0.cast_signed()
+                )
+                .fetch_one(&pool)
+                .await?;
+                Ok(Making {
+                    unit_price: money(row.price_amount, &row.price_currency)?,
+                    allocation: row.allocation.cast_unsigned(),
+                    per_buyer_limit: row.per_buyer_limit.cast_unsigned(),
+                    per_order_limit: row.per_order_limit.cast_unsigned(),
+                })
+            })
+            .await
+    }
+
     /// The windows of a sale that are rounds or were missed and that open after an instant, in
     /// order.
     ///
@@ -136,17 +170,18 @@ impl Schedules {
                               per_buyer_limit AS "per_buyer_limit?",
                               per_order_limit AS "per_order_limit?", provisioned AS "provisioned?",
                               opened AS "opened?", intent AS "intent?",
+                              initial_allocation AS "initial_allocation?",
                               allocation AS "allocation?", remaining AS "remaining?", held AS "held?",
                               sold AS "sold?", seq AS "seq?"
                        FROM (
                            SELECT opens_at, closes_at, round, unit_price, currency, per_buyer_limit,
                                   per_order_limit, provisioned_at IS NOT NULL AS provisioned,
-                                  opened_at IS NOT NULL AS opened, intent, allocation, remaining,
-                                  held, sold, seq
+                                  opened_at IS NOT NULL AS opened, intent,
+                                  initial_allocation, allocation, remaining, held, sold, seq
                            FROM rounds WHERE sale = $1
                            UNION ALL
                            SELECT opens_at, closes_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-                                  NULL, NULL, NULL, NULL, NULL, NULL
+                                  NULL, NULL, NULL, NULL, NULL, NULL, NULL
                            FROM missed_windows WHERE sale = $1
                        ) AS windows
                        WHERE opens_at > $2
@@ -172,9 +207,12 @@ impl Schedules {
                     let units = |column: Option<i64>| column.unwrap_or(0).cast_unsigned();
                     let round = StoredRound {
                         round: round.cast_unsigned(),
-                        unit_price: money(amount, &currency)?,
-                        per_buyer_limit: units(row.per_buyer_limit),
-                        per_order_limit: units(row.per_order_limit),
+                        rules: Making {
+                            unit_price: money(amount, &currency)?,
+                            allocation: units(row.initial_allocation),
+                            per_buyer_limit: units(row.per_buyer_limit),
+                            per_order_limit: units(row.per_order_limit),
+                        },
                         provisioned: row.provisioned == Some(true),
                         opened: row.opened == Some(true),
                         intent: intent(&word)?,

@@ -400,3 +400,182 @@ async fn a_schedule_that_begins_in_the_past_is_refused_and_a_late_retry_is_not()
     post(&back_to_back(1, 0, 500), "key").await.expect(422);
     app.finish().await;
 }
+
+/// Changes a sale as it is now.
+async fn change(app: &App, sale: &str, change: Value) -> Answer {
+    let path = format!("/v1/sales/{sale}");
+    let now = app.get(&path).await.expect(200);
+    let request = app
+        .operate(Method::PATCH, &path)
+        .header("If-Match", now.header("etag").unwrap())
+        .json(&change);
+    send(request).await
+}
+
+#[tokio::test]
+async fn a_change_is_for_the_rounds_that_are_not_made_yet() {
+    let app = App::start().await;
+    let other = app.node().await;
+    let daily = json!({
+        "cron": "0 18 * * *", "time_zone": "Europe/Berlin", "duration_seconds": 600,
+        "starts_on": "2030-01-01",
+    });
+    let sale = scheduled(
+        &app,
+        daily,
+        json!({ "allocation": 3, "per_buyer_limit": 2 }),
+    )
+    .await;
+    let sale = id(&sale).to_owned();
+    let path = format!("/v1/sales/{sale}");
+    let first = rounds(&app, &sale).await;
+    assert_eq!(first.len(), 101, "what is made, and the next hundred");
+    assert_eq!(
+        (&first[1]["state"], &first[1]["allocation"]),
+        (&json!("planned"), &json!(3))
+    );
+    // Another node has it in memory.
+    let seen = |answer: &Answer| answer.json()["name"].clone();
+    let elsewhere = async || {
+        send(other.ask(app.request(Method::GET, &path)))
+            .await
+            .expect(200)
+    };
+    assert_eq!(seen(&elsewhere().await), "Lamp");
+
+    let weekly = json!({ "cron": "0 9 * * MON", "time_zone": "UTC", "duration_seconds": 60 });
+    let changed = change(
+        &app,
+        &sale,
+        json!({
+            "name": "Weekly lamp", "price": { "amount": 5, "currency": "EUR" }, "allocation": 7,
+            "per_buyer_limit": 4, "per_order_limit": 1, "schedule": weekly,
+        }),
+    )
+    .await
+    .expect(200);
+    // The round that is made keeps what it has.
+    let view = changed.json();
+    assert_eq!(
+        (&view["name"], &view["schedule"]),
+        (&json!("Weekly lamp"), &weekly)
+    );
+    assert_eq!(
+        (&view["allocation"], &view["price"]["amount"]),
+        (&json!(3), &json!(1999))
+    );
+    let after = rounds(&app, &sale).await;
+    assert_eq!(after[0], first[0]);
+    let next = &after[1];
+    assert_eq!(
+        (&next["opens_at"], &next["state"]),
+        (&json!("2030-01-07T09:00:00.000Z"), &json!("planned"))
+    );
+    assert_eq!(
+        (&next["allocation"], &next["price"]["amount"]),
+        (&json!(7), &json!(5))
+    );
+    assert_eq!(
+        (&next["per_buyer_limit"], &next["per_order_limit"]),
+        (&json!(4), &json!(1))
+    );
+    let told = async {
+        while seen(&elsewhere().await) != "Weekly lamp" {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.unwrap();
+
+    let old = changed.header("etag").unwrap().to_owned();
+    for (body, status, pointer) in [
+        (json!({ "allocation": 0 }), 422, "#/allocation"),
+        (json!({ "per_order_limit": 5 }), 422, "#/per_order_limit"),
+        (
+            json!({ "schedule": { "cron": "0 9 * * MON" } }),
+            422,
+            "#/schedule/time_zone",
+        ),
+        (
+            json!({ "schedule": back_to_back(2, 1_000, 1_000) }),
+            422,
+            "#/schedule",
+        ),
+        (json!({ "schedule": 7 }), 400, "#/schedule"),
+        (
+            json!({ "opens_at": "2030-01-01T00:00:00Z" }),
+            400,
+            "#/opens_at",
+        ),
+    ] {
+        let refused = change(&app, &sale, body.clone())
+            .await
+            .expect(status)
+            .json();
+        assert_eq!(refused["errors"][0]["pointer"], pointer, "{body}");
+    }
+    // No more rounds.
+    let ended = change(&app, &sale, json!({ "schedule": null }))
+        .await
+        .expect(200);
+    assert_eq!(ended.json()["schedule"], Value::Null);
+    assert_eq!(rounds(&app, &sale).await, first[..1]);
+    let none = change(&app, &sale, json!({ "allocation": 9 }))
+        .await
+        .expect(409);
+    assert_eq!(none.json()["code"], "conflict");
+    let stale = app.operate(Method::PATCH, &path).header("If-Match", old);
+    send(stale.json(&json!({ "name": "x" }))).await.expect(412);
+    other.stop().await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn a_sale_that_opened_once_can_open_again() {
+    let app = App::start().await;
+    let other = app.node().await;
+    let sale = app
+        .sale(json!({ "allocation": 2, "per_buyer_limit": 2 }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let ada = clock::new_id();
+    app.buy(&sale, ada, "k", 2).await.expect(201);
+    let elsewhere = async |key: &str| {
+        let request = app.purchase(&sale, clock::new_id(), key, r#"{"quantity": 1}"#);
+        send(other.ask(request)).await
+    };
+    assert_eq!(elsewhere("a").await.expect(409).json()["code"], "sold_out");
+    let again = json!({ "schedule": back_to_back(1, 100, 60_000), "allocation": 4 });
+    // It has no end, so nothing can come behind it.
+    let refused = change(&app, &sale, again.clone()).await.expect(409);
+    assert_eq!(refused.json()["code"], "conflict");
+    send(app.operate(Method::POST, &format!("/v1/sales/{sale}/close")))
+        .await
+        .expect(200);
+    // As soon as PostgreSQL knows that it is closed.
+    let changed = async {
+        loop {
+            let changed = change(&app, &sale, again.clone()).await;
+            if changed.status == 200 {
+                return;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, changed).await.unwrap();
+    let open = async {
+        loop {
+            let answer = elsewhere("b").await;
+            if answer.status == 201 {
+                return answer.json();
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let order = tokio::time::timeout(PATIENCE, open).await.unwrap();
+    assert_eq!(order["round"], 2);
+    assert_eq!(app.view(&sale).await["allocation"], 4);
+    let replayed = app.buy(&sale, ada, "k", 2).await.expect(201);
+    assert_eq!(replayed.json()["round"], 1);
+    other.stop().await;
+    app.finish().await;
+}

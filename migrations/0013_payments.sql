@@ -3,10 +3,10 @@
 -- A row is there before the gateway hears anything, and each step is taken from the row alone, so
 -- that a node that dies leaves nothing that another could not go on with.
 
-ALTER TABLE sales DROP CONSTRAINT sales_payment_check;
+ALTER TABLE sales DROP CONSTRAINT IF EXISTS sales_payment_check;
 ALTER TABLE sales ADD CONSTRAINT sales_payment_check
     CHECK (payment IN ('none', 'sandbox', 'stripe', 'paypal'));
-ALTER TABLE sales ADD COLUMN refund_returns_units boolean NOT NULL DEFAULT true;
+ALTER TABLE sales ADD COLUMN IF NOT EXISTS refund_returns_units boolean NOT NULL DEFAULT true;
 
 COMMENT ON COLUMN sales.payment IS 'Who takes the money; none confirms held orders without any.';
 COMMENT ON COLUMN sales.refund_returns_units IS 'Whether the units of a refunded order are for sale again.';

@@ -1,7 +1,8 @@
 -- leaderboard: a page of a round's confirmed orders, in order of purchase.
 --
 -- KEYS   1 meta, 2 round, 3 buyers, 4 board, 5 orders
--- ARGV   1 caller (shared/partition.lua), 2 seq to start after, 3 entries at most
+-- ARGV   1 caller (shared/partition.lua), 2 seq to start after, 3 entries at most,
+--        4 entries before that to start with
 -- Reply  { 'ok', now_ms, pseq, entries before the page, then raw id and record of each }
 --        { 'ok', now_ms, pseq, 'archived' }: it has left Redis
 --        { 'damaged', what is wrong with the round }
@@ -19,9 +20,9 @@ end
 if round.intent == 'archived' then
   return { 'ok', whole(partition.now_ms), whole(partition.pseq), 'archived' }
 end
-local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq),
-  whole(redis.call('ZCOUNT', KEYS[4], '-inf', ARGV[2])) }
-local ids = redis.call('ZRANGE', KEYS[4], '(' .. ARGV[2], '+inf', 'BYSCORE', 'LIMIT', 0, ARGV[3])
+local before = math.max(redis.call('ZCOUNT', KEYS[4], '-inf', ARGV[2]) - tonumber(ARGV[4]), 0)
+local reply = { 'ok', whole(partition.now_ms), whole(partition.pseq), whole(before) }
+local ids = redis.call('ZRANGE', KEYS[4], before, before + tonumber(ARGV[3]) - 1)
 if #ids > 0 then
   local records = redis.call('HMGET', KEYS[5], unpack(ids))
   for i, id in ipairs(ids) do

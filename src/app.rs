@@ -52,7 +52,7 @@ use crate::{
     payments::{Gateway, Gateways, Paypal, PaypalSettings, Sandbox, Stripe, StripeSettings},
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, OpenSales, Pseudonyms, RoundKeeper, Shop, Till},
+    sales::{Archive, BuyerNames, Commits, Demand, OpenSales, Pseudonyms, RoundKeeper, Shop, Till},
     store::{
         Database, DatabaseSettings,
         directory::Directory,
@@ -65,7 +65,10 @@ use crate::{
         orders::Orders,
         payments::Payments,
         products::Products,
+        profiles::Profiles,
         receipt_keys,
+        refusals::Refusals,
+        reports::Reports,
         rounds::Rounds,
         sales::Sales,
         sandbox::ToyBank,
@@ -489,6 +492,8 @@ async fn serve(
         pseudonyms: Pseudonyms::new(secret)?,
         epochs: Epochs::new(database.clone()),
         archive: Archive::new(Orders::new(database.clone())),
+        names: BuyerNames::new(Profiles::new(database.clone())),
+        demand: Demand::new(Refusals::new(database.clone())),
         open: OpenSales::new(Sales::new(database.clone()), metrics.catalogue.clone()),
         receipts: stores
             .receipts
@@ -522,6 +527,12 @@ async fn serve(
     life.spawn(Stage::Background, "payments", async move {
         let _ = stop.run_until_cancelled(engines.verified()).await;
         worker.run(stop).await;
+        Ok(())
+    });
+
+    let (demand, stop) = (shop.demand.clone(), life.token(Stage::Background));
+    life.spawn(Stage::Background, "demand", async move {
+        demand.run(stop).await;
         Ok(())
     });
 
@@ -567,6 +578,7 @@ async fn serve(
         sandbox,
         auditor,
         incidents: Incidents::new(database.clone()),
+        reports: Reports::new(database.clone()),
         endings: Endings::new(database.clone()),
         certificate_key: certificate_key(config)?,
         hub,

@@ -15,8 +15,8 @@ pub struct LeaderboardPage {
 }
 
 impl Engine {
-    /// At most `limit` confirmed orders accepted after the event `after_seq`; `None` when the round
-    /// is archived.
+    /// At most `limit` confirmed orders: up to `back` of those accepted until the event `after_seq`,
+    /// then those accepted after it. `None` when the round is archived.
     ///
     /// # Errors
     /// [`EngineError`]; nothing is ever changed.
@@ -24,6 +24,7 @@ impl Engine {
         &self,
         round: RoundId,
         after_seq: u64,
+        back: usize,
         limit: usize,
     ) -> Result<Option<LeaderboardPage>, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
@@ -37,6 +38,7 @@ impl Engine {
         let arguments = vec![
             Bytes::from(after_seq.to_string()),
             Bytes::from(limit.to_string()),
+            Bytes::from(back.to_string()),
         ];
         let mut called = self
             .shared

@@ -1,5 +1,7 @@
 //! Registering, logging in, staying logged in, leaving, and who one is.
 
+use std::sync::Arc;
+
 use axum::{extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -9,8 +11,8 @@ use uuid::Uuid;
 use super::{
     body::Json,
     caller::Caller,
-    check::{Check, Timestamp},
-    problem::{Code, Problem},
+    check::{Check, Timestamp, present},
+    problem::{Code, FieldError, Problem},
     routes::{Access, Routes},
 };
 use crate::{
@@ -19,8 +21,11 @@ use crate::{
         accounts::{AccountError, Accounts, Grant},
         email::Email,
         password::{self, HashError},
+        token::Identity,
     },
-    store::users::User,
+    domain::id::BuyerId,
+    sales::Shop,
+    store::{profiles::Profile, users::User},
 };
 
 pub(super) fn routes() -> Routes {
@@ -34,6 +39,7 @@ pub(super) fn routes() -> Routes {
         )
         .add(Access::Anyone, routes!(logout), &[])
         .add(Access::Caller, routes!(me), &[])
+        .add(Access::Caller, routes!(change), &[])
 }
 
 /// A new user.
@@ -108,6 +114,24 @@ struct Me {
     role: Role,
     /// Null for a user of another identity provider.
     created_at: Option<Timestamp>,
+    /// What to be called in public.
+    display_name: Option<String>,
+    /// Whether leaderboards show `display_name`.
+    show_on_leaderboards: bool,
+}
+
+/// What to change about oneself; what is absent stays.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct MeChange {
+    /// What to be called in public.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, example = "Ada", min_length = 1, max_length = 40)]
+    display_name: Option<String>,
+    /// Whether leaderboards show `display_name`. They do not, unless this says so.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = bool, required = false)]
+    show_on_leaderboards: Option<bool>,
 }
 
 impl Me {
@@ -118,6 +142,16 @@ impl Me {
             name: Some(user.name),
             role,
             created_at: Some(Timestamp(user.created_at)),
+            display_name: None,
+            show_on_leaderboards: false,
+        }
+    }
+
+    fn called(self, profile: Profile) -> Self {
+        Self {
+            display_name: profile.display_name,
+            show_on_leaderboards: profile.show_on_leaderboards,
+            ..self
         }
     }
 }
@@ -216,8 +250,52 @@ async fn logout(
 async fn me(
     Caller(identity): Caller,
     State(accounts): State<Accounts>,
+    State(shop): State<Arc<Shop>>,
 ) -> Result<axum::Json<Me>, Problem> {
-    let me = match accounts.users.by_id(identity.user).await? {
+    let profile = shop.names.profile(BuyerId(identity.user)).await?;
+    Ok(axum::Json(who(&accounts, identity).await?.called(profile)))
+}
+
+/// Change how I am shown
+///
+/// Leaderboards show a pseudonym, and a name only if its buyer wants that. Taking it back takes
+/// effect at once on the node that is asked, within a second on others.
+#[utoipa::path(patch, path = "/v1/me", tag = "accounts", request_body = MeChange,
+    responses((status = 200, description = "The user of the token", body = Me)))]
+async fn change(
+    Caller(identity): Caller,
+    State(accounts): State<Accounts>,
+    State(shop): State<Arc<Shop>>,
+    Json(change): Json<MeChange>,
+) -> Result<axum::Json<Me>, Problem> {
+    let mut check = Check::new();
+    let name = change.display_name.map(|name| {
+        // It stands in a line among others, and must not rearrange them.
+        let strange = |c: char| {
+            c.is_control()
+                || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        };
+        let name = name.trim();
+        if name.contains(strange) {
+            check.refuse("#/display_name", "must not contain invisible characters");
+        }
+        check.text("#/display_name", name, 1..=40)
+    });
+    check.done()?;
+    let buyer = BuyerId(identity.user);
+    let changed = shop.names.change(buyer, name, change.show_on_leaderboards);
+    let Some(profile) = changed.await? else {
+        let detail = "is needed to be shown";
+        return Err(Problem::out_of_range(vec![FieldError::new(
+            "#/display_name",
+            detail,
+        )]));
+    };
+    Ok(axum::Json(who(&accounts, identity).await?.called(profile)))
+}
+
+async fn who(accounts: &Accounts, identity: Identity) -> Result<Me, Problem> {
+    Ok(match accounts.users.by_id(identity.user).await? {
         Some(user) => Me::registered(user, identity.role),
         None => Me {
             id: identity.user,
@@ -225,7 +303,8 @@ async fn me(
             name: None,
             role: identity.role,
             created_at: None,
+            display_name: None,
+            show_on_leaderboards: false,
         },
-    };
-    Ok(axum::Json(me))
+    })
 }

@@ -24,6 +24,7 @@ mod probes;
 pub mod problem;
 mod products;
 mod receipts;
+mod reports;
 mod rounds;
 mod routes;
 mod sales;
@@ -58,7 +59,7 @@ use crate::{
     readiness::Readiness,
     realtime::Hub,
     sales::{Shop, Till},
-    store::{endings::Endings, incidents::Incidents, products::Products},
+    store::{endings::Endings, incidents::Incidents, products::Products, reports::Reports},
 };
 use edge::{Edge, EdgeLayer};
 
@@ -90,6 +91,8 @@ pub struct Parts {
     pub auditor: Auditor,
     /// What was lost.
     pub incidents: Incidents,
+    /// What became of rounds.
+    pub reports: Reports,
     /// What audits found, and certificates.
     pub endings: Endings,
     /// Signs certificates.
@@ -131,6 +134,7 @@ parts! {
     sandbox: Option<Arc<Sandbox>>,
     auditor: Auditor,
     incidents: Incidents,
+    reports: Reports,
     endings: Endings,
     certificate_key: Option<CertificateKey>,
     hub: Hub,
@@ -171,6 +175,7 @@ fn resources() -> Vec<routes::Routes> {
         payments::routes(),
         receipts::routes(),
         leaderboard::routes(),
+        reports::routes(),
         events::routes(),
         audit::routes(),
         incidents::routes(),

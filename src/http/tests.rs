@@ -46,12 +46,13 @@ use crate::{
     payments::Gateways,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, Commits, OpenSales, Pseudonyms, Shop, Till},
+    sales::{Archive, BuyerNames, Commits, Demand, OpenSales, Pseudonyms, Shop, Till},
     store::{
         Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
         images::Images, incidents::Incidents, journal::Positions, orders::Orders,
-        payments::Payments, products::Products, rounds::Rounds, sales::Sales, schedules::Schedules,
-        sessions::Sessions, users::Users,
+        payments::Payments, products::Products, profiles::Profiles, refusals::Refusals,
+        reports::Reports, rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions,
+        users::Users,
     },
 };
 
@@ -129,6 +130,8 @@ fn closed_shop(database: Database) -> Shop {
         rounds: Rounds::new(database.clone()),
         schedules: Schedules::new(database.clone()),
         archive: Archive::new(orders.clone()),
+        names: BuyerNames::new(Profiles::new(database.clone())),
+        demand: Demand::new(Refusals::new(database.clone())),
         open: OpenSales::new(Sales::new(database.clone()), CatalogueMetrics::default()),
         orders,
         epochs: Epochs::new(database),
@@ -185,6 +188,7 @@ fn app(listener: Listener) -> Router {
         sandbox: None,
         incidents: Incidents::new(database.clone()),
         endings: Endings::new(database.clone()),
+        reports: Reports::new(database.clone()),
         certificate_key: None,
         auditor: Auditor::new(database, engines.clone()),
         hub: Hub::new(engines, directory, sales, 8, metrics.realtime.clone()),

@@ -2,9 +2,12 @@
 
 mod archive;
 mod commits;
+mod demand;
+mod names;
 mod open;
 mod pseudonym;
 mod receipts;
+mod remembered;
 mod rounds;
 mod till;
 mod windows;
@@ -16,6 +19,8 @@ use uuid::Uuid;
 pub use self::{
     archive::Archive,
     commits::Commits,
+    demand::Demand,
+    names::BuyerNames,
     open::OpenSales,
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
@@ -166,6 +171,10 @@ pub struct Shop {
     pub pseudonyms: Pseudonyms,
     /// What was lost when an epoch began.
     pub epochs: Epochs,
+    /// What buyers want to be called.
+    pub names: BuyerNames,
+    /// Who was refused.
+    pub demand: Demand,
     /// Which sales of a product may be open.
     pub open: OpenSales,
     /// Signs receipts, and knows its own.
@@ -353,8 +362,10 @@ impl Shop {
     ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
         let mut facts = self.facts(id).await?;
         loop {
-            let mut answer = self.purchase_in(&facts, buyer, key, quantity).await?;
-            if answer.decision == Decision::Refused(Refusal::Closed) {
+            let mut answer = self.purchase_in(&facts, buyer, key, quantity).await;
+            if let Ok(told) = &mut answer
+                && told.decision == Decision::Refused(Refusal::Closed)
+            {
                 if let Some(next) = &facts.next {
                     facts = Arc::clone(next);
                     continue;
@@ -362,10 +373,11 @@ impl Shop {
                 // Its round is not there yet.
                 if let Some(upcoming) = facts.upcoming {
                     let opens_at_ms = upcoming.opens_at_ms;
-                    answer.decision = Decision::Refused(Refusal::NotOpen { opens_at_ms });
+                    told.decision = Decision::Refused(Refusal::NotOpen { opens_at_ms });
                 }
             }
-            return Ok((answer, facts));
+            self.demand.note(facts.round_id(), quantity, &answer);
+            return Ok((answer?, facts));
         }
     }
 
@@ -607,17 +619,16 @@ impl Shop {
         }
     }
 
-    /// A page of a round's leaderboard: at most `limit` orders accepted after `after_seq`.
+    /// A sale and one of its rounds: the present one, or the last one before it has begun, if none
+    /// is named.
     ///
     /// # Errors
     /// [`SaleError`]; a round that the sale does not have is not found.
-    pub async fn leaderboard(
+    pub async fn round(
         &self,
         id: SaleId,
         round: Option<u32>,
-        after_seq: u64,
-        limit: usize,
-    ) -> Result<(LeaderboardPage, Arc<SaleFacts>), SaleError> {
+    ) -> Result<(Arc<SaleFacts>, RoundId), SaleError> {
         let facts = self.facts(id).await?;
         // Between rounds it is the last one that people want to see.
         let begun = facts.terms.window.opens_at_ms <= self.now_ms(facts.partition);
@@ -626,19 +637,56 @@ impl Shop {
         if !(1..=facts.last().round).contains(&round) {
             return Err(SaleError::NotFound);
         }
-        let round = RoundId {
-            round,
-            ..facts.round_id()
-        };
+        let sale = facts.number;
+        Ok((facts, RoundId { sale, round }))
+    }
+
+    /// A page of a round's leaderboard: at most `limit` orders, up to `back` of those accepted until
+    /// `after_seq`, then those accepted after it.
+    ///
+    /// # Errors
+    /// [`SaleError`]; a round that the sale does not have is not found.
+    pub async fn leaderboard(
+        &self,
+        id: SaleId,
+        round: Option<u32>,
+        after_seq: u64,
+        back: usize,
+        limit: usize,
+    ) -> Result<(LeaderboardPage, Arc<SaleFacts>), SaleError> {
+        let (facts, round) = self.round(id, round).await?;
         let engine = self.engine(facts.partition)?;
-        let page = match engine.leaderboard(round, after_seq, limit).await? {
+        let page = match engine.leaderboard(round, after_seq, back, limit).await? {
             Some(page) => page,
             None => {
-                let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-                let (before, orders) = self.orders.leaderboard(round, after_seq, limit).await?;
+                let number = |n| i64::try_from(n).unwrap_or(i64::MAX);
+                let (back, limit) = (number(back), number(limit));
+                let page = self.orders.leaderboard(round, after_seq, back, limit);
+                let (before, orders) = page.await?;
                 LeaderboardPage { before, orders }
             }
         };
         Ok((page, facts))
+    }
+
+    /// The same around the first confirmed order of a buyer that PostgreSQL has; `None` without one.
+    ///
+    /// # Errors
+    /// [`SaleError`]; a round that the sale does not have is not found.
+    pub async fn leaderboard_around(
+        &self,
+        id: SaleId,
+        round: Option<u32>,
+        buyer: BuyerId,
+        limit: usize,
+    ) -> Result<(Option<LeaderboardPage>, Arc<SaleFacts>), SaleError> {
+        let (facts, round) = self.round(id, round).await?;
+        let Some(place) = self.orders.first_of(round, buyer).await? else {
+            return Ok((None, facts));
+        };
+        let (before, back) = (place.seq.saturating_sub(1), limit.saturating_sub(1) / 2);
+        let page = self.leaderboard(id, Some(round.round), before, back, limit);
+        let (page, facts) = page.await?;
+        Ok((Some(page), facts))
     }
 }

@@ -194,7 +194,7 @@ impl Orders {
     }
 
     /// A page of a round's leaderboard as PostgreSQL has it: how many confirmed orders stand before
-    /// it, and those accepted after the event `after_seq`.
+    /// it, up to `back` of those accepted until the event `after_seq`, and those accepted after it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -202,6 +202,7 @@ impl Orders {
         &self,
         round: RoundId,
         after_seq: u64,
+        back: i64,
         limit: i64,
     ) -> Result<(u64, Vec<Order>), StoreError> {
         let (sale, number) = (round.sale.0.cast_signed(), round.round.cast_signed());
@@ -217,6 +218,25 @@ impl Orders {
                 )
                 .fetch_one(&pool)
                 .await?;
+                let mut earlier = sqlx::query_as!(
+                    OrderColumns,
+                    "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
+                            epoch, currency, status, accepted_as, durability, fingerprint,
+                            receipt_key
+                     FROM orders
+                     WHERE sale = $1 AND round = $2 AND seq <= $3 AND status = 'confirmed'
+                     ORDER BY epoch DESC, seq DESC
+                     LIMIT $4",
+                    sale,
+                    number,
+                    after,
+                    back.min(limit)
+                )
+                .fetch_all(&pool)
+                .await?;
+                earlier.reverse();
+                let shown = i64::try_from(earlier.len()).unwrap_or(i64::MAX);
+                let (before, limit) = (before - shown, limit - shown);
                 let orders = sqlx::query_as!(
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
@@ -233,8 +253,78 @@ impl Orders {
                 )
                 .fetch_all(&pool)
                 .await?;
-                let orders = orders.into_iter().map(Order::try_from);
+                let orders = earlier.into_iter().chain(orders).map(Order::try_from);
                 Ok((before.cast_unsigned(), orders.collect::<Result<_, _>>()?))
+            })
+            .await
+    }
+
+    /// The place of a buyer's first confirmed order in a round, if there is one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn first_of(
+        &self,
+        round: RoundId,
+        buyer: BuyerId,
+    ) -> Result<Option<Place>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query!(
+                    "SELECT epoch, seq FROM orders
+                     WHERE buyer_id = $1 AND sale = $2 AND round = $3 AND status = 'confirmed'
+                     ORDER BY epoch, seq
+                     LIMIT 1",
+                    buyer.0,
+                    round.sale.0.cast_signed(),
+                    round.round.cast_signed()
+                )
+                .fetch_optional(&pool)
+                .await?;
+                Ok(row.map(|row| Place {
+                    epoch: Epoch(row.epoch.cast_unsigned()),
+                    seq: row.seq.cast_unsigned(),
+                }))
+            })
+            .await
+    }
+
+    /// Orders of a sale, or of one round of it, behind `after`, in order of acceptance.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn export(
+        &self,
+        sale: SaleNumber,
+        round: Option<u32>,
+        after: (u32, Place),
+        limit: i64,
+    ) -> Result<Vec<Order>, StoreError> {
+        let (behind, place) = after;
+        self.database
+            .run(async move |pool| {
+                sqlx::query_as!(
+                    OrderColumns,
+                    "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
+                            epoch, currency, status, accepted_as, durability, fingerprint,
+                            receipt_key
+                     FROM orders
+                     WHERE sale = $1 AND ($2::int IS NULL OR round = $2)
+                       AND (round, epoch, seq) > ($3, $4, $5)
+                     ORDER BY round, epoch, seq
+                     LIMIT $6",
+                    sale.0.cast_signed(),
+                    round.map(u32::cast_signed),
+                    behind.cast_signed(),
+                    place.epoch.0.cast_signed(),
+                    place.seq.cast_signed(),
+                    limit
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(Order::try_from)
+                .collect()
             })
             .await
     }

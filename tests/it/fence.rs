@@ -161,7 +161,7 @@ impl Counter {
             ("order", engine.order(order).map(Result::err).boxed()),
             (
                 "leaderboard",
-                engine.leaderboard(first, 0, 10).map(Result::err).boxed(),
+                engine.leaderboard(first, 0, 0, 10).map(Result::err).boxed(),
             ),
         ];
         for (name, call) in calls {

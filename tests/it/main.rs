@@ -30,6 +30,7 @@ mod processes;
 mod receipts;
 mod refusals;
 mod replica;
+mod reports;
 mod rounds_end;
 mod schedules;
 mod selling;

@@ -23,7 +23,7 @@ local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 now_ms = math.max(now_ms, tonumber(meta[3] or '0'))
 local pseq = tonumber(ARGV[3]) + 1
 local added = redis.pcall('XADD', KEYS[2], whole(tonumber(ARGV[1])) .. '-' .. whole(pseq),
-  'v', VERSION, 't', whole(now_ms), 'r', '', 'o', '', 'e', pack_event(255, 0, 'epoch', nil, 0))
+  'v', VERSION_LIFE, 't', whole(now_ms), 'r', '', 'o', '', 'e', pack_event(255, 0, 'epoch', nil, 0))
 if type(added) == 'table' then
   return { 'changed' }
 end

@@ -1,6 +1,6 @@
 -- leaderboard: a page of a round's confirmed orders, in order of purchase.
 --
--- KEYS   1 meta, 2 round, 3 buyers, 4 board, 5 orders
+-- KEYS   1 meta, 2 round, 3 buyers, 4 board, 5 orders, 6 holds
 -- ARGV   1 caller (shared/partition.lua), 2 seq to start after, 3 entries at most,
 --        4 entries before that to start with
 -- Reply  { 'ok', now_ms, pseq, entries before the page, then raw id and record of each }
@@ -14,7 +14,7 @@ if not partition then
   return refusal
 end
 local round = read_round(KEYS[2])
-if not round or not intact(round, KEYS[3], KEYS[4]) then
+if not round or not intact(round, KEYS[3], KEYS[4], KEYS[6]) then
   return { 'damaged', 'round' }
 end
 if round.intent == 'archived' then

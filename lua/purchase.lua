@@ -1,6 +1,7 @@
 -- purchase: decides on up to 128 purchases from up to 16 rounds, one after the other.
 --
--- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, sale, orders
+-- KEYS   1 meta, 2 journal, then for each round: round, buyers, board, holds, sale, orders, buyers of
+--        the sale
 -- ARGV   1 caller (shared/partition.lua)
 --        2 number of the key that signs receipts (0: none)
 --        3 items, 51 bytes each: index of the round (from 0), raw order id, fingerprint and raw
@@ -17,6 +18,7 @@
 --          'order_limit' | 'buyer_limit'   limit and units held, packed >I6I6
 --          'insufficient'            units left
 --          'damaged'                 what is wrong with the round; its items only
+--          'left_out'                would be accepted, but another item of 'all' is not
 --        A round that is damaged has '' for its standing.
 --        { 'fenced', reason } or { 'expired', now_ms }: nothing was read further, nothing written
 -- Flags  none: refused as a whole when memory is full
@@ -25,7 +27,6 @@ local ITEM = '>Bc16c24I4BBI4'
 local ITEM_BYTES = 51
 -- What an operator may want of a round that still redeems.
 local REDEEMS = { live = true, paused = true, closed = true }
-local SPARE_ACCEPTANCES = 8
 
 -- Read ---------------------------------------------------------------------------------------
 
@@ -34,9 +35,15 @@ if not partition then
   return refusal
 end
 
-local rounds, sales = {}, {}
-for base = 3, #KEYS, 5 do
-  local sale_key, orders_key = KEYS[base + 3], KEYS[base + 4]
+-- Those whom a limit counts: of the round, or of the sale. `owner` has their number.
+local function members_of(owner, key)
+  -- Buyers that are asked about, what those have who got something here, and who that is.
+  return { owner = owner, key = key, asked = {}, units = {}, acceptances = {}, served = {} }
+end
+
+local rounds, sales, crowds = {}, {}, {}
+for base = 3, #KEYS, 7 do
+  local sale_key, orders_key = KEYS[base + 4], KEYS[base + 5]
   local sale = sales[sale_key]
   if sale == nil then
     sale = read_sale(sale_key) or false
@@ -55,14 +62,23 @@ for base = 3, #KEYS, 5 do
     round = { damage = 'sale' }
   elseif not sale.intact then
     round = { damage = 'orders' }
-  elseif not intact(round, KEYS[base + 1], KEYS[base + 2]) then
-    round = { damage = 'buyers or board' }
+  elseif not intact(round, KEYS[base + 1], KEYS[base + 2], KEYS[base + 3]) then
+    round = { damage = 'buyers, board or holds' }
   else
-    round.buyers_key, round.board_key = KEYS[base + 1], KEYS[base + 2]
+    round.board_key, round.holds_key = KEYS[base + 2], KEYS[base + 3]
     round.sale = sale
-    -- Buyers that are asked about, what those have who got something here, and their places.
-    round.asked, round.units, round.acceptances, round.served, round.places = {}, {}, {}, {}, {}
+    -- Places of confirmed orders, and deadlines of held ones.
+    round.places, round.deadlines = {}, {}
     round.state = state_of(round, partition.now_ms)
+    if has(round.policy, LIMIT_OVER_SALE) then
+      sale.members = sale.members or members_of(sale, KEYS[base + 6])
+      round.members = sale.members
+      if redis.pcall('HLEN', KEYS[base + 6]) ~= sale.n_buyers then
+        round = { damage = 'buyers of the sale' }
+      end
+    else
+      round.members = members_of(round, KEYS[base + 1])
+    end
   end
   rounds[#rounds + 1] = round
 end
@@ -87,7 +103,7 @@ for i = 1, n_items do
     local asked = round.sale.asked
     local slot = #asked + 1
     asked[slot], order_slots[i] = ids[i], slot
-    asked = round.asked
+    asked = round.members.asked
     slot = #asked + 1
     asked[slot], buyer_slots[i] = buyer, slot
   end
@@ -99,8 +115,10 @@ for _, sale in pairs(sales) do
   end
 end
 for _, round in ipairs(rounds) do
-  if not round.damage and #round.asked > 0 then
-    round.known = redis.call('HMGET', round.buyers_key, unpack(round.asked))
+  local members = round.members
+  if members and #members.asked > 0 and not members.known then
+    members.known = redis.call('HMGET', members.key, unpack(members.asked))
+    crowds[#crowds + 1] = members
   end
 end
 
@@ -112,7 +130,7 @@ local pack = struct.pack
 -- What records begin with, by round number and durability.
 local heads = {}
 -- For each acceptance: its round (its index in the entry, once that is known), id and record.
-local journal = {}
+local journal, life = {}, false
 
 local function decide(i)
   local round = of_round[i]
@@ -138,10 +156,11 @@ local function decide(i)
     return round.state, ''
   end
   local buyer, quantity = buyers[i], quantities[i]
-  local units, acceptances = round.units[buyer], round.acceptances[buyer]
+  local members = round.members
+  local units, acceptances = members.units[buyer], members.acceptances[buyer]
   local served = units ~= nil
   if not served then
-    local known = round.known[buyer_slots[i]]
+    local known = members.known[buyer_slots[i]]
     if known then
       units, acceptances = parse(BUYER, known)
     else
@@ -156,33 +175,44 @@ local function decide(i)
     return 'buyer_limit', pack(LIMIT, round.buyer_limit, units)
   end
   local remaining = round.remaining
-  if remaining == 0 then
+  if remaining == 0 or round.n_line > 0 and redeems[i] == 0 then
+    -- What comes back is for those who wait in line.
     return 'sold_out', ''
   elseif remaining < quantity then
     return 'insufficient', whole(remaining)
   end
 
-  local seq = round.seq + 1
-  round.seq, round.remaining, round.sold = seq, remaining - quantity, round.sold + quantity
+  local seq, hold_ms = round.seq + 1, round.hold_ms
+  local held = hold_ms > 0
+  round.seq, round.remaining, round.changed = seq, remaining - quantity, true
+  if held then
+    round.held = round.held + quantity
+  else
+    round.sold = round.sold + quantity
+  end
   if not served then
-    round.served[#round.served + 1] = buyer
-    if not round.known[buyer_slots[i]] then
-      round.n_buyers = round.n_buyers + 1
+    members.served[#members.served + 1] = buyer
+    if not members.known[buyer_slots[i]] then
+      members.owner.n_buyers = members.owner.n_buyers + 1
     end
   end
-  round.units[buyer], round.acceptances[buyer] = units + quantity, acceptances + 1
+  members.units[buyer], members.acceptances[buyer] = units + quantity, acceptances + 1
 
   local durability = durabilities[i]
-  local kind = round.number * 256 + durability
+  local kind = (round.number * 256 + durability) * 2 + (held and 1 or 0)
   local head = heads[kind]
   if not head then
-    head = pack(RECORD_HEAD, VERSION, STATUS.confirmed, STATUS.confirmed, durability, receipt_key,
-      round.number, partition.epoch)
+    local status = held and STATUS.held or STATUS.confirmed
+    head = pack(RECORD_HEAD, held and VERSION_RECORD_LIFE or VERSION, status, status, durability,
+      receipt_key, round.number, partition.epoch)
     heads[kind] = head
   end
   local middle = round.middle
   if not middle or round.middle_of ~= quantity then
     middle = pack(RECORD_MIDDLE, pseq, quantity, round.price, partition.now_ms)
+    if held then
+      middle = middle .. pack(RECORD_LIFE, hold_ms, 0, 0, 0)
+    end
     round.middle, round.middle_of = middle, quantity
   end
   record = head .. pack('>I6', seq) .. middle .. request
@@ -190,36 +220,69 @@ local function decide(i)
   local new = sale.new
   local at = #new
   new[at + 1], new[at + 2] = id, record
-  local places = round.places
-  at = #places
-  places[at + 1], places[at + 2] = seq, id
+  if held then
+    local deadlines = round.deadlines
+    at = #deadlines
+    deadlines[at + 1], deadlines[at + 2] = whole(partition.now_ms + hold_ms), id
+    life = true
+  else
+    local places = round.places
+    at = #places
+    places[at + 1], places[at + 2] = seq, id
+  end
   at = #journal
   journal[at + 1], journal[at + 2], journal[at + 3] = round, id, record
   return 'accepted', record
 end
 
+local together, refused, before = ARGV[4] == 'all', false, {}
+for i, round in ipairs(rounds) do
+  if together then
+    before[i] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
+  end
+end
 local reply = { 'ok', whole(partition.now_ms), '', whole(#rounds) }
 local replied = 4 + #rounds
 for i = 1, n_items do
-  reply[replied + 1], reply[replied + 2] = decide(i)
+  local word, facts = decide(i)
+  reply[replied + 1], reply[replied + 2] = word, facts
   replied = replied + 2
+  refused = refused or word ~= 'accepted' and word ~= 'replayed'
+end
+if together and refused then
+  for at = 5 + #rounds, #reply, 2 do
+    if reply[at] == 'accepted' then
+      reply[at], reply[at + 1] = 'left_out', ''
+    end
+  end
+  reply[3] = whole(partition.pseq)
+  for i = 1, #rounds do
+    reply[4 + i] = before[i]
+  end
+  return reply
 end
 
 -- Write --------------------------------------------------------------------------------------
 
 if #journal > 0 then
-  local counters = {}
+  local counters, events = {}, {}
   for _, round in ipairs(rounds) do
-    if not round.damage and #round.places > 0 then
-      round.index = string.char(#counters)
+    if round.changed then
+      local index = #counters
+      round.index = string.char(index)
       round.n_board = round.n_board + #round.places / 2
-      counters[#counters + 1] = pack_counters(round)
+      round.n_holds = round.n_holds + #round.deadlines / 2
+      if ends_now(round) then
+        events[#events + 1] = close_by_itself(round, index)
+      end
+      counters[index + 1] = pack_counters(round)
     end
   end
   for at = 1, #journal, 3 do
     journal[at] = journal[at].index
   end
-  if not append(partition, table.concat(counters), table.concat(journal), '') then
+  if not append(partition, table.concat(counters), table.concat(journal), table.concat(events),
+      life) then
     return { 'fenced', 'journal' }
   end
   for _, sale in pairs(sales) do
@@ -229,15 +292,28 @@ if #journal > 0 then
       redis.call('HSET', sale.key, 'n_orders', whole(sale.n_orders))
     end
   end
+  for _, members in ipairs(crowds) do
+    local changed = {}
+    for i, buyer in ipairs(members.served) do
+      changed[2 * i - 1] = buyer
+      changed[2 * i] = pack(BUYER, members.units[buyer], members.acceptances[buyer])
+    end
+    if #changed > 0 then
+      redis.call('HSET', members.key, unpack(changed))
+      if not members.owner.seq then
+        -- Of the sale: a round's number is written with its other fields.
+        redis.call('HSET', members.owner.key, 'n_buyers', whole(members.owner.n_buyers))
+      end
+    end
+  end
   for _, round in ipairs(rounds) do
     if round.index then
-      local changed = {}
-      for i, buyer in ipairs(round.served) do
-        changed[2 * i - 1] = buyer
-        changed[2 * i] = pack(BUYER, round.units[buyer], round.acceptances[buyer])
+      if #round.places > 0 then
+        redis.call('ZADD', round.board_key, unpack(round.places))
       end
-      redis.call('HSET', round.buyers_key, unpack(changed))
-      redis.call('ZADD', round.board_key, unpack(round.places))
+      if #round.deadlines > 0 then
+        redis.call('ZADD', round.holds_key, unpack(round.deadlines))
+      end
       write_round(partition, round)
     end
   end

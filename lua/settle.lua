@@ -35,8 +35,7 @@ end
 
 round.intent = 'settled'
 round.seq = round.seq + 1
-if not append(partition, pack_counters(round), '', pack_event(0, round.seq, 'settle', nil, 0),
-    VERSION_END) then
+if not append(partition, pack_counters(round), '', pack_event(0, round.seq, 'settle', nil, 0)) then
   return { 'fenced', 'journal' }
 end
 write_round(partition, round)

@@ -1,13 +1,15 @@
 -- whole: whether a round is there with all its keys, for the check that comes before a new epoch.
 --
--- KEYS   1 meta, 2 journal, 3 round, 4 buyers, 5 board, 6 sale, 7 orders, 8 ops
+-- KEYS   those of shared/change.lua
 -- Reply  { standing }; '' when the round is missing, not whole, or not as the journal says
 -- Flags  no-writes
 
-local round, sale = read_round(KEYS[3]), read_sale(KEYS[6])
-if not round or not sale or not intact(round, KEYS[4], KEYS[5])
-    or not has_orders(sale, KEYS[7])
-    or redis.pcall('HLEN', KEYS[8]) ~= sale.n_ops then
+local round, sale = read_round(KEYS[3]), read_sale(KEYS[9])
+if not round or not sale or not intact(round, KEYS[4], KEYS[5], KEYS[6])
+    or redis.pcall('ZCARD', KEYS[7]) ~= round.n_line or redis.pcall('HLEN', KEYS[8]) ~= round.n_line
+    or not has_orders(sale, KEYS[10])
+    or has(round.policy, LIMIT_OVER_SALE) and redis.pcall('HLEN', KEYS[11]) ~= sale.n_buyers
+    or redis.pcall('HLEN', KEYS[12]) ~= sale.n_ops then
   return { '' }
 end
 local _, said = journal_says(KEYS[3])

@@ -46,6 +46,7 @@ use crate::{
         auditor::{Auditor, Patrol},
         certificate::CertificateKey,
         ending::RoundEnds,
+        holds::Sweeper,
         recovery::Recovery,
         trimming::Trimmer,
     },
@@ -231,6 +232,18 @@ pub async fn start(
         });
         housekeeping(config, &stores, auditor.clone(), life)?;
     }
+
+    // In every process: a hold must end in time also when the others are gone.
+    let sweeper = Sweeper {
+        engines: stores.engines.clone(),
+        rounds: stores.rounds.clone(),
+        metrics: metrics.holds.clone(),
+    };
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "holds", async move {
+        sweeper.run(stop).await;
+        Ok(())
+    });
 
     // Unknown is not kept.
     let (keeps, kept) = watch::channel(Err(Lack::new("PostgreSQL has not been asked yet")));

@@ -126,7 +126,7 @@ mod imp {
             &["purchase"],
             &[
                 (
-                    "if remaining == 0 then",
+                    "if remaining == 0 or round.n_line > 0 and redeems[i] == 0 then",
                     "round.before = round.before or remaining; if round.before == 0 then",
                 ),
                 (
@@ -147,13 +147,13 @@ mod imp {
             "limit_not_running",
             &["purchase"],
             &[(
-                "round.units[buyer], round.acceptances[buyer] = units + quantity, acceptances + 1",
-                "round.units[buyer], round.acceptances[buyer] = units, acceptances + 1",
+                "members.units[buyer], members.acceptances[buyer] = units + quantity, acceptances + 1",
+                "members.units[buyer], members.acceptances[buyer] = units, acceptances + 1",
             )],
         ),
         (
             "journal_maxlen",
-            &["purchase", "release", "restock", "control", "provision"],
+            &["purchase", "release", "allocate", "control", "provision"],
             &[(
                 "local id = redis.pcall('XADD', KEYS[2], 'NOMKSTREAM', whole(partition.epoch) .. '-' .. whole(pseq),",
                 "local id = redis.pcall('XADD', KEYS[2], 'NOMKSTREAM', 'MAXLEN', '=', '2', whole(partition.epoch) .. '-' .. whole(pseq),",
@@ -232,7 +232,7 @@ mod imp {
             "counts_of_round_unchecked",
             &["purchase"],
             &[(
-                "elseif not intact(round, KEYS[base + 1], KEYS[base + 2]) then",
+                "elseif not intact(round, KEYS[base + 1], KEYS[base + 2], KEYS[base + 3]) then",
                 "elseif false then",
             )],
         ),
@@ -248,7 +248,7 @@ mod imp {
             "lost_round_made_anew",
             &["provision"],
             &[(
-                "if redis.call('EXISTS', KEYS[4], KEYS[5]) > 0 then",
+                "if redis.call('EXISTS', KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]) > 0 then",
                 "if false then",
             )],
         ),
@@ -300,20 +300,20 @@ mod imp {
         (
             "release_twice",
             &["release"],
-            &[("if status ~= STATUS.confirmed then", "if false then")],
+            &[(
+                "elseif order.status ~= STATUS.confirmed and order.status ~= STATUS.held then",
+                "elseif false then",
+            )],
         ),
         (
             "cancel_keeps_board_entry",
             &["release"],
-            &[("redis.call('ZREM', KEYS[5], id)", "")],
+            &[("call_with('ZREM', KEYS[5], change.off_board)", "")],
         ),
         (
             "cancel_keeps_units_of_buyer",
             &["release"],
-            &[(
-                "redis.call('HSET', KEYS[4], buyer_id, struct.pack(BUYER, units - quantity, acceptances))",
-                "",
-            )],
+            &[("who.units, who.changed = who.units - units, true", "")],
         ),
         (
             "insufficient_told_as_sold_out",
@@ -389,14 +389,90 @@ mod imp {
             "key_of_receipt_not_kept",
             &["purchase"],
             &[(
-                "head = pack(RECORD_HEAD, VERSION, STATUS.confirmed, STATUS.confirmed, durability, receipt_key,",
-                "head = pack(RECORD_HEAD, VERSION, STATUS.confirmed, STATUS.confirmed, durability, 0,",
+                "receipt_key, round.number, partition.epoch)",
+                "0, round.number, partition.epoch)",
             )],
         ),
         (
             "restock_not_idempotent",
-            &["restock"],
+            &["allocate"],
             &[("if known then", "if false then")],
+        ),
+        (
+            "release_not_idempotent",
+            &["release"],
+            &[("if known then", "if false then")],
+        ),
+        (
+            "paid_too_late",
+            &["confirm"],
+            &[(
+                "elseif change.partition.now_ms >= order.until_ms then",
+                "elseif false then",
+            )],
+        ),
+        (
+            "hold_stays_after_its_end",
+            &["confirm", "release", "sweep"],
+            &[("call_with('ZREM', KEYS[6], change.off_hold)", "")],
+        ),
+        (
+            "expired_units_stay_held",
+            &["sweep"],
+            &[(
+                "round[place] = round[place] - units",
+                "round.sold = round.sold - 0",
+            )],
+        ),
+        (
+            "extended_for_ever",
+            &["extend"],
+            &[("elseif order.extended_ms > 0 then", "elseif false then")],
+        ),
+        (
+            "line_jumped",
+            &["purchase"],
+            &[(
+                "if remaining == 0 or round.n_line > 0 and redeems[i] == 0 then",
+                "if remaining == 0 then",
+            )],
+        ),
+        (
+            "line_from_its_end",
+            &["sweep", "release", "allocate"],
+            &[(
+                "local buyers = redis.call('ZRANGE', KEYS[7], 0, most - 1)",
+                "local buyers = redis.call('ZREVRANGE', KEYS[7], 0, most - 1)",
+            )],
+        ),
+        (
+            "cart_in_parts",
+            &["purchase"],
+            &[("if together and refused then", "if false then")],
+        ),
+        (
+            "limit_over_sale_forgotten",
+            &["purchase"],
+            &[(
+                "if has(round.policy, LIMIT_OVER_SALE) then",
+                "if false then",
+            )],
+        ),
+        (
+            "sold_out_stays_open",
+            &[],
+            &[(
+                "return has(round.policy, ENDS_SOLD_OUT) and round.remaining == 0 and round.held == 0",
+                "return false and round.remaining == 0 and round.held == 0",
+            )],
+        ),
+        (
+            "open_round_amended",
+            &["amend"],
+            &[(
+                "elseif state ~= 'scheduled' and not end_only then",
+                "elseif false then",
+            )],
         ),
     ];
 
@@ -437,9 +513,15 @@ mod imp {
         /// The scripts that every bug is looked for in, with the shared parts.
         fn text(script: &str) -> String {
             let lua = Path::new(env!("CARGO_MANIFEST_DIR")).join("lua");
-            ["shared/partition", "shared/round", "shared/journal", script]
-                .map(|part| fs::read_to_string(lua.join(format!("{part}.lua"))).unwrap())
-                .concat()
+            let read = |part: &str| fs::read_to_string(lua.join(format!("{part}.lua"))).unwrap();
+            let mut text = ["shared/partition", "shared/round", "shared/journal"]
+                .map(read)
+                .concat();
+            let own = read(script);
+            if own.contains("open_change(") {
+                text += &read("shared/change");
+            }
+            text + &own
         }
 
         #[test]

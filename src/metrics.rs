@@ -34,6 +34,8 @@ pub struct Metrics {
     pub audit: AuditMetrics,
     /// Of recovery.
     pub recovery: RecoveryMetrics,
+    /// Of holds.
+    pub holds: HoldMetrics,
     /// Of live stock.
     pub realtime: RealtimeMetrics,
     /// Of the catalogue.
@@ -336,6 +338,30 @@ impl RecoveryMetrics {
     }
 }
 
+/// What became of holds.
+#[derive(Clone, Debug, Default)]
+pub struct HoldMetrics {
+    /// Holds that this node ended because their time was over.
+    pub expired: Counter,
+    /// Orders that it offered to buyers in line.
+    pub offered: Counter,
+}
+
+impl HoldMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "holds_expired",
+            "Holds that this node ended because their time was over",
+            self.expired.clone(),
+        );
+        registry.register(
+            "line_offered",
+            "Orders that this node offered to buyers in line while it swept",
+            self.offered.clone(),
+        );
+    }
+}
+
 impl Metrics {
     /// All metrics, at zero.
     pub fn new() -> Self {
@@ -379,6 +405,8 @@ impl Metrics {
         audit.register(&mut registry);
         let recovery = RecoveryMetrics::default();
         recovery.register(&mut registry);
+        let holds = HoldMetrics::default();
+        holds.register(&mut registry);
         let realtime = RealtimeMetrics::default();
         realtime.register(&mut registry);
         let catalogue = CatalogueMetrics::default();
@@ -400,6 +428,7 @@ impl Metrics {
             writer,
             audit,
             recovery,
+            holds,
             realtime,
             catalogue,
         }

@@ -121,7 +121,7 @@ fn line(partition: Partition, letter: &StoredLetter, outcome: Option<String>) ->
         round: letter.round.to_string(),
         seq_from: letter.seq_from,
         seq_to: letter.seq_to,
-        units: letter.units,
+        units: letter.delta.held + letter.delta.sold,
         order_id: letter.order.map(|order| order.to_string()),
         reason: letter.reason.clone(),
         outcome,

@@ -4,7 +4,7 @@ use stockade::clock;
 use stockade::domain::id::{Fingerprint, OperationId, Partition, ProductId, SaleId};
 use stockade::domain::money::{Currency, Money};
 use stockade::domain::order::Mode;
-use stockade::domain::round::{Terms, Window};
+use stockade::domain::round::{Policy, Terms, Window};
 use stockade::sales::Shop;
 use stockade::store::products::{Added, Content, Products};
 use stockade::store::sales::NewSale;
@@ -77,6 +77,7 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         per_order_limit: LIMIT,
         unit_price: product.content.price,
         allocation: UNITS,
+        policy: Policy::default(),
     };
     let id = SaleId(clock::new_id());
     // Partitions are verified within moments of the start.

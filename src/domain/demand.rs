@@ -59,7 +59,7 @@ impl Reason {
             Refusal::BuyerLimit { .. } => Self::BuyerLimit,
             Refusal::SoldOut => Self::SoldOut,
             Refusal::Insufficient { .. } => Self::Insufficient,
-            Refusal::Archived { .. } => return None,
+            Refusal::Archived { .. } | Refusal::LeftOut => return None,
         })
     }
 

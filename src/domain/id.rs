@@ -162,7 +162,7 @@ impl PaymentId {
 }
 
 /// What a request asked for, in eight bytes: the same key with another request is a mismatch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Default, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 8]);
 
 impl Fingerprint {
@@ -172,9 +172,9 @@ impl Fingerprint {
         Self([a, b, c, d, e, f, g, h])
     }
 
-    /// The fingerprint of a restock: also what PostgreSQL has of one is enough to know it.
-    pub fn restock(units: u64) -> Self {
-        Self::of(&[b"restock", &units.to_be_bytes()])
+    /// The fingerprint of a request for so many units: `restock`, `reduce`, `cancel` …
+    pub fn units(word: &str, units: u64) -> Self {
+        Self::of(&[word.as_bytes(), &units.to_be_bytes()])
     }
 }
 

@@ -29,6 +29,24 @@ pub const SCHEDULE_SECONDS_MAX: u64 = 31 * 24 * 60 * 60;
 
 /// Windows that a schedule may list: about three years of daily ones, in one request.
 pub const SCHEDULE_WINDOWS_MAX: usize = 1_000;
+/// The shortest hold, in milliseconds: holds end with the first sweep after their deadline.
+pub const HOLD_MS_MIN: u64 = 1_000;
+
+/// The longest hold, in milliseconds: a day.
+pub const HOLD_MS_MAX: u64 = 86_400_000;
+
+/// Buyers that may wait in line for units of one round. Each is an entry of the journal, and about
+/// 200 bytes of Redis until the round leaves it.
+pub const LINE_MAX: u64 = 100_000;
+
+/// Buyers in line that are offered units in one call, beside whatever else it does.
+pub const OFFERS_MAX: u64 = 16;
+
+/// Holds that one sweep ends: about a millisecond of Redis.
+pub const SWEEP_HOLDS_MAX: u64 = 64;
+
+/// Buyers in line that one sweep offers units to.
+pub const SWEEP_OFFERS_MAX: u64 = 64;
 
 /// The longest `Idempotency-Key`, in characters.
 pub const IDEMPOTENCY_KEY_MAX: usize = 255;

@@ -9,10 +9,10 @@ use uuid::Uuid;
 
 use super::{
     id::{BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, RoundId, SaleNumber},
-    journal::{Entry, Event, EventKind},
-    limits::{ALLOCATION_MAX, SPARE_ACCEPTANCES},
-    order::{Decision, Order, Purchase, Refusal, Status},
-    round::{self, Counters, Intent, State, Terms},
+    journal::{Entry, Event, EventKind, Step},
+    limits::{ALLOCATION_MAX, LINE_MAX, OFFERS_MAX, SPARE_ACCEPTANCES},
+    order::{Decision, Durability, Order, Purchase, Refusal, Status},
+    round::{self, Amendment, Counters, Ends, Intent, LimitScope, State, Terms},
 };
 
 /// The state of one partition.
@@ -41,6 +41,8 @@ pub struct Sale {
     pub orders: BTreeMap<OrderId, Order>,
     /// Operations with a key that were carried out: what was asked, and the seq it took.
     pub operations: BTreeMap<OperationId, (Fingerprint, u64)>,
+    /// What a limit over all rounds knows of each buyer: units, and acceptances ever.
+    pub buyers: BTreeMap<BuyerId, (u64, u64)>,
     /// Rounds that have left.
     pub archived_rounds: u32,
     /// Orders that have left with them.
@@ -56,13 +58,72 @@ pub struct Round {
     pub intent: Intent,
     /// Where its units are.
     pub counters: Counters,
-    /// Units each buyer has, and how many acceptances they ever got.
+    /// Units each buyer has, and how many acceptances they ever got; empty where the limit counts
+    /// over all rounds of the sale.
     pub buyers: BTreeMap<BuyerId, (u64, u64)>,
     /// The leaderboard: confirmed orders by the seq of their acceptance.
     pub board: BTreeMap<u64, OrderId>,
+    /// Held orders, each with the first instant at which it is held no more.
+    pub holds: BTreeMap<OrderId, i64>,
+    /// Buyers that wait for units to come back, by the seq with which they joined.
+    pub line: BTreeMap<u64, Wish>,
     /// Until when only receipts are redeemed, because acceptances were lost: milliseconds since the
     /// Unix epoch by Redis' clock, 0 for a round that lost none.
     pub grace_until_ms: i64,
+}
+
+/// What a buyer in the line waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// Who.
+    pub buyer: BuyerId,
+    /// The id that the order will have.
+    pub order: OrderId,
+    /// What the request asked for.
+    pub fingerprint: Fingerprint,
+    /// Units, at most.
+    pub units: u64,
+}
+
+/// What giving an order back means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// Its units are for sale again.
+    Cancel,
+    /// The same, for the line of a cart that was not accepted as a whole.
+    Withdraw,
+    /// Its money goes back, its units are for sale again.
+    Return,
+    /// Its money goes back, its units stay sold.
+    Refund,
+}
+
+impl Release {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Cancel, Self::Withdraw, Self::Return, Self::Refund];
+
+    /// The event that says so.
+    pub fn event(self) -> EventKind {
+        match self {
+            Self::Cancel => EventKind::Cancel,
+            Self::Withdraw => EventKind::Withdraw,
+            Self::Return => EventKind::Return,
+            Self::Refund => EventKind::Refund,
+        }
+    }
+
+    fn is_money(self) -> bool {
+        matches!(self, Self::Return | Self::Refund)
+    }
+}
+
+/// An operation of a user: it has one effect, however often it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// Its name.
+    pub id: OperationId,
+    /// What was asked for.
+    pub fingerprint: Fingerprint,
 }
 
 /// What can be asked of a partition.
@@ -81,13 +142,75 @@ pub enum Command {
         receipt_key: u8,
         /// The purchases.
         items: Vec<Purchase>,
+        /// Whether all of them are accepted, or none.
+        together: bool,
     },
-    /// Give an order back.
-    Cancel {
+    /// Give an order, or some units of it, back.
+    Release {
         /// Of which round it is.
         round: RoundId,
         /// Which.
         order: OrderId,
+        /// What that means.
+        release: Release,
+        /// How many units; `None` for all that are left.
+        units: Option<u64>,
+        /// The operation, if it has a key.
+        operation: Option<Operation>,
+        /// What acceptances of those in line survive; `None`: nothing is offered.
+        durability: Option<Durability>,
+        /// Who asks.
+        actor: Uuid,
+    },
+    /// A held order is paid.
+    Confirm {
+        /// Of which round it is.
+        round: RoundId,
+        /// Which.
+        order: OrderId,
+        /// Who pays.
+        actor: Uuid,
+    },
+    /// Give a held order its time once more.
+    Extend {
+        /// Of which round it is.
+        round: RoundId,
+        /// Which.
+        order: OrderId,
+        /// Who asks.
+        actor: Uuid,
+    },
+    /// End holds whose time is over, and offer their units to those in line.
+    Sweep {
+        /// Which round.
+        round: RoundId,
+        /// Holds at most.
+        holds: u64,
+        /// Buyers in line at most.
+        offers: u64,
+        /// What the acceptances survive; `None`: nothing is offered.
+        durability: Option<Durability>,
+    },
+    /// Wait in line.
+    Join {
+        /// For units of which round.
+        round: RoundId,
+        /// Who, for what.
+        wish: Wish,
+    },
+    /// Wait no more.
+    Leave {
+        /// In the line of which round.
+        round: RoundId,
+        /// Who.
+        buyer: BuyerId,
+    },
+    /// Change the rules.
+    Amend {
+        /// Of which round.
+        round: RoundId,
+        /// Its new rules.
+        amendment: Amendment,
         /// Who asks.
         actor: Uuid,
     },
@@ -100,16 +223,18 @@ pub enum Command {
         /// Who asks.
         actor: Uuid,
     },
-    /// Add units.
-    Restock {
-        /// To which round.
+    /// Add units, or take some that remain.
+    Allocate {
+        /// Of which round.
         round: RoundId,
+        /// Whether to take units away.
+        reduce: bool,
         /// How many, at least one.
         units: u64,
-        /// The operation; it has one effect however often it is asked for.
-        operation: OperationId,
-        /// What the request asked for.
-        fingerprint: Fingerprint,
+        /// The operation.
+        operation: Operation,
+        /// What acceptances of those in line survive; `None`: nothing is offered.
+        durability: Option<Durability>,
         /// Who asks.
         actor: Uuid,
     },
@@ -141,12 +266,24 @@ pub enum Reply {
     Provisioned(Provisioned),
     /// To [`Command::Purchase`], one decision for each item.
     Decided(Vec<Decision>),
-    /// To [`Command::Cancel`].
-    Cancelled(Cancelled),
+    /// To [`Command::Release`].
+    Released(Released),
+    /// To [`Command::Confirm`].
+    Confirmed(Confirmed),
+    /// To [`Command::Extend`].
+    Extended(Extended),
+    /// To [`Command::Sweep`].
+    Swept(Swept),
+    /// To [`Command::Join`].
+    Joined(Joined),
+    /// To [`Command::Leave`]: whether the buyer was in it.
+    Left(bool),
+    /// To [`Command::Amend`].
+    Amended(Amended),
     /// To [`Command::Control`].
     Controlled(Controlled),
-    /// To [`Command::Restock`].
-    Restocked(Restocked),
+    /// To [`Command::Allocate`].
+    Allocated(Allocated),
     /// To [`Command::Settle`].
     Settled(Settled),
     /// To [`Command::Archive`].
@@ -166,17 +303,98 @@ pub enum Provisioned {
     Conflict,
 }
 
-/// What became of a cancellation.
+/// What became of giving an order back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cancelled {
-    /// The units went back.
+pub enum Released {
+    /// It is so now.
     Done(Order),
-    /// They had gone back before.
+    /// The operation was carried out before.
+    Replayed(Order),
+    /// The operation was asked for with another request.
+    Mismatch,
+    /// Nothing of it was left.
     Already(Order),
+    /// It is not paid, so there is no money to give back.
+    Held(Order),
+    /// It has fewer units left.
+    TooMany(Order),
     /// There is no such order.
     Unknown,
     /// The round is settled: no unit of it goes back any more.
     Settled,
+}
+
+/// What became of a payment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confirmed {
+    /// It is confirmed now.
+    Done(Order),
+    /// It is held no more: its status says what it is.
+    Already(Order),
+    /// Its deadline has passed.
+    Late(Order),
+    /// There is no such order.
+    Unknown,
+}
+
+/// What became of extending a hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extended {
+    /// It has more time now.
+    Done(Order),
+    /// It was extended before.
+    Before(Order),
+    /// It is held no more: its status says what it is.
+    Already(Order),
+    /// Its deadline has passed.
+    Late(Order),
+    /// There is no such order.
+    Unknown,
+}
+
+/// What a sweep did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Swept {
+    /// Holds that ended.
+    pub expired: u64,
+    /// Orders that those in line got.
+    pub offered: u64,
+    /// The earliest deadline that is left, milliseconds since the Unix epoch.
+    pub next_ms: Option<i64>,
+}
+
+/// What became of joining the line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joined {
+    /// In it now, so many are at or before this place.
+    Done(u64),
+    /// Was in it before, at this place.
+    Already(u64),
+    /// Has the order that this wish became.
+    Replayed(Order),
+    /// The round has no line.
+    NoLine,
+    /// There is nothing to wait for, for another reason.
+    Refused(Refusal),
+    /// Units are for sale.
+    Available,
+    /// As many wait as may.
+    Full,
+}
+
+/// What became of changing the rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Amended {
+    /// They are so now.
+    Done,
+    /// They were so before.
+    Already,
+    /// The round is closed.
+    Closed,
+    /// It is open, and something else than its end would change.
+    Open,
+    /// The end would lie in the past.
+    Past,
 }
 
 /// What became of settling a round.
@@ -212,18 +430,18 @@ pub enum Controlled {
     Closed,
 }
 
-/// What became of a restock.
+/// What became of adding units, or taking some.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Restocked {
-    /// The units are there.
+pub enum Allocated {
+    /// It is so now.
     Done,
-    /// They came with an earlier attempt.
+    /// An earlier attempt did it.
     Replayed,
     /// The key belongs to another request.
     Mismatch,
     /// The round is closed.
     Closed,
-    /// The allocation would leave its bounds.
+    /// The allocation would leave its bounds, or fewer units remain.
     TooMany,
 }
 
@@ -236,20 +454,12 @@ impl Round {
         }
     }
 
-    /// The units of an order are for sale again.
-    fn give_back(&mut self, order: &Order) -> Option<()> {
-        self.counters.remaining += order.quantity;
-        self.counters.sold = self.counters.sold.checked_sub(order.quantity)?;
-        let units = &mut self.buyers.get_mut(&order.buyer)?.0;
-        *units = units.checked_sub(order.quantity)?;
-        self.board.remove(&order.seq).map(|_| ())
-    }
-
     /// Nothing is left but what says that it was there.
     fn leave(&mut self) {
         self.intent = Intent::Archived;
         self.buyers.clear();
         self.board.clear();
+        self.line.clear();
     }
 }
 
@@ -264,16 +474,64 @@ impl Model {
             Command::Provision { round, terms } => {
                 Some(Reply::Provisioned(self.provision(now_ms, *round, *terms)))
             }
-            Command::Purchase { receipt_key, items } => self
-                .purchase(now_ms, *receipt_key, items)
+            Command::Purchase {
+                receipt_key,
+                items,
+                together,
+            } => self
+                .purchase(now_ms, *receipt_key, items, *together)
                 .map(Reply::Decided),
-            Command::Cancel {
+            Command::Release {
+                round,
+                order,
+                release,
+                units,
+                operation,
+                durability,
+                actor,
+            } => self
+                .open(now_ms, *round)?
+                .release(*order, *release, *units, *operation, *durability, *actor)
+                .map(Reply::Released),
+            Command::Confirm {
                 round,
                 order,
                 actor,
             } => self
-                .cancel(now_ms, *round, *order, *actor)
-                .map(Reply::Cancelled),
+                .open(now_ms, *round)?
+                .confirm(*order, *actor)
+                .map(Reply::Confirmed),
+            Command::Extend {
+                round,
+                order,
+                actor,
+            } => self
+                .open(now_ms, *round)?
+                .extend(*order, *actor)
+                .map(Reply::Extended),
+            Command::Sweep {
+                round,
+                holds,
+                offers,
+                durability,
+            } => self
+                .open(now_ms, *round)?
+                .sweep(*holds, *offers, *durability)
+                .map(Reply::Swept),
+            Command::Join { round, wish } => {
+                self.open(now_ms, *round)?.join(*wish).map(Reply::Joined)
+            }
+            Command::Leave { round, buyer } => {
+                self.open(now_ms, *round)?.leave(*buyer).map(Reply::Left)
+            }
+            Command::Amend {
+                round,
+                amendment,
+                actor,
+            } => self
+                .open(now_ms, *round)?
+                .amend(*amendment, *actor)
+                .map(Reply::Amended),
             Command::Control {
                 round,
                 intent,
@@ -281,15 +539,17 @@ impl Model {
             } => self
                 .control(now_ms, *round, *intent, *actor)
                 .map(Reply::Controlled),
-            Command::Restock {
+            Command::Allocate {
                 round,
+                reduce,
                 units,
                 operation,
-                fingerprint,
+                durability,
                 actor,
             } => self
-                .restock(now_ms, *round, *units, *operation, *fingerprint, *actor)
-                .map(Reply::Restocked),
+                .open(now_ms, *round)?
+                .allocate(*reduce, *units, *operation, *durability, *actor)
+                .map(Reply::Allocated),
             Command::Settle { round } => self.settle(now_ms, *round).map(Reply::Settled),
             Command::Archive { round, orders } => {
                 self.archive(now_ms, *round, orders).map(Reply::Archived)
@@ -313,13 +573,8 @@ impl Model {
         // The last one that was provisioned, whatever its number.
         self.sales.entry(id.sale).or_default().round = id.round;
         let event = Event {
-            round: Some(id),
-            seq: 0,
-            kind: EventKind::Provision,
-            order: None,
             units: terms.allocation,
-            actor: None,
-            operation: None,
+            ..Event::new(id, 0, EventKind::Provision)
         };
         self.append(now_ms, &[id], vec![], vec![event]);
         Provisioned::Created
@@ -330,6 +585,7 @@ impl Model {
         now_ms: i64,
         receipt_key: u8,
         items: &[Purchase],
+        together: bool,
     ) -> Option<Vec<Decision>> {
         if !items
             .iter()
@@ -337,8 +593,9 @@ impl Model {
         {
             return None;
         }
+        let before = together.then(|| self.clone());
         let mut accepted = Vec::new();
-        let decisions = items
+        let mut decisions = items
             .iter()
             .map(|item| {
                 let decision = self.decide(now_ms, receipt_key, item)?;
@@ -349,17 +606,65 @@ impl Model {
                 Some(decision)
             })
             .collect::<Option<Vec<_>>>()?;
+        let refused = |decision: &Decision| matches!(decision, Decision::Refused(_));
+        if let Some(before) = before.filter(|_| decisions.iter().any(refused)) {
+            *self = before;
+            for decision in &mut decisions {
+                if matches!(decision, Decision::Accepted(_)) {
+                    *decision = Decision::Refused(Refusal::LeftOut);
+                }
+            }
+            return Some(decisions);
+        }
         let mut touched = Vec::new();
+        let mut events = Vec::new();
         for item in items {
             let has_order = accepted.iter().any(|order| order.round == item.round);
             if has_order && !touched.contains(&item.round) {
                 touched.push(item.round);
+                events.extend(self.close_if_sold_out(item.round)?);
             }
         }
         if !touched.is_empty() {
-            self.append(now_ms, &touched, accepted, vec![]);
+            self.append(now_ms, &touched, accepted, events);
         }
         Some(decisions)
+    }
+
+    /// A round that ends with its last unit closes once it has sold it: the events of that.
+    fn close_if_sold_out(&mut self, id: RoundId) -> Option<Vec<Event>> {
+        let round = self.rounds.get(&id)?;
+        let Counters {
+            remaining,
+            held,
+            seq,
+            ..
+        } = round.counters;
+        let ends = round.terms.policy.ends == Ends::SoldOut && remaining == 0 && held == 0;
+        if !ends || round.intent.is_over() {
+            return Some(vec![]);
+        }
+        let event = Event::new(id, seq + 1, EventKind::Close);
+        self.happened(&event)?;
+        Some(vec![event])
+    }
+
+    /// What the limit knows of a buyer: units, and acceptances ever.
+    fn member(&self, id: RoundId, buyer: BuyerId) -> Option<(u64, u64)> {
+        let round = self.rounds.get(&id)?;
+        match round.terms.policy.limit_scope {
+            LimitScope::Round => round.buyers.get(&buyer).copied(),
+            LimitScope::Sale => self.sales.get(&id.sale)?.buyers.get(&buyer).copied(),
+        }
+    }
+
+    fn member_mut(&mut self, id: RoundId, buyer: BuyerId) -> Option<&mut (u64, u64)> {
+        let round = self.rounds.get_mut(&id)?;
+        let buyers = match round.terms.policy.limit_scope {
+            LimitScope::Round => &mut round.buyers,
+            LimitScope::Sale => &mut self.sales.get_mut(&id.sale)?.buyers,
+        };
+        Some(buyers.entry(buyer).or_default())
     }
 
     /// The precedence of refusals, from first to last.
@@ -371,9 +676,10 @@ impl Model {
             per_buyer_limit,
             per_order_limit,
             unit_price,
+            policy,
             ..
         } = round.terms;
-        let (held, acceptances) = round.buyers.get(&item.buyer).copied().unwrap_or_default();
+        let (held, acceptances) = self.member(item.round, item.buyer).unwrap_or_default();
         let remaining = round.counters.remaining;
 
         if let Some(order) = sale.orders.get(&item.order) {
@@ -413,19 +719,25 @@ impl Model {
                 })
             }
             State::Open if remaining == 0 => Some(Refusal::SoldOut),
+            // What comes back is for those who wait in line.
+            State::Open if !round.line.is_empty() && !item.redeem => Some(Refusal::SoldOut),
             State::Open if remaining < item.quantity => Some(Refusal::Insufficient { remaining }),
             State::Open => None,
         };
         Some(refusal.map_or_else(
             || {
+                let status = match policy.hold_ms {
+                    Some(_) => Status::Held,
+                    None => Status::Confirmed,
+                };
                 Decision::Accepted(Order {
                     id: item.order,
                     round: item.round,
                     buyer: item.buyer,
                     quantity: item.quantity,
                     unit_price,
-                    status: Status::Confirmed,
-                    accepted_as: Status::Confirmed,
+                    status,
+                    accepted_as: status,
                     durability: item.durability,
                     receipt_key,
                     epoch: self.epoch,
@@ -433,6 +745,10 @@ impl Model {
                     pseq: self.pseq + 1,
                     accepted_at_ms: now_ms,
                     fingerprint: item.fingerprint,
+                    hold_ms: policy.hold_ms.unwrap_or(0),
+                    extended_ms: 0,
+                    returned: 0,
+                    refunded: 0,
                 })
             },
             Decision::Refused,
@@ -442,56 +758,86 @@ impl Model {
     fn accept(&mut self, order: &Order) -> Option<()> {
         let round = self.rounds.get_mut(&order.round)?;
         round.counters.seq = order.seq;
-        round.counters.remaining -= order.quantity;
-        round.counters.sold += order.quantity;
-        let buyer = round.buyers.entry(order.buyer).or_default();
-        buyer.0 += order.quantity;
-        buyer.1 += 1;
-        round.board.insert(order.seq, order.id);
+        order.take(&mut round.counters)?;
+        match order.hold_until_ms() {
+            Some(until) => round.holds.insert(order.id, until).map(|_| ()),
+            None => round.board.insert(order.seq, order.id).map(|_| ()),
+        };
         self.sales
             .get_mut(&order.round.sale)?
             .orders
             .insert(order.id, *order);
+        let member = self.member_mut(order.round, order.buyer)?;
+        member.0 += order.quantity;
+        member.1 += 1;
         Some(())
     }
 
-    fn cancel(
-        &mut self,
-        now_ms: i64,
-        id: RoundId,
-        order: OrderId,
-        actor: Uuid,
-    ) -> Option<Cancelled> {
+    /// What an event makes of the round that it is of; `None` when it does not follow.
+    fn happened(&mut self, event: &Event) -> Option<()> {
+        let id = event.round?;
         let round = self.rounds.get_mut(&id)?;
-        let settled = round.intent.is_final();
-        let Some(order) = self.sales.get_mut(&id.sale)?.orders.get_mut(&order) else {
-            return Some(if settled {
-                Cancelled::Settled
-            } else {
-                Cancelled::Unknown
-            });
-        };
-        if order.status != Status::Confirmed {
-            return Some(Cancelled::Already(*order));
-        }
-        if settled {
-            return Some(Cancelled::Settled);
-        }
-        order.status = Status::Cancelled;
-        let order = *order;
         round.counters.seq += 1;
-        round.give_back(&order)?;
-        let event = Event {
-            round: Some(id),
-            seq: round.counters.seq,
-            kind: EventKind::Cancel,
-            order: Some(order.id),
-            units: order.quantity,
-            actor: Some(actor),
-            operation: None,
-        };
-        self.append(now_ms, &[id], vec![], vec![event]);
-        Some(Cancelled::Done(order))
+        if event.seq != round.counters.seq {
+            return None;
+        }
+        event.shift(&mut round.counters)?;
+        if let Some(intent) = event.kind.intent() {
+            round.intent = intent;
+        }
+        let sale = self.sales.get_mut(&id.sale)?;
+        if let (Some(operation), Some(asked)) = (event.operation, event.fingerprint) {
+            sale.operations.insert(operation, (asked, event.seq));
+        }
+        match event.kind {
+            EventKind::Epoch | EventKind::Provision => return None,
+            EventKind::Archive => {
+                round.leave();
+                sale.archived_rounds += 1;
+            }
+            EventKind::Amend => round.terms = round.terms.amended(&event.amendment?),
+            EventKind::Join => {
+                let wish = Wish {
+                    buyer: BuyerId(event.actor?),
+                    order: event.order?,
+                    fingerprint: event.fingerprint?,
+                    units: event.units,
+                };
+                round.line.insert(event.seq, wish);
+            }
+            EventKind::Leave => {
+                let order = event.order?;
+                round.line.retain(|_, wish| wish.order != order);
+            }
+            kind if kind.changes_order() => {
+                let order = sale.orders.get_mut(&event.order?)?;
+                let before = *order;
+                event.change(order)?;
+                let order = *order;
+                round.holds.remove(&order.id);
+                round.board.remove(&order.seq);
+                match (order.status, order.hold_until_ms()) {
+                    (Status::Held, Some(until)) => round.holds.insert(order.id, until).map(|_| ()),
+                    (Status::Confirmed, _) => round.board.insert(order.seq, order.id).map(|_| ()),
+                    _ => None,
+                };
+                let units = &mut self.member_mut(id, order.buyer)?.0;
+                *units = units.checked_sub(order.returned - before.returned)?;
+            }
+            _ => {}
+        }
+        Some(())
+    }
+
+    /// Begins a command on one round.
+    fn open(&mut self, now_ms: i64, id: RoundId) -> Option<Change<'_>> {
+        self.rounds.contains_key(&id).then(|| Change {
+            model: self,
+            now_ms,
+            id,
+            orders: vec![],
+            events: vec![],
+        })
     }
 
     fn control(
@@ -535,13 +881,8 @@ impl Model {
         round.intent = intent;
         round.counters.seq += 1;
         let event = Event {
-            round: Some(id),
-            seq: round.counters.seq,
-            kind,
-            order: None,
-            units: 0,
             actor,
-            operation: None,
+            ..Event::new(id, round.counters.seq, kind)
         };
         self.append(now_ms, &[id], vec![], vec![event]);
         Some(())
@@ -595,95 +936,32 @@ impl Model {
         0
     }
 
-    fn restock(
-        &mut self,
-        now_ms: i64,
-        id: RoundId,
-        units: u64,
-        operation: OperationId,
-        fingerprint: Fingerprint,
-        actor: Uuid,
-    ) -> Option<Restocked> {
-        let round = self.rounds.get_mut(&id)?;
-        let sale = self.sales.get_mut(&id.sale)?;
-        if let Some((known, _)) = sale.operations.get(&operation) {
-            return Some(if *known == fingerprint {
-                Restocked::Replayed
-            } else {
-                Restocked::Mismatch
-            });
-        }
-        if round.state(now_ms) == State::Closed {
-            return Some(Restocked::Closed);
-        }
-        if round.counters.allocation + units > ALLOCATION_MAX {
-            return Some(Restocked::TooMany);
-        }
-        round.counters.seq += 1;
-        round.counters.allocation += units;
-        round.counters.remaining += units;
-        sale.operations
-            .insert(operation, (fingerprint, round.counters.seq));
-        let event = Event {
-            round: Some(id),
-            seq: round.counters.seq,
-            kind: EventKind::Restock,
-            order: None,
-            units,
-            actor: Some(actor),
-            operation: Some(operation),
-        };
-        self.append(now_ms, &[id], vec![], vec![event]);
-        Some(Restocked::Done)
-    }
-
     /// Takes over what a journal entry says, whoever decided it. `terms` are those of the rounds
     /// that it may provision. Of a round that it archives nothing is left here.
     ///
     /// `None` when the entry does not follow from what is here; the model is then of no use.
     pub fn replay(&mut self, entry: &Entry, terms: &BTreeMap<RoundId, Terms>) -> Option<()> {
-        for order in &entry.orders {
-            let round = self.rounds.get(&order.round)?;
-            if order.seq != round.counters.seq + 1 || order.quantity > round.counters.remaining {
-                return None;
-            }
-            self.accept(order)?;
-        }
-        for event in &entry.events {
-            let Some(id) = event.round else { continue };
-            if event.kind == EventKind::Provision {
-                self.insert(id, *terms.get(&id)?);
-                continue;
-            }
-            let round = self.rounds.get_mut(&id)?;
-            let sale = self.sales.get_mut(&id.sale)?;
-            round.counters.seq += 1;
-            match event.kind {
-                EventKind::Epoch | EventKind::Provision => return None,
-                EventKind::Cancel => {
-                    let order = sale.orders.get_mut(&event.order?)?;
-                    order.status = Status::Cancelled;
-                    round.give_back(order)?;
-                }
-                EventKind::Restock => {
-                    round.counters.allocation += event.units;
-                    round.counters.remaining += event.units;
-                    if let Some(operation) = event.operation {
-                        let asked = Fingerprint::restock(event.units);
-                        sale.operations.insert(operation, (asked, event.seq));
+        for step in entry.steps() {
+            match step {
+                Step::Order(order) => {
+                    let round = self.rounds.get(&order.round)?;
+                    if order.seq != round.counters.seq + 1 {
+                        return None;
                     }
+                    self.accept(order)?;
                 }
-                EventKind::Pause => round.intent = Intent::Paused,
-                EventKind::Resume => round.intent = Intent::Live,
-                EventKind::Close => round.intent = Intent::Closed,
-                EventKind::Settle => round.intent = Intent::Settled,
-                EventKind::Archive => {
-                    round.leave();
-                    sale.archived_rounds += 1;
-                    let before = sale.orders.len();
-                    sale.orders.retain(|_, order| order.round != id);
-                    sale.archived_orders += (before - sale.orders.len()) as u64;
-                }
+                Step::Event(event) => match (event.round, event.kind) {
+                    (None, _) => {}
+                    (Some(id), EventKind::Provision) => self.insert(id, *terms.get(&id)?),
+                    (Some(id), EventKind::Archive) => {
+                        self.happened(event)?;
+                        let sale = self.sales.get_mut(&id.sale)?;
+                        let before = sale.orders.len();
+                        sale.orders.retain(|_, order| order.round != id);
+                        sale.archived_orders += (before - sale.orders.len()) as u64;
+                    }
+                    (Some(_), _) => self.happened(event)?,
+                },
             }
         }
         for (id, counters) in &entry.rounds {
@@ -713,14 +991,18 @@ impl Model {
         };
         (round.intent, round.counters) = (intent, counters);
         for order in orders {
-            let (units, acceptances) = round.buyers.entry(order.buyer).or_default();
+            let buyers = match terms.policy.limit_scope {
+                LimitScope::Round => &mut round.buyers,
+                LimitScope::Sale => &mut sale.buyers,
+            };
+            let (units, acceptances) = buyers.entry(order.buyer).or_default();
             *acceptances += 1;
-            if matches!(order.status, Status::Held | Status::Confirmed) {
-                *units += order.quantity;
-            }
-            if order.status == Status::Confirmed {
-                round.board.insert(order.seq, order.id);
-            }
+            *units += order.taken();
+            match (order.status, order.hold_until_ms()) {
+                (Status::Held, Some(until)) => round.holds.insert(order.id, until).map(|_| ()),
+                (Status::Confirmed, _) => round.board.insert(order.seq, order.id).map(|_| ()),
+                _ => None,
+            };
             sale.orders.insert(order.id, order);
         }
     }
@@ -742,6 +1024,8 @@ impl Model {
                 counters: Counters::fresh(terms.allocation),
                 buyers: BTreeMap::new(),
                 board: BTreeMap::new(),
+                holds: BTreeMap::new(),
+                line: BTreeMap::new(),
                 grace_until_ms: 0,
             },
         );
@@ -767,5 +1051,413 @@ impl Model {
             orders,
             events,
         });
+    }
+}
+
+/// A command on one round, and what it has done so far.
+struct Change<'a> {
+    model: &'a mut Model,
+    now_ms: i64,
+    id: RoundId,
+    orders: Vec<Order>,
+    events: Vec<Event>,
+}
+
+impl Change<'_> {
+    fn round(&self) -> Option<&Round> {
+        self.model.rounds.get(&self.id)
+    }
+
+    fn order(&self, order: OrderId) -> Option<Order> {
+        let sale = self.model.sales.get(&self.id.sale)?;
+        sale.orders.get(&order).copied()
+    }
+
+    /// The event that comes next in the round, without what is special about it.
+    fn next(&self, kind: EventKind) -> Option<Event> {
+        let seq = self.round()?.counters.seq + 1;
+        Some(Event::new(self.id, seq, kind))
+    }
+
+    fn note(&mut self, event: Event) -> Option<()> {
+        self.model.happened(&event)?;
+        self.events.push(event);
+        Some(())
+    }
+
+    /// Writes the entry.
+    fn commit(mut self) -> Option<()> {
+        let closes = self.model.close_if_sold_out(self.id)?;
+        self.events.extend(closes);
+        if !self.events.is_empty() {
+            self.model
+                .append(self.now_ms, &[self.id], self.orders, self.events);
+        }
+        Some(())
+    }
+
+    /// Units that are back go to whoever waits longest, before the public sees them.
+    fn offer(&mut self, most: u64, durability: Option<Durability>) -> Option<u64> {
+        let mut offered = 0;
+        let line: Vec<Wish> = self.round()?.line.values().copied().collect();
+        let Some(durability) = durability.filter(|_| {
+            let round = self.round();
+            round.is_some_and(|round| round.state(self.now_ms) == State::Open)
+        }) else {
+            return Some(0);
+        };
+        for wish in line.into_iter().take(usize::try_from(most).ok()?) {
+            let round = self.round()?;
+            let (limit, remaining) = (round.terms.per_buyer_limit, round.counters.remaining);
+            if remaining == 0 {
+                break;
+            }
+            let member = self.model.member(self.id, wish.buyer);
+            let (has, acceptances) = member.unwrap_or_default();
+            let may = if acceptances >= limit + SPARE_ACCEPTANCES {
+                0
+            } else {
+                limit.saturating_sub(has)
+            };
+            let units = wish.units.min(remaining).min(may);
+            self.note(Event {
+                order: Some(wish.order),
+                units,
+                actor: Some(wish.buyer.0),
+                ..self.next(EventKind::Leave)?
+            })?;
+            if units == 0 {
+                continue;
+            }
+            let round = self.round()?;
+            let order = Order {
+                id: wish.order,
+                round: self.id,
+                buyer: wish.buyer,
+                quantity: units,
+                unit_price: round.terms.unit_price,
+                status: Status::Held,
+                accepted_as: Status::Held,
+                durability,
+                // Nobody gets a 201 for it, so it has no receipt.
+                receipt_key: 0,
+                epoch: self.model.epoch,
+                seq: round.counters.seq + 1,
+                pseq: self.model.pseq + 1,
+                accepted_at_ms: self.now_ms,
+                fingerprint: wish.fingerprint,
+                hold_ms: round.terms.policy.hold_ms?,
+                extended_ms: 0,
+                returned: 0,
+                refunded: 0,
+            };
+            self.model.accept(&order)?;
+            self.orders.push(order);
+            offered += 1;
+        }
+        Some(offered)
+    }
+
+    fn release(
+        mut self,
+        id: OrderId,
+        release: Release,
+        units: Option<u64>,
+        operation: Option<Operation>,
+        durability: Option<Durability>,
+        actor: Uuid,
+    ) -> Option<Released> {
+        let order = self.order(id);
+        let sale = self.model.sales.get(&self.id.sale)?;
+        if let Some((known, operation)) =
+            operation.and_then(|operation| Some((sale.operations.get(&operation.id)?, operation)))
+        {
+            return Some(match order {
+                _ if known.0 != operation.fingerprint => Released::Mismatch,
+                Some(order) => Released::Replayed(order),
+                // It has left since.
+                None => Released::Settled,
+            });
+        }
+        let settled = self.round()?.intent.is_final();
+        let Some(order) = order else {
+            return Some(if settled {
+                Released::Settled
+            } else {
+                Released::Unknown
+            });
+        };
+        if !matches!(order.status, Status::Held | Status::Confirmed) {
+            return Some(Released::Already(order));
+        }
+        if settled {
+            return Some(Released::Settled);
+        }
+        let from_held = order.status == Status::Held;
+        if from_held && release.is_money() {
+            return Some(Released::Held(order));
+        }
+        let units = units.unwrap_or(order.left());
+        if units > order.left() {
+            return Some(Released::TooMany(order));
+        }
+        self.note(Event {
+            order: Some(id),
+            units,
+            from_held,
+            actor: Some(actor),
+            operation: operation.map(|operation| operation.id),
+            fingerprint: operation.map(|operation| operation.fingerprint),
+            ..self.next(release.event())?
+        })?;
+        let order = self.order(id)?;
+        self.offer(OFFERS_MAX, durability)?;
+        self.commit()?;
+        Some(Released::Done(order))
+    }
+
+    /// Whether a held order can still become something else.
+    #[expect(clippy::result_large_err, reason = "the answer is all there is")]
+    fn held(&self, id: OrderId) -> Result<Order, Confirmed> {
+        match self.order(id) {
+            None => Err(Confirmed::Unknown),
+            Some(order) if order.status != Status::Held => Err(Confirmed::Already(order)),
+            Some(order) if order.hold_until_ms().is_none_or(|end| self.now_ms >= end) => {
+                Err(Confirmed::Late(order))
+            }
+            Some(order) => Ok(order),
+        }
+    }
+
+    fn confirm(mut self, id: OrderId, actor: Uuid) -> Option<Confirmed> {
+        let order = match self.held(id) {
+            Ok(order) => order,
+            Err(answer) => return Some(answer),
+        };
+        self.note(Event {
+            order: Some(id),
+            units: order.taken(),
+            from_held: true,
+            actor: Some(actor),
+            ..self.next(EventKind::Confirm)?
+        })?;
+        let order = self.order(id)?;
+        self.commit()?;
+        Some(Confirmed::Done(order))
+    }
+
+    fn extend(mut self, id: OrderId, actor: Uuid) -> Option<Extended> {
+        let order = match self.held(id) {
+            Ok(order) if order.extended_ms > 0 => return Some(Extended::Before(order)),
+            Ok(order) => order,
+            Err(Confirmed::Done(order) | Confirmed::Already(order)) => {
+                return Some(Extended::Already(order));
+            }
+            Err(Confirmed::Late(order)) => return Some(Extended::Late(order)),
+            Err(Confirmed::Unknown) => return Some(Extended::Unknown),
+        };
+        let ms = (self.now_ms - order.accepted_at_ms).max(1);
+        self.note(Event {
+            order: Some(id),
+            units: ms.cast_unsigned(),
+            from_held: true,
+            actor: Some(actor),
+            ..self.next(EventKind::Extend)?
+        })?;
+        let order = self.order(id)?;
+        self.commit()?;
+        Some(Extended::Done(order))
+    }
+
+    fn sweep(mut self, holds: u64, offers: u64, durability: Option<Durability>) -> Option<Swept> {
+        let mut due: Vec<(i64, OrderId)> = self
+            .round()?
+            .holds
+            .iter()
+            .map(|(id, until)| (*until, *id))
+            .filter(|(until, _)| *until <= self.now_ms)
+            .collect();
+        due.sort_unstable_by_key(|(until, id)| (*until, *id.0.as_bytes()));
+        due.truncate(usize::try_from(holds).ok()?);
+        for (_, id) in &due {
+            let order = self.order(*id)?;
+            self.note(Event {
+                order: Some(*id),
+                units: order.taken(),
+                from_held: true,
+                ..self.next(EventKind::Expire)?
+            })?;
+        }
+        let offered = self.offer(offers, durability)?;
+        let next_ms = self.round()?.holds.values().min().copied();
+        self.commit()?;
+        Some(Swept {
+            expired: due.len() as u64,
+            offered,
+            next_ms,
+        })
+    }
+
+    fn allocate(
+        mut self,
+        reduce: bool,
+        units: u64,
+        operation: Operation,
+        durability: Option<Durability>,
+        actor: Uuid,
+    ) -> Option<Allocated> {
+        let sale = self.model.sales.get(&self.id.sale)?;
+        if let Some((known, _)) = sale.operations.get(&operation.id) {
+            return Some(if *known == operation.fingerprint {
+                Allocated::Replayed
+            } else {
+                Allocated::Mismatch
+            });
+        }
+        let round = self.round()?;
+        let Counters {
+            allocation,
+            remaining,
+            ..
+        } = round.counters;
+        if round.state(self.now_ms) == State::Closed {
+            return Some(Allocated::Closed);
+        }
+        let too_many = if reduce {
+            units > remaining
+        } else {
+            allocation + units > ALLOCATION_MAX
+        };
+        if too_many {
+            return Some(Allocated::TooMany);
+        }
+        let kind = if reduce {
+            EventKind::Reduce
+        } else {
+            EventKind::Restock
+        };
+        self.note(Event {
+            units,
+            actor: Some(actor),
+            operation: Some(operation.id),
+            fingerprint: Some(operation.fingerprint),
+            ..self.next(kind)?
+        })?;
+        self.offer(OFFERS_MAX, durability)?;
+        self.commit()?;
+        Some(Allocated::Done)
+    }
+
+    /// The place of a buyer in the line, from 1 on.
+    fn place(&self, buyer: BuyerId) -> Option<u64> {
+        let mut line = self.round()?.line.values();
+        line.position(|wish| wish.buyer == buyer)
+            .map(|place| place as u64 + 1)
+    }
+
+    fn join(mut self, wish: Wish) -> Option<Joined> {
+        if let Some(order) = self.order(wish.order) {
+            return Some(Joined::Replayed(order));
+        }
+        if let Some(place) = self.place(wish.buyer) {
+            return Some(Joined::Already(place));
+        }
+        let round = self.round()?;
+        let Terms {
+            window,
+            per_buyer_limit,
+            per_order_limit,
+            policy,
+            ..
+        } = round.terms;
+        if !policy.waitlist {
+            return Some(Joined::NoLine);
+        }
+        let (held, acceptances) = self.model.member(self.id, wish.buyer).unwrap_or_default();
+        let refusal = match round.state(self.now_ms) {
+            State::Scheduled => Some(Refusal::NotOpen {
+                opens_at_ms: window.opens_at_ms,
+            }),
+            State::Paused => Some(Refusal::Paused),
+            State::Closed => Some(Refusal::Closed),
+            State::Open if wish.units > per_order_limit => Some(Refusal::OrderLimit {
+                limit: per_order_limit,
+                held,
+            }),
+            State::Open
+                if held + wish.units > per_buyer_limit
+                    || acceptances >= per_buyer_limit + SPARE_ACCEPTANCES =>
+            {
+                Some(Refusal::BuyerLimit {
+                    limit: per_buyer_limit,
+                    held,
+                })
+            }
+            State::Open => None,
+        };
+        if let Some(refusal) = refusal {
+            return Some(Joined::Refused(refusal));
+        }
+        if round.counters.remaining > 0 && round.line.is_empty() {
+            return Some(Joined::Available);
+        }
+        if round.line.len() as u64 >= LINE_MAX {
+            return Some(Joined::Full);
+        }
+        self.note(Event {
+            order: Some(wish.order),
+            units: wish.units,
+            fingerprint: Some(wish.fingerprint),
+            actor: Some(wish.buyer.0),
+            ..self.next(EventKind::Join)?
+        })?;
+        let place = self.place(wish.buyer)?;
+        self.commit()?;
+        Some(Joined::Done(place))
+    }
+
+    fn leave(mut self, buyer: BuyerId) -> Option<bool> {
+        let mut line = self.round()?.line.values();
+        let Some(wish) = line.find(|wish| wish.buyer == buyer).copied() else {
+            return Some(false);
+        };
+        self.note(Event {
+            order: Some(wish.order),
+            actor: Some(buyer.0),
+            ..self.next(EventKind::Leave)?
+        })?;
+        self.commit()?;
+        Some(true)
+    }
+
+    fn amend(mut self, amendment: Amendment, actor: Uuid) -> Option<Amended> {
+        let round = self.round()?;
+        let before = Amendment::from(&round.terms);
+        let state = round.state(self.now_ms);
+        let end = amendment.window.closes_at_ms;
+        let end_only = {
+            let mut same = amendment;
+            same.window.closes_at_ms = before.window.closes_at_ms;
+            same == before
+        };
+        if state == State::Closed {
+            return Some(Amended::Closed);
+        }
+        if amendment == before {
+            return Some(Amended::Already);
+        }
+        if state != State::Scheduled && !end_only {
+            return Some(Amended::Open);
+        }
+        if end.is_some_and(|end| end <= self.now_ms) {
+            return Some(Amended::Past);
+        }
+        self.note(Event {
+            actor: Some(actor),
+            amendment: Some(amendment),
+            ..self.next(EventKind::Amend)?
+        })?;
+        self.commit()?;
+        Some(Amended::Done)
     }
 }

@@ -22,15 +22,18 @@ pub enum Status {
     Cancelled,
     /// The money went back.
     Refunded,
+    /// A line of a cart that was not accepted as a whole: the tombstone of what never was bought.
+    Withdrawn,
 }
 
 impl Status {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Held,
         Self::Confirmed,
         Self::Expired,
         Self::Cancelled,
         Self::Refunded,
+        Self::Withdrawn,
     ];
 
     /// The byte of packed records and receipts.
@@ -51,6 +54,7 @@ impl Status {
             Self::Expired => "expired",
             Self::Cancelled => "cancelled",
             Self::Refunded => "refunded",
+            Self::Withdrawn => "withdrawn",
         }
     }
 
@@ -184,9 +188,47 @@ pub struct Order {
     pub accepted_at_ms: i64,
     /// What the request asked for.
     pub fingerprint: Fingerprint,
+    /// How long it may wait for its payment, in milliseconds from its acceptance; 0 for an order
+    /// that was confirmed at once.
+    pub hold_ms: u64,
+    /// By how much that was extended, in milliseconds; 0 if it was not.
+    pub extended_ms: u64,
+    /// Units of it that are on sale again.
+    pub returned: u64,
+    /// Units of it that were refunded and stay sold.
+    pub refunded: u64,
 }
 
 impl Order {
+    /// The first instant at which it is held no more, milliseconds since the Unix epoch by Redis'
+    /// clock; `None` for one that never was.
+    pub fn hold_until_ms(&self) -> Option<i64> {
+        let ms = i64::try_from(self.hold_ms + self.extended_ms).unwrap_or(i64::MAX);
+        (self.hold_ms > 0).then(|| self.accepted_at_ms.saturating_add(ms))
+    }
+
+    /// The order as it was accepted: what happened since is another matter.
+    #[must_use]
+    pub fn as_accepted(self) -> Self {
+        Self {
+            status: self.accepted_as,
+            extended_ms: 0,
+            returned: 0,
+            refunded: 0,
+            ..self
+        }
+    }
+
+    /// Units that count as taken: held or sold.
+    pub fn taken(&self) -> u64 {
+        self.quantity.saturating_sub(self.returned)
+    }
+
+    /// Units that the buyer still has.
+    pub fn left(&self) -> u64 {
+        self.taken().saturating_sub(self.refunded)
+    }
+
     /// The journal entry that carries it.
     pub fn entry(&self) -> JournalId {
         JournalId {
@@ -312,6 +354,8 @@ pub enum Refusal {
         /// Units left.
         remaining: u64,
     },
+    /// It would be accepted, but another line of the same cart is not.
+    LeftOut,
 }
 
 #[cfg(test)]
@@ -326,6 +370,7 @@ mod tests {
             Status::Expired,
             Status::Cancelled,
             Status::Refunded,
+            Status::Withdrawn,
         ] {
             assert_eq!(Status::parse(status.as_str()), Some(status));
             assert_eq!(serde_json::to_value(status).unwrap(), status.as_str());

@@ -222,8 +222,13 @@ fn pack(sale: SaleId, order: &Order) -> [u8; PAYLOAD_BYTES] {
         pseq,
         accepted_at_ms,
         fingerprint,
+        // What happened later, and what the round says of holds.
         status: _,
         receipt_key: _,
+        hold_ms: _,
+        extended_ms: _,
+        returned: _,
+        refunded: _,
     } = order;
     for bytes in [
         sale.0.as_bytes().as_slice(),
@@ -285,6 +290,10 @@ fn unpack(mut payload: &[u8], receipt_key: u8) -> Option<Receipt> {
         pseq,
         accepted_at_ms,
         fingerprint,
+        hold_ms: 0,
+        extended_ms: 0,
+        returned: 0,
+        refunded: 0,
     };
     from.is_empty().then_some(Receipt { sale, order })
 }
@@ -316,6 +325,10 @@ mod tests {
             pseq: 7,
             accepted_at_ms: 1_764_000_000_120,
             fingerprint: Fingerprint([8; 8]),
+            hold_ms: 0,
+            extended_ms: 0,
+            returned: 0,
+            refunded: 0,
         };
         let sale = SaleId(Uuid::from_u128(1));
         Receipt { sale, order }

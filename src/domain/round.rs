@@ -1,7 +1,7 @@
 //! A round: one running of a sale, with its own stock, limits, orders and leaderboard.
 
 use super::{
-    limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
+    limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX, HOLD_MS_MAX, HOLD_MS_MIN},
     money::Money,
 };
 
@@ -163,6 +163,127 @@ pub struct Terms {
     pub unit_price: Money,
     /// Units to start with, 1 … [`ALLOCATION_MAX`].
     pub allocation: u64,
+    /// What it does beyond selling at once.
+    pub policy: Policy,
+}
+
+/// What a round does beyond selling at once. The default is a plain round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// How long an order may wait for its payment, in milliseconds, 1,000 … [`HOLD_MS_MAX`]; without
+    /// it, orders are confirmed at once.
+    pub hold_ms: Option<u64>,
+    /// What the limit per buyer counts over. The same for all rounds of a sale.
+    pub limit_scope: LimitScope,
+    /// What ends it, beside its window and the operator.
+    pub ends: Ends,
+    /// Whether buyers may wait in line for units that come back. Only with holds.
+    pub waitlist: bool,
+}
+
+/// What a limit per buyer counts over.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum LimitScope {
+    /// Each round by itself.
+    #[default]
+    Round,
+    /// All rounds of the sale together.
+    Sale,
+}
+
+impl LimitScope {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Round, Self::Sale];
+
+    /// The word that the API and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Round => "round",
+            Self::Sale => "sale",
+        }
+    }
+
+    /// Reads the word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|scope| scope.as_str() == word)
+    }
+}
+
+/// What ends a round, beside its window and the operator.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Ends {
+    /// Nothing: units that come back are for sale again.
+    #[default]
+    Time,
+    /// It closes once nothing remains and nothing is held.
+    SoldOut,
+}
+
+impl Ends {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Time, Self::SoldOut];
+
+    /// The word that the API and PostgreSQL use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Time => "time",
+            Self::SoldOut => "sold_out",
+        }
+    }
+
+    /// Reads the word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|ends| ends.as_str() == word)
+    }
+}
+
+/// What an amendment changes: the rules of a round but for its stock, its scope and its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Amendment {
+    /// When it sells.
+    pub window: Window,
+    /// Units that one buyer may hold.
+    pub per_buyer_limit: u64,
+    /// Units that one order may ask for.
+    pub per_order_limit: u64,
+    /// The price of one unit.
+    pub unit_price: Money,
+    /// How long an order may wait for its payment, in milliseconds.
+    pub hold_ms: Option<u64>,
+}
+
+impl From<&Terms> for Amendment {
+    fn from(terms: &Terms) -> Self {
+        Self {
+            window: terms.window,
+            per_buyer_limit: terms.per_buyer_limit,
+            per_order_limit: terms.per_order_limit,
+            unit_price: terms.unit_price,
+            hold_ms: terms.policy.hold_ms,
+        }
+    }
 }
 
 /// Why terms are refused.
@@ -183,9 +304,26 @@ pub enum TermsError {
     /// One order could cost more than money can say.
     #[error("price times per_order_limit is too large")]
     Total,
+    /// Out of bounds.
+    #[error("hold_seconds is 1 to 86400")]
+    Hold,
+    /// What comes back is offered as a hold.
+    #[error("a waitlist needs hold_seconds: units that come back are held for the next in line")]
+    Waitlist,
 }
 
 impl Terms {
+    /// These terms with what an amendment says.
+    #[must_use]
+    pub fn amended(mut self, by: &Amendment) -> Self {
+        self.window = by.window;
+        self.per_buyer_limit = by.per_buyer_limit;
+        self.per_order_limit = by.per_order_limit;
+        self.unit_price = by.unit_price;
+        self.policy.hold_ms = by.hold_ms;
+        self
+    }
+
     /// Checks the bounds, one after the other.
     ///
     /// # Errors
@@ -206,6 +344,14 @@ impl Terms {
             Err(TermsError::Window)
         } else if total.is_none_or(|total| total.amount > super::limits::AMOUNT_MAX) {
             Err(TermsError::Total)
+        } else if self
+            .policy
+            .hold_ms
+            .is_some_and(|ms| !(HOLD_MS_MIN..=HOLD_MS_MAX).contains(&ms))
+        {
+            Err(TermsError::Hold)
+        } else if self.policy.waitlist && self.policy.hold_ms.is_none() {
+            Err(TermsError::Waitlist)
         } else {
             Ok(())
         }

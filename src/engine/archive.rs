@@ -23,15 +23,7 @@ impl Engine {
         orders: &[OrderId],
     ) -> Result<(Archived, Standing), EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
-        let names = vec![
-            keys.meta(),
-            keys.journal(),
-            keys.round(round),
-            keys.buyers(round),
-            keys.board(round),
-            keys.sale(round.sale),
-            keys.orders(round.sale),
-        ];
+        let names = keys.change(round);
         let ids: Vec<u8> = orders
             .iter()
             .take(ARCHIVE_ORDERS_MAX)

@@ -25,7 +25,7 @@ pub struct RoundAudit {
 pub struct RoundKeys {
     /// Where the units are.
     pub standing: Standing,
-    /// Buyers as the round counts them, and as there are; −1 for a key of another type.
+    /// Buyers as the round, or the sale whose limit is over all rounds, counts them, and as there are; −1 for a key of another type.
     pub buyers: (i64, i64),
     /// Places on the leaderboard, likewise.
     pub board: (i64, i64),
@@ -33,6 +33,12 @@ pub struct RoundKeys {
     pub orders: (i64, i64),
     /// Operations of the sale, likewise.
     pub operations: (i64, i64),
+    /// Held orders, likewise.
+    pub holds: (i64, i64),
+    /// Buyers in the line, likewise.
+    pub line: (i64, i64),
+    /// The earliest deadline of a held order, milliseconds since the Unix epoch.
+    pub next_hold_ms: Option<i64>,
     /// The journal entry that last touched the round.
     pub entry: JournalId,
     /// What that entry says; `None` when the journal has it no more.
@@ -62,16 +68,7 @@ impl Engine {
     /// [`EngineError`]; nothing is ever changed.
     pub async fn audit(&self, round: RoundId) -> Result<RoundAudit, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
-        let names = vec![
-            keys.meta(),
-            keys.journal(),
-            keys.round(round),
-            keys.buyers(round),
-            keys.board(round),
-            keys.sale(round.sale),
-            keys.orders(round.sale),
-            keys.ops(round.sale),
-        ];
+        let names = keys.change(round);
         let mut called = self
             .shared
             .call(&self.reads, &scripts.audit, names, vec![])
@@ -96,6 +93,9 @@ impl Engine {
             board: (called.reply.number()?, called.reply.number()?),
             orders: (called.reply.number()?, called.reply.number()?),
             operations: (called.reply.number()?, called.reply.number()?),
+            holds: (called.reply.number()?, called.reply.number()?),
+            line: (called.reply.number()?, called.reply.number()?),
+            next_hold_ms: called.reply.text()?.parse().ok(),
             entry: journal_id(&called.reply.text()?).unwrap_or_default(),
             journal: called
                 .reply

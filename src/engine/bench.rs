@@ -72,6 +72,10 @@ fn record(purchase: &Purchase, seq: u64) -> Vec<u8> {
         pseq: 9,
         accepted_at_ms: 1_764_000_000_000,
         fingerprint: purchase.fingerprint,
+        hold_ms: 0,
+        extended_ms: 0,
+        returned: 0,
+        refunded: 0,
     })
 }
 

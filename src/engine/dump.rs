@@ -9,10 +9,14 @@ use bytes::Bytes;
 use fred::types::Value;
 use uuid::Uuid;
 
-use super::{Engine, error::EngineError, packed::Unpack};
+use super::{
+    Engine,
+    error::EngineError,
+    packed::{Unpack, read_policy},
+};
 use crate::domain::{
     id::{BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, RoundId},
-    model::{Model, Round, Sale},
+    model::{Model, Round, Sale, Wish},
     money::{Currency, Money},
     round::{Counters, Intent, Terms, Window},
 };
@@ -85,6 +89,7 @@ impl Engine {
                 .and_then(|currency| Money::new(amount, currency))
                 .map_err(|_| missing("price"))?,
             allocation: number(&fields, "provisioned")?,
+            policy: read_policy(number(&fields, "policy")?, number(&fields, "hold_ms")?),
         };
         let word = fields.get(b"intent".as_slice());
         let intent = Intent::ALL
@@ -98,25 +103,40 @@ impl Engine {
             sold: number(&fields, "sold")?,
             seq: number(&fields, "seq")?,
         };
-        let mut buyers = BTreeMap::new();
-        for (buyer, packed) in self.hash(keys.buyers(id)).await? {
-            let packed: [u8; 8] = packed.as_ref().try_into().map_err(|_| missing("buyer"))?;
-            let [a, b, c, d, e, f, g, h] = packed;
-            let units = u32::from_be_bytes([a, b, c, d]).into();
-            let acceptances = u32::from_be_bytes([e, f, g, h]).into();
-            buyers.insert(BuyerId(uuid(&buyer)?), (units, acceptances));
-        }
+        let buyers = self.dump_buyers(keys.buyers(id)).await?;
         let mut board = BTreeMap::new();
         let range = ["0", "-1", "WITHSCORES"].map(Bytes::from);
         let places = self.pairs("ZRANGE", keys.board(id), &range).await?;
         for (order, seq) in places {
-            let seq = str::from_utf8(&seq).ok().and_then(|seq| seq.parse().ok());
-            board.insert(seq.ok_or_else(|| missing("place"))?, OrderId(uuid(&order)?));
+            board.insert(score(&seq)?.cast_unsigned(), OrderId(uuid(&order)?));
         }
+        let mut holds = BTreeMap::new();
+        for (order, until) in self.pairs("ZRANGE", keys.holds(id), &range).await? {
+            holds.insert(OrderId(uuid(&order)?), score(&until)?);
+        }
+        let mut line = BTreeMap::new();
+        let wishes = self.hash(keys.wishes(id)).await?;
+        for (buyer, seq) in self.pairs("ZRANGE", keys.line(id), &range).await? {
+            let wish = wishes.get(&buyer).and_then(|bytes| {
+                let (order, rest) = bytes.split_first_chunk::<16>()?;
+                let (fingerprint, units) = rest.split_first_chunk::<8>()?;
+                Some(Wish {
+                    buyer: BuyerId(Uuid::from_slice(&buyer).ok()?),
+                    order: OrderId(Uuid::from_bytes(*order)),
+                    fingerprint: Fingerprint(*fingerprint),
+                    units: u32::from_be_bytes(units.try_into().ok()?).into(),
+                })
+            });
+            let seq: i64 = score(&seq)?;
+            line.insert(seq.cast_unsigned(), wish.ok_or_else(|| missing("wish"))?);
+        }
+        let count = |name| number(&fields, name).unwrap_or(0_usize);
         if (buyers.len(), board.len())
             != (number(&fields, "n_buyers")?, number(&fields, "n_board")?)
+            || (holds.len(), line.len(), wishes.len())
+                != (count("n_holds"), count("n_line"), count("n_line"))
         {
-            return Err(missing("buyers or places"));
+            return Err(missing("buyers, places, holds or line"));
         }
         Ok(Round {
             terms,
@@ -124,6 +144,8 @@ impl Engine {
             counters,
             buyers,
             board,
+            holds,
+            line,
             grace_until_ms: number(&fields, "grace_ms").unwrap_or(0),
         })
     }
@@ -135,6 +157,7 @@ impl Engine {
             round: number(&fields, "round")?,
             archived_rounds: number(&fields, "archived_rounds").unwrap_or(0),
             archived_orders: number(&fields, "n_archived").unwrap_or(0),
+            buyers: self.dump_buyers(keys.sale_buyers(id.sale)).await?,
             ..Sale::default()
         };
         for (order, record) in self.hash(keys.orders(id.sale)).await? {
@@ -156,6 +179,9 @@ impl Engine {
             sale.operations
                 .insert(OperationId(uuid(&operation)?), (fingerprint, seq));
         }
+        if sale.buyers.len() != number(&fields, "n_buyers").unwrap_or(0) {
+            return Err(missing("buyers of the sale"));
+        }
         let orders = sale.orders.len() as u64 + sale.archived_orders;
         if (orders, sale.operations.len())
             != (number(&fields, "n_orders")?, number(&fields, "n_ops")?)
@@ -163,6 +189,15 @@ impl Engine {
             return Err(missing("orders or operations"));
         }
         Ok(sale)
+    }
+
+    async fn dump_buyers(&self, key: String) -> Result<BTreeMap<BuyerId, (u64, u64)>, EngineError> {
+        let mut buyers = BTreeMap::new();
+        for (buyer, packed) in self.hash(key).await? {
+            let counts = Unpack(&packed).buyer().ok_or_else(|| missing("buyer"))?;
+            buyers.insert(BuyerId(uuid(&buyer)?), counts);
+        }
+        Ok(buyers)
     }
 
     async fn hash(&self, key: String) -> Result<Fields, EngineError> {
@@ -198,6 +233,12 @@ fn number<T: std::str::FromStr>(fields: &Fields, name: &str) -> Result<T, Engine
         .and_then(|value| str::from_utf8(value).ok());
     text.and_then(|text| text.parse().ok())
         .ok_or_else(|| missing(name))
+}
+
+fn score(text: &Bytes) -> Result<i64, EngineError> {
+    let text = str::from_utf8(text).ok();
+    text.and_then(|text| text.parse().ok())
+        .ok_or_else(|| missing("place"))
 }
 
 fn uuid(bytes: &[u8]) -> Result<Uuid, EngineError> {

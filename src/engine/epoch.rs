@@ -119,16 +119,7 @@ impl Engine {
         let Shared { keys, scripts, .. } = &*self.shared;
         let mut incomplete = Vec::new();
         for round in rounds {
-            let names = vec![
-                keys.meta(),
-                keys.journal(),
-                keys.round(*round),
-                keys.buyers(*round),
-                keys.board(*round),
-                keys.sale(round.sale),
-                keys.orders(round.sale),
-                keys.ops(round.sale),
-            ];
+            let names = keys.change(*round);
             let reply = self.operations.call(&scripts.whole, names, vec![]).await?;
             let mut reply = Reply::new("whole", reply);
             let standing = reply.bytes()?;

@@ -10,9 +10,7 @@ use super::{
     connection::Connection,
     epoch::journal_id,
     error::EngineError,
-    packed::{
-        COUNTERS_BYTES, EVENT_BYTES, Unpack, VERSION, VERSION_END, VERSION_MIN, acceptance_bytes,
-    },
+    packed::{AMENDMENT_BYTES, COUNTERS_BYTES, Unpack, VERSION_LIFE, VERSION_MIN, event_bytes},
     reply::Reply,
 };
 use crate::domain::{
@@ -196,19 +194,65 @@ impl JournalReader {
     }
 }
 
-/// Reads what a dead letter has kept of an entry: its orders, or the event that it was. One call
-/// makes orders or one event, never both. `None` when this build cannot read it.
-pub fn read_payload(round: RoundId, payload: &[u8]) -> Option<(Vec<Order>, Option<Event>)> {
-    if payload.len() == EVENT_BYTES {
-        let (_, event) = Unpack(payload).event()?;
-        let round = Some(round);
-        return Some((Vec::new(), Some(Event { round, ..event })));
+/// How the payload of a dead letter begins that says where its parts end. Before there were holds it
+/// was orders or one event, and began with the index of a round.
+const PAYLOAD: u8 = 255;
+
+/// What a dead letter keeps of an entry.
+fn payload(version: Option<u8>, [orders, events, terms]: [&[u8]; 3]) -> Vec<u8> {
+    let mut payload = vec![PAYLOAD, version.unwrap_or_default()];
+    for part in [orders, events] {
+        payload.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes());
     }
-    (VERSION_MIN..=VERSION).rev().find_map(|version| {
-        let orders = all(payload, acceptance_bytes(version), Unpack::acceptance)?;
-        let orders = orders.into_iter().map(|(_, order)| order).collect();
-        Some((orders, None))
-    })
+    payload.extend([orders, events, terms].concat());
+    payload
+}
+
+/// Reads what a dead letter has kept of an entry: the orders and events of this round. `None` when
+/// this build cannot read it.
+pub fn read_payload(round: RoundId, payload: &[u8]) -> Option<(Vec<Order>, Vec<Event>)> {
+    let (version, orders, events, terms) = if let [PAYLOAD, version, parts @ ..] = payload {
+        let (orders, parts) = parts.split_first_chunk::<4>()?;
+        let (events, parts) = parts.split_first_chunk::<4>()?;
+        let length = |bytes: &[u8; 4]| usize::try_from(u32::from_be_bytes(*bytes)).ok();
+        let (orders, parts) = parts.split_at_checked(length(orders)?)?;
+        let (events, terms) = parts.split_at_checked(length(events)?)?;
+        (*version, orders, events, terms)
+    } else if payload.len() == event_bytes(VERSION_MIN) {
+        (VERSION_MIN, &[][..], payload, &[][..])
+    } else {
+        (VERSION_MIN, payload, &[][..], &[][..])
+    };
+    let orders = acceptances(orders)?.into_iter().map(|(_, order)| order);
+    let orders = orders.filter(|order| order.round == round).collect();
+    let events = changes(version, events, terms)?.into_iter();
+    let events = events.map(|(_, event)| Event {
+        round: Some(round),
+        ..event
+    });
+    Some((orders, events.collect()))
+}
+
+/// The acceptances of an entry, each with the index of its round.
+fn acceptances(bytes: &[u8]) -> Option<Vec<(u8, Order)>> {
+    let mut bytes = Unpack(bytes);
+    let mut orders = Vec::new();
+    while !bytes.is_empty() {
+        orders.push(bytes.acceptance()?);
+    }
+    Some(orders)
+}
+
+/// The other events of an entry, each with the index of its round.
+fn changes(version: u8, events: &[u8], terms: &[u8]) -> Option<Vec<(u8, Event)>> {
+    let mut events = all(events, event_bytes(version), |bytes| bytes.event(version))?;
+    for (index, seq, amendment) in all(terms, AMENDMENT_BYTES, Unpack::amendment)? {
+        let amended = |(at, event): &&mut (u8, Event)| (*at, event.seq) == (index, seq);
+        events.iter_mut().find(amended)?.1.amendment = Some(amendment);
+    }
+    let whole =
+        |(_, event): &(u8, Event)| (event.kind == EventKind::Amend) == event.amendment.is_some();
+    events.iter().all(whole).then_some(events)
 }
 
 /// Takes one entry of `XRANGE` apart; `None` when it is not even shaped like one.
@@ -217,7 +261,7 @@ pub(super) fn raw_entry(value: Value) -> Option<RawEntry> {
     let id = journal_id(&parts.next()?.as_string()?)?;
     let mut fields = parts.next()?.into_array().into_iter();
     let (mut version, mut at_ms, mut rounds) = (None, None, None);
-    let (mut orders, mut events) = (None, None);
+    let (mut orders, mut events, mut terms) = (None, None, Bytes::new());
     while let (Some(name), Some(value)) = (fields.next(), fields.next()) {
         let value = value.into_bytes()?;
         match name.into_bytes()?.as_ref() {
@@ -234,18 +278,17 @@ pub(super) fn raw_entry(value: Value) -> Option<RawEntry> {
             b"r" => rounds = all(&value, COUNTERS_BYTES, Unpack::counters),
             b"o" => orders = Some(value),
             b"e" => events = Some(value),
+            b"a" => terms = value,
             _ => {}
         }
     }
-    let payload = [orders.as_deref(), events.as_deref()]
-        .into_iter()
-        .flatten()
-        .flatten();
-    let payload = payload.copied().collect();
+    let parts = [orders.as_deref(), events.as_deref(), Some(&*terms)];
+    let payload = payload(version, parts.map(Option::unwrap_or_default));
     let entry = match version {
-        Some(version @ VERSION_MIN..=VERSION_END) => match (at_ms, &rounds, &orders, &events) {
+        Some(version @ VERSION_MIN..=VERSION_LIFE) => match (at_ms, &rounds, &orders, &events) {
             (Some(at_ms), Some(rounds), Some(orders), Some(events)) => {
-                entry(id, version, at_ms, rounds, orders, events)
+                let changes = changes(version, events, &terms);
+                entry(id, at_ms, rounds, acceptances(orders), changes)
             }
             _ => Err(EntryError::Malformed(
                 "a field is missing or damaged".to_owned(),
@@ -265,24 +308,21 @@ pub(super) fn raw_entry(value: Value) -> Option<RawEntry> {
 
 fn entry(
     id: JournalId,
-    version: u8,
     at_ms: i64,
     rounds: &[(RoundId, Counters)],
-    orders: &[u8],
-    events: &[u8],
+    orders: Option<Vec<(u8, Order)>>,
+    events: Option<Vec<(u8, Event)>>,
 ) -> Result<Entry, EntryError> {
     let damaged = |what: &str| EntryError::Malformed(format!("{what} damaged"));
     let round = |index: u8| rounds.get(usize::from(index)).map(|(round, _)| *round);
-    let orders = all(orders, acceptance_bytes(version), Unpack::acceptance)
+    let orders = orders
         .ok_or_else(|| damaged("orders"))?
         .into_iter()
         .map(|(index, order)| (round(index) == Some(order.round)).then_some(order))
         .collect::<Option<Vec<_>>>()
         .ok_or_else(|| damaged("an order's round"))?;
     let mut changes = Vec::new();
-    for (index, mut event) in
-        all(events, EVENT_BYTES, Unpack::event).ok_or_else(|| damaged("events"))?
-    {
+    for (index, mut event) in events.ok_or_else(|| damaged("events"))? {
         event.round = round(index);
         if event.round.is_none() && event.kind != EventKind::Epoch {
             return Err(damaged("an event's round"));

@@ -34,6 +34,7 @@ impl Engine {
             keys.buyers(round),
             keys.board(round),
             keys.orders(round.sale),
+            keys.holds(round),
         ];
         let arguments = vec![
             Bytes::from(after_seq.to_string()),

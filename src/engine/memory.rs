@@ -288,6 +288,7 @@ mod tests {
             per_order_limit,
             orders,
             archived_rounds: 0,
+            waiting: 0,
             now_ms,
         }
     }

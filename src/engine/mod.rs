@@ -3,6 +3,7 @@
 //! One operation is one script is one method of [`Engine`]. Nothing outside this folder names the
 //! Redis client or a key.
 
+mod allocate;
 mod archive;
 mod audit;
 #[cfg(feature = "bench")]
@@ -19,6 +20,7 @@ mod error;
 mod journal;
 mod keys;
 mod leaderboard;
+mod line;
 mod memory;
 mod order;
 mod packed;
@@ -30,10 +32,10 @@ mod rebuild;
 mod records;
 mod release;
 mod reply;
-mod restock;
 mod script;
 mod settle;
 mod snapshot;
+mod sweep;
 mod trim;
 mod unstored;
 

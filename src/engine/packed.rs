@@ -2,35 +2,49 @@
 //!
 //! Numbers are big-endian; `I6` is a number of six bytes.
 
+use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::domain::{
     id::{BuyerId, Epoch, Fingerprint, OperationId, OrderId, RoundId, SaleNumber},
     journal::{Event, EventKind},
+    model::Wish,
     money::{Currency, Money},
     order::{Durability, Order, Purchase, Status},
-    round::{Counters, Intent, State, Window},
+    round::{Amendment, Counters, Ends, Intent, LimitScope, Policy, State, Window},
 };
 
 /// The version of records and journal entries that this build writes.
 pub(super) const VERSION: u8 = 2;
-/// The version of entries that end a round: a build without such events stops at them.
-pub(super) const VERSION_END: u8 = 3;
+/// The version of entries that end a round, as builds before the next wrote them.
+const VERSION_END: u8 = 3;
+/// The version of entries with an event or a hold: a build without such things stops at them.
+pub(super) const VERSION_LIFE: u8 = 4;
+/// The version of the record of an order that was held, or partly given back.
+const VERSION_RECORD_LIFE: u8 = 3;
 /// The oldest version that it reads: its records have no key of a receipt.
 pub(super) const VERSION_MIN: u8 = 1;
 
 /// Bytes of an order's record.
 const RECORD_BYTES: usize = 70;
-/// Bytes of another event in a journal entry.
-pub(super) const EVENT_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
+/// Bytes of another event in a journal entry of this version, and of those before.
+const EVENT_BYTES: usize = EVENT_END_BYTES + 8;
+const EVENT_END_BYTES: usize = 1 + 6 + 1 + 16 + 6 + 16 + 16;
+/// Added to the kind of an event whose units were held before it.
+const FROM_HELD: u8 = 128;
+/// Bytes of what an event amends.
+pub(super) const AMENDMENT_BYTES: usize = 1 + 6 + 6 + 6 + 4 + 4 + 11 + 4;
 /// Bytes of the counters of a round.
 pub(super) const COUNTERS_BYTES: usize = 4 + 4 + 5 * 6;
 /// Bytes of one purchase in the arguments of its script.
 pub(super) const ITEM_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1 + 1 + 4;
 
-/// Bytes of an acceptance in a journal entry of this version: index of its round, id, record.
-pub(super) fn acceptance_bytes(version: u8) -> usize {
-    1 + 16 + RECORD_BYTES - usize::from(version == VERSION_MIN)
+/// Bytes of another event in a journal entry of this version.
+pub(super) fn event_bytes(version: u8) -> usize {
+    match version {
+        VERSION_MIN..=VERSION_END => EVENT_END_BYTES,
+        _ => EVENT_BYTES,
+    }
 }
 
 /// Where a round is at an instant: what every reply says about every round it read.
@@ -54,14 +68,16 @@ pub struct Standing {
     pub orders: u64,
     /// Rounds of the sale whose orders only PostgreSQL has.
     pub archived_rounds: u32,
+    /// Buyers that wait for units to come back.
+    pub waiting: u64,
     /// The instant, milliseconds since the Unix epoch by Redis' clock.
     pub now_ms: i64,
 }
 
 impl Standing {
-    /// Whether nothing is left.
+    /// Whether nothing is left for whoever comes now: what comes back goes to those in line first.
     pub fn sold_out(&self) -> bool {
-        self.counters.remaining == 0
+        self.counters.remaining == 0 || self.waiting > 0
     }
 }
 
@@ -105,7 +121,7 @@ impl<'a> Unpack<'a> {
     /// `RECORD`.
     pub(super) fn order(&mut self, id: OrderId) -> Option<Order> {
         let version = self.byte()?;
-        if !(VERSION_MIN..=VERSION).contains(&version) {
+        if !(VERSION_MIN..=VERSION_RECORD_LIFE).contains(&version) {
             return None;
         }
         let status = Status::from_byte(self.byte()?)?;
@@ -116,7 +132,7 @@ impl<'a> Unpack<'a> {
         } else {
             self.byte()?
         };
-        Some(Order {
+        let mut order = Order {
             id,
             status,
             accepted_as,
@@ -132,9 +148,29 @@ impl<'a> Unpack<'a> {
             quantity: self.u32()?.into(),
             unit_price: self.money()?,
             accepted_at_ms: self.instant()?,
-            fingerprint: Fingerprint(*self.take()?),
-            buyer: BuyerId(self.uuid()?),
-        })
+            hold_ms: 0,
+            extended_ms: 0,
+            returned: 0,
+            refunded: 0,
+            fingerprint: Fingerprint::default(),
+            buyer: BuyerId(Uuid::nil()),
+        };
+        if version == VERSION_RECORD_LIFE {
+            order.hold_ms = self.u32()?.into();
+            order.extended_ms = self.u32()?.into();
+            order.returned = self.u32()?.into();
+            order.refunded = self.u32()?.into();
+        } else if status == Status::Cancelled {
+            order.returned = order.quantity;
+        }
+        order.fingerprint = Fingerprint(*self.take()?);
+        order.buyer = BuyerId(self.uuid()?);
+        Some(order)
+    }
+
+    /// Whether nothing is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// `COUNTERS`.
@@ -180,6 +216,7 @@ impl<'a> Unpack<'a> {
         let per_order_limit = self.u32()?.into();
         let orders = self.u48()?;
         let archived_rounds = self.u32()?;
+        let waiting = self.u32()?.into();
         Some(Standing {
             round,
             epoch,
@@ -190,6 +227,7 @@ impl<'a> Unpack<'a> {
             per_order_limit,
             orders,
             archived_rounds,
+            waiting,
             now_ms,
         })
     }
@@ -201,36 +239,56 @@ impl<'a> Unpack<'a> {
         Some((index, self.order(id)?))
     }
 
-    /// `EVENT_FORMAT`: index of its round, and the event without its round.
-    pub(super) fn event(&mut self) -> Option<(u8, Event)> {
+    /// `EVENT_FORMAT`: index of its round, and the event without its round. Those of entries before
+    /// [`VERSION_LIFE`] have no fingerprint: what a restock asked for is what it did.
+    pub(super) fn event(&mut self, version: u8) -> Option<(u8, Event)> {
         let index = self.byte()?;
         let seq = self.u48()?;
-        let kind = match self.byte()? {
-            0 => EventKind::Epoch,
-            1 => EventKind::Provision,
-            2 => EventKind::Cancel,
-            3 => EventKind::Restock,
-            4 => EventKind::Pause,
-            5 => EventKind::Resume,
-            6 => EventKind::Close,
-            7 => EventKind::Settle,
-            8 => EventKind::Archive,
-            _ => return None,
-        };
-        let order = self.uuid()?;
+        let kind = self.byte()?;
+        let from_held = kind >= FROM_HELD;
+        let kind = *EventKind::ALL.get(usize::from(kind % FROM_HELD))?;
+        let order = Some(OrderId(self.uuid()?)).filter(|id| !id.0.is_nil());
         let units = self.u48()?;
-        let actor = self.uuid()?;
-        let operation = self.uuid()?;
+        let actor = Some(self.uuid()?).filter(|id| !id.is_nil());
+        let operation = Some(OperationId(self.uuid()?)).filter(|id| !id.0.is_nil());
+        let fingerprint = if version < VERSION_LIFE {
+            operation.map(|_| Fingerprint::units(kind.as_str(), units))
+        } else {
+            Some(Fingerprint(*self.take()?)).filter(|print| *print != Fingerprint::default())
+        };
         let event = Event {
             round: None,
             seq,
             kind,
-            order: Some(OrderId(order)).filter(|id| !id.0.is_nil()),
+            order,
             units,
-            actor: Some(actor).filter(|id| !id.is_nil()),
-            operation: Some(OperationId(operation)).filter(|id| !id.0.is_nil()),
+            fingerprint,
+            from_held,
+            amendment: None,
+            actor,
+            operation,
         };
         Some((index, event))
+    }
+
+    /// `TERMS`: index of its round, seq of the event, and what it changes.
+    pub(super) fn amendment(&mut self) -> Option<(u8, u64, Amendment)> {
+        let index = self.byte()?;
+        let seq = self.u48()?;
+        let opens_at_ms = self.instant()?;
+        let closes_at_ms = Some(self.instant()?).filter(|end| *end > 0);
+        let window = Window {
+            opens_at_ms,
+            closes_at_ms,
+        };
+        let amendment = Amendment {
+            window,
+            per_buyer_limit: self.u32()?.into(),
+            per_order_limit: self.u32()?.into(),
+            unit_price: self.money()?,
+            hold_ms: Some(self.u32()?.into()).filter(|ms| *ms > 0),
+        };
+        Some((index, seq, amendment))
     }
 
     /// `BUYER`: units and acceptances.
@@ -245,37 +303,78 @@ impl<'a> Unpack<'a> {
 }
 
 /// `RECORD`: an order, as its script would have written it. One without the key of a receipt is
-/// written in the version that had none.
+/// written in the version that had none, one that was never held and is whole in the one before
+/// there were holds.
 pub(super) fn record(order: &Order) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(RECORD_BYTES);
-    let version = if order.receipt_key == 0 {
-        VERSION_MIN
+    let mut bytes = Vec::with_capacity(RECORD_BYTES + 16);
+    let gone = if order.status == Status::Cancelled {
+        order.quantity
     } else {
-        VERSION
+        0
     };
+    let plain = order.hold_ms == 0 && order.refunded == 0 && order.returned == gone;
+    let version = match order.receipt_key {
+        _ if !plain || order.status == Status::Withdrawn => VERSION_RECORD_LIFE,
+        0 => VERSION_MIN,
+        _ => VERSION,
+    };
+    let u32 = |number: u64| u32::try_from(number).unwrap_or(u32::MAX).to_be_bytes();
     bytes.extend([
         version,
         order.status.byte(),
         order.accepted_as.byte(),
         order.durability.byte(),
     ]);
-    if version == VERSION {
+    if version != VERSION_MIN {
         bytes.push(order.receipt_key);
     }
     bytes.extend(order.round.round.to_be_bytes());
     bytes.extend(order.epoch.0.to_be_bytes());
     push_u48(&mut bytes, order.seq);
     push_u48(&mut bytes, order.pseq);
-    bytes.extend(
-        u32::try_from(order.quantity)
-            .unwrap_or(u32::MAX)
-            .to_be_bytes(),
-    );
+    bytes.extend(u32(order.quantity));
     bytes.extend(price(order.unit_price));
     push_u48(&mut bytes, order.accepted_at_ms.unsigned_abs());
+    if version == VERSION_RECORD_LIFE {
+        bytes.extend(u32(order.hold_ms));
+        bytes.extend(u32(order.extended_ms));
+        bytes.extend(u32(order.returned));
+        bytes.extend(u32(order.refunded));
+    }
     bytes.extend(order.fingerprint.0);
     bytes.extend(order.buyer.0.as_bytes());
     bytes
+}
+
+/// `WISH`: what a buyer in the line waits for.
+pub(super) fn wish(wish: &Wish) -> Vec<u8> {
+    let mut bytes = wish.order.0.as_bytes().to_vec();
+    bytes.extend(wish.fingerprint.0);
+    bytes.extend(u32::try_from(wish.units).unwrap_or(u32::MAX).to_be_bytes());
+    bytes
+}
+
+/// What acceptances of those in line survive, for the arguments of a script; 255: nothing is offered.
+pub(super) fn durability(durability: Option<Durability>) -> Bytes {
+    let byte = durability.map_or(255, Durability::byte);
+    Bytes::from(byte.to_string())
+}
+
+/// The bits of a round's policy, beside its hold.
+pub(super) fn policy(policy: &Policy) -> u8 {
+    u8::from(policy.limit_scope == LimitScope::Sale)
+        + 2 * u8::from(policy.ends == Ends::SoldOut)
+        + 4 * u8::from(policy.waitlist)
+}
+
+/// Reads them back.
+pub(super) fn read_policy(bits: u8, hold_ms: u64) -> Policy {
+    Policy {
+        hold_ms: Some(hold_ms).filter(|ms| *ms > 0),
+        limit_scope: LimitScope::ALL[usize::from(bits & 1)],
+        ends: Ends::ALL[usize::from(bits >> 1 & 1)],
+        waitlist: bits & 4 != 0,
+    }
 }
 
 /// `OPERATION`: what an operation asked for, and the seq it took.
@@ -353,8 +452,6 @@ mod tests {
             bytes
         };
         let (old, new) = (record(&[1, 1, 1, 1]), record(&[2, 1, 1, 1, 9]));
-        assert_eq!(1 + 16 + old.len(), acceptance_bytes(VERSION_MIN));
-        assert_eq!(1 + 16 + new.len(), acceptance_bytes(VERSION));
         let (old, new) = (Unpack(&old).order(id), Unpack(&new).order(id));
         assert_eq!(old.unwrap().receipt_key, 0);
         let expected = Order {
@@ -370,10 +467,10 @@ mod tests {
         let id = OrderId(Uuid::nil());
         assert_eq!(Unpack(&[1; RECORD_BYTES - 1]).order(id), None);
         let mut record = [0; RECORD_BYTES];
-        record[0] = VERSION + 1;
+        record[0] = VERSION_RECORD_LIFE + 1;
         assert_eq!(Unpack(&record).order(id), None);
         let mut event = [0; EVENT_BYTES];
         event[7] = 99;
-        assert_eq!(Unpack(&event).event(), None);
+        assert_eq!(Unpack(&event).event(VERSION_LIFE), None);
     }
 }

@@ -16,16 +16,7 @@ impl Engine {
         terms: &Terms,
     ) -> Result<Provisioned, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
-        let names = vec![
-            keys.meta(),
-            keys.journal(),
-            keys.round(round),
-            keys.buyers(round),
-            keys.board(round),
-            keys.sale(round.sale),
-            keys.orders(round.sale),
-            keys.ops(round.sale),
-        ];
+        let names = keys.change(round);
         let number = |number: u64| Bytes::from(number.to_string());
         let instant = |ms: i64| number(ms.max(0).unsigned_abs());
         let arguments = vec![
@@ -36,6 +27,8 @@ impl Engine {
             number(terms.per_buyer_limit),
             number(terms.per_order_limit),
             Bytes::copy_from_slice(&packed::price(terms.unit_price)),
+            number(terms.policy.hold_ms.unwrap_or(0)),
+            number(packed::policy(&terms.policy).into()),
             number(terms.allocation),
         ];
         let mut called = self

@@ -65,6 +65,17 @@ impl Lane for PurchaseLane {
     }
 
     async fn call(&self, items: Vec<Purchase>) -> Result<Vec<Self::Answer>, EngineError> {
+        self.decide(&items, false).await
+    }
+}
+
+impl PurchaseLane {
+    /// Has purchases decided in one call; `together` all of them are accepted, or none.
+    async fn decide(
+        &self,
+        items: &[Purchase],
+        together: bool,
+    ) -> Result<Vec<Result<Answer, EngineError>>, EngineError> {
         let Shared {
             keys,
             scripts,
@@ -76,7 +87,7 @@ impl Lane for PurchaseLane {
         view.epoch()?;
         let mut rounds: Vec<RoundId> = Vec::new();
         let mut packed_items = Vec::with_capacity(items.len() * ITEM_BYTES);
-        for purchase in &items {
+        for purchase in items {
             let index = rounds.iter().position(|round| *round == purchase.round);
             let index = index.unwrap_or_else(|| {
                 rounds.push(purchase.round);
@@ -85,18 +96,24 @@ impl Lane for PurchaseLane {
             let index = u8::try_from(index).map_err(|_| EngineError::Overloaded(rounds.len()))?;
             packed::push_item(&mut packed_items, index, purchase);
         }
-        let mut names = Vec::with_capacity(2 + 5 * rounds.len());
+        let mut names = Vec::with_capacity(2 + 7 * rounds.len());
         names.extend([keys.meta(), keys.journal()]);
         for round in &rounds {
             names.extend([
                 keys.round(*round),
                 keys.buyers(*round),
                 keys.board(*round),
+                keys.holds(*round),
                 keys.sale(round.sale),
                 keys.orders(round.sale),
+                keys.sale_buyers(round.sale),
             ]);
         }
-        let arguments = vec![self.receipt_key.to_string().into(), packed_items.into()];
+        let arguments = vec![
+            self.receipt_key.to_string().into(),
+            packed_items.into(),
+            Bytes::from_static(if together { b"all" } else { b"" }),
+        ];
 
         metrics.calls.inc();
         #[expect(clippy::cast_precision_loss, reason = "at most 128")]
@@ -138,7 +155,7 @@ impl Lane for PurchaseLane {
             }
         }
         let mut answers = Vec::with_capacity(items.len());
-        for purchase in &items {
+        for purchase in items {
             let answer = decision(&mut reply, purchase)?.and_then(|decision| {
                 replicated(&decision, acks, self.replicas)?;
                 Ok(Answer {
@@ -227,6 +244,7 @@ pub(super) fn decision(
         b"paused" => Refusal::Paused,
         b"closed" => Refusal::Closed,
         b"sold_out" => Refusal::SoldOut,
+        b"left_out" => Refusal::LeftOut,
         other => return Err(reply.unexpected(&String::from_utf8_lossy(other))),
     };
     reply.bytes()?;
@@ -264,6 +282,33 @@ impl Engine {
             _ => 0,
         };
         answer
+    }
+
+    /// Decides on several purchases at once: all of them are accepted, or none. They must fit into
+    /// one call, and have one durability. One answer for each, in their order: when one is refused,
+    /// the others are [`Refusal::LeftOut`].
+    ///
+    /// # Errors
+    /// [`EngineError`] when there is no decision. The same purchases may be sent again at any time.
+    pub async fn purchase_together(
+        &self,
+        purchases: &[Purchase],
+    ) -> Result<Vec<Answer>, EngineError> {
+        let Some(first) = purchases.first() else {
+            return Ok(Vec::new());
+        };
+        let mut room = Default::default();
+        if !purchases
+            .iter()
+            .all(|purchase| PurchaseLane::fits(&mut room, purchase))
+        {
+            return Err(EngineError::Refused(
+                "too many purchases at once".to_owned(),
+            ));
+        }
+        let lane = self.lane(first)?.lane();
+        let answers = lane.decide(purchases, true).await?;
+        answers.into_iter().collect()
     }
 
     /// Archived rounds of the round's sale as far as this node knows: whoever buys asks PostgreSQL

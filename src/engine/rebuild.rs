@@ -14,9 +14,9 @@ use super::{
     reply::Reply,
 };
 use crate::domain::{
-    id::{Epoch, JournalId, RoundId, SaleNumber},
+    id::{BuyerId, Epoch, JournalId, OrderId, RoundId, SaleNumber},
     journal::Entry,
-    model::{Round, Sale},
+    model::{Round, Sale, Wish},
 };
 
 /// Members of a key that one call writes: half a millisecond of Redis.
@@ -109,30 +109,18 @@ impl Engine {
     pub async fn load(&self, epoch: Epoch, image: &SaleImage<'_>) -> Result<(), InstallError> {
         let keys = self.shared.keys;
         let (number, sale) = (image.number, image.sale);
-        let orders = keys.orders(number);
-        self.load_one(epoch, orders.clone(), "UNLINK", vec![])
+        let raw = |id: &[u8; 16]| Bytes::copy_from_slice(id);
+        let orders = sale.orders.values();
+        let orders = orders.map(|order| [raw(order.id.0.as_bytes()), packed::record(order).into()]);
+        self.load_all(epoch, keys.orders(number), "HSET", orders)
             .await?;
-        let mut pairs = Vec::with_capacity(2 * CHUNK);
-        for order in sale.orders.values() {
-            pairs.push(Bytes::copy_from_slice(order.id.0.as_bytes()));
-            pairs.push(Bytes::from(packed::record(order)));
-            if pairs.len() == 2 * CHUNK {
-                let full = std::mem::take(&mut pairs);
-                self.load_one(epoch, orders.clone(), "HSET", full).await?;
-            }
-        }
-        self.load_rest(epoch, orders, "HSET", pairs).await?;
-
-        let ops = keys.ops(number);
-        self.load_one(epoch, ops.clone(), "UNLINK", vec![]).await?;
-        for (operation, (fingerprint, seq)) in &sale.operations {
+        let ops = sale.operations.iter().map(|(id, (fingerprint, seq))| {
             let packed = packed::operation(*fingerprint, *seq);
-            let pair = vec![
-                Bytes::copy_from_slice(operation.0.as_bytes()),
-                packed.into(),
-            ];
-            self.load_one(epoch, ops.clone(), "HSET", pair).await?;
-        }
+            [raw(id.0.as_bytes()), packed.into()]
+        });
+        self.load_all(epoch, keys.ops(number), "HSET", ops).await?;
+        self.load_buyers(epoch, keys.sale_buyers(number), &sale.buyers)
+            .await?;
         for (id, (round, entry)) in &image.rounds {
             self.load_round(epoch, *id, round, *entry).await?;
         }
@@ -144,6 +132,7 @@ impl Engine {
             ("n_archived", sale.archived_orders.to_string()),
             ("archived_rounds", sale.archived_rounds.to_string()),
             ("n_ops", sale.operations.len().to_string()),
+            ("n_buyers", sale.buyers.len().to_string()),
             ("round", sale.round.to_string()),
         ];
         let key = keys.sale(number);
@@ -159,33 +148,23 @@ impl Engine {
         entry: JournalId,
     ) -> Result<(), InstallError> {
         let keys = self.shared.keys;
-        let buyers = keys.buyers(id);
-        self.load_one(epoch, buyers.clone(), "UNLINK", vec![])
+        self.load_buyers(epoch, keys.buyers(id), &round.buyers)
             .await?;
-        let mut pairs = Vec::with_capacity(2 * CHUNK);
-        for (buyer, (units, acceptances)) in &round.buyers {
-            pairs.push(Bytes::copy_from_slice(buyer.0.as_bytes()));
-            pairs.push(packed::buyer(*units, *acceptances).into());
-            if pairs.len() == 2 * CHUNK {
-                let full = std::mem::take(&mut pairs);
-                self.load_one(epoch, buyers.clone(), "HSET", full).await?;
-            }
-        }
-        self.load_rest(epoch, buyers, "HSET", pairs).await?;
-
-        let board = keys.board(id);
-        self.load_one(epoch, board.clone(), "UNLINK", vec![])
+        let raw = |order: &OrderId| Bytes::copy_from_slice(order.0.as_bytes());
+        let places = round.board.iter();
+        let places = places.map(|(seq, order)| [seq.to_string().into(), raw(order)]);
+        self.load_all(epoch, keys.board(id), "ZADD", places).await?;
+        let holds = round.holds.iter();
+        let holds = holds.map(|(order, until)| [until.to_string().into(), raw(order)]);
+        self.load_all(epoch, keys.holds(id), "ZADD", holds).await?;
+        let buyer = |wish: &Wish| Bytes::copy_from_slice(wish.buyer.0.as_bytes());
+        let line = round.line.iter();
+        let line = line.map(|(seq, wish)| [seq.to_string().into(), buyer(wish)]);
+        self.load_all(epoch, keys.line(id), "ZADD", line).await?;
+        let wishes = round.line.values();
+        let wishes = wishes.map(|wish| [buyer(wish), packed::wish(wish).into()]);
+        self.load_all(epoch, keys.wishes(id), "HSET", wishes)
             .await?;
-        let mut pairs = Vec::with_capacity(2 * CHUNK);
-        for (seq, order) in &round.board {
-            pairs.push(Bytes::from(seq.to_string()));
-            pairs.push(Bytes::copy_from_slice(order.0.as_bytes()));
-            if pairs.len() == 2 * CHUNK {
-                let full = std::mem::take(&mut pairs);
-                self.load_one(epoch, board.clone(), "ZADD", full).await?;
-            }
-        }
-        self.load_rest(epoch, board, "ZADD", pairs).await?;
 
         let (terms, counters) = (round.terms, round.counters);
         let mut fields = hash(vec![
@@ -207,6 +186,10 @@ impl Engine {
             ("seq", counters.seq.to_string()),
             ("n_buyers", round.buyers.len().to_string()),
             ("n_board", round.board.len().to_string()),
+            ("hold_ms", terms.policy.hold_ms.unwrap_or(0).to_string()),
+            ("policy", packed::policy(&terms.policy).to_string()),
+            ("n_holds", round.holds.len().to_string()),
+            ("n_line", round.line.len().to_string()),
             ("entry", entry.to_string()),
         ]);
         if round.grace_until_ms > 0 {
@@ -219,17 +202,40 @@ impl Engine {
         self.load_one(epoch, key, "HSET", fields).await
     }
 
-    async fn load_rest(
+    async fn load_buyers(
+        &self,
+        epoch: Epoch,
+        key: String,
+        buyers: &BTreeMap<BuyerId, (u64, u64)>,
+    ) -> Result<(), InstallError> {
+        let buyers = buyers.iter().map(|(buyer, (units, acceptances))| {
+            let packed = packed::buyer(*units, *acceptances);
+            [Bytes::copy_from_slice(buyer.0.as_bytes()), packed.into()]
+        });
+        self.load_all(epoch, key, "HSET", buyers).await
+    }
+
+    /// Fills a key with pairs, some at a time, in place of whatever is there.
+    async fn load_all(
         &self,
         epoch: Epoch,
         key: String,
         command: &'static str,
-        rest: Vec<Bytes>,
+        pairs: impl Iterator<Item = [Bytes; 2]>,
     ) -> Result<(), InstallError> {
-        if rest.is_empty() {
+        self.load_one(epoch, key.clone(), "UNLINK", vec![]).await?;
+        let mut some = Vec::with_capacity(2 * CHUNK);
+        for pair in pairs {
+            some.extend(pair);
+            if some.len() == 2 * CHUNK {
+                let full = std::mem::take(&mut some);
+                self.load_one(epoch, key.clone(), command, full).await?;
+            }
+        }
+        if some.is_empty() {
             return Ok(());
         }
-        self.load_one(epoch, key, command, rest).await
+        self.load_one(epoch, key, command, some).await
     }
 
     async fn load_one(

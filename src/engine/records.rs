@@ -8,6 +8,7 @@ use super::{Engine, error::EngineError, packed::Unpack};
 use crate::domain::{
     id::{BuyerId, OrderId, RoundId},
     order::Order,
+    round::LimitScope,
 };
 
 /// What Redis has of an order.
@@ -17,6 +18,8 @@ pub struct Kept {
     pub order: Option<Order>,
     /// Its place on the leaderboard.
     pub place: Option<u64>,
+    /// The first instant at which it is held no more, milliseconds since the Unix epoch.
+    pub hold_until_ms: Option<i64>,
 }
 
 impl Engine {
@@ -41,31 +44,40 @@ impl Engine {
         let places = self
             .values("ZMSCORE", keys.board(round), ids().collect())
             .await?;
+        let holds = self
+            .values("ZMSCORE", keys.holds(round), ids().collect())
+            .await?;
         Ok(orders
             .iter()
-            .zip(records.into_iter().zip(places))
-            .map(|(id, (record, place))| Kept {
+            .zip(records.into_iter().zip(places.into_iter().zip(holds)))
+            .map(|(id, (record, (place, hold)))| Kept {
                 order: record
                     .into_bytes()
                     .and_then(|bytes| Unpack(&bytes).order(*id)),
                 place: place.as_u64(),
+                hold_until_ms: hold.as_i64(),
             })
             .collect())
     }
 
-    /// Units and acceptances of these buyers of a round, in their order. Ask for some hundreds.
+    /// Units and acceptances of these buyers of a round, or of its sale, in their order. Ask for some
+    /// hundreds.
     ///
     /// # Errors
     /// [`EngineError`]; a key of another type is [`EngineError::Damaged`].
     pub async fn buyers(
         &self,
         round: RoundId,
+        scope: LimitScope,
         buyers: &[BuyerId],
     ) -> Result<Vec<Option<(u64, u64)>>, EngineError> {
         let ids = buyers
             .iter()
             .map(|id| Bytes::copy_from_slice(id.0.as_bytes()));
-        let key = self.shared.keys.buyers(round);
+        let key = match scope {
+            LimitScope::Round => self.shared.keys.buyers(round),
+            LimitScope::Sale => self.shared.keys.sale_buyers(round.sale),
+        };
         let packed = self.values("HMGET", key, ids.collect()).await?;
         Ok(packed
             .into_iter()

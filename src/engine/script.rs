@@ -31,7 +31,7 @@ impl Script {
 
 /// Joins the flags, the shared fragments and the script.
 macro_rules! script {
-    ($flags:literal, $name:literal) => {
+    ($flags:literal, $name:literal $(, $more:literal)?) => {
         Script::new(
             $name,
             concat!(
@@ -41,6 +41,7 @@ macro_rules! script {
                 include_str!("../../lua/shared/partition.lua"),
                 include_str!("../../lua/shared/round.lua"),
                 include_str!("../../lua/shared/journal.lua"),
+                $(include_str!(concat!("../../lua/shared/", $more, ".lua")),)?
                 include_str!(concat!("../../lua/", $name, ".lua")),
             ),
         )
@@ -50,23 +51,30 @@ macro_rules! script {
 /// All scripts.
 #[derive(Debug)]
 pub(super) struct Scripts {
+    pub(super) allocate: Script,
+    pub(super) amend: Script,
     pub(super) archive: Script,
     pub(super) audit: Script,
     pub(super) condemn: Script,
+    pub(super) confirm: Script,
     pub(super) control: Script,
+    pub(super) extend: Script,
     pub(super) inspect: Script,
     pub(super) install: Script,
+    pub(super) join: Script,
     pub(super) journal: Script,
     pub(super) leaderboard: Script,
+    pub(super) leave: Script,
     pub(super) load: Script,
     pub(super) order: Script,
+    pub(super) place: Script,
     pub(super) provision: Script,
     pub(super) purchase: Script,
     pub(super) rebuild: Script,
     pub(super) release: Script,
-    pub(super) restock: Script,
     pub(super) settle: Script,
     pub(super) snapshot: Script,
+    pub(super) sweep: Script,
     pub(super) trim: Script,
     pub(super) whole: Script,
 }
@@ -74,23 +82,30 @@ pub(super) struct Scripts {
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {
+            allocate: script!("", "allocate", "change"),
+            amend: script!("", "amend", "change"),
             archive: script!(" flags=allow-oom", "archive"),
             audit: script!(" flags=no-writes", "audit"),
             condemn: script!(" flags=allow-oom", "condemn"),
+            confirm: script!(" flags=allow-oom", "confirm", "change"),
             control: script!(" flags=allow-oom", "control"),
+            extend: script!(" flags=allow-oom", "extend", "change"),
             inspect: script!(" flags=no-writes", "inspect"),
             install: script!("", "install"),
+            join: script!("", "join", "change"),
             journal: script!(" flags=no-writes", "journal"),
             leaderboard: script!(" flags=no-writes", "leaderboard"),
+            leave: script!(" flags=allow-oom", "leave", "change"),
             load: script!("", "load"),
             order: script!(" flags=no-writes", "order"),
+            place: script!(" flags=no-writes", "place", "change"),
             provision: script!("", "provision"),
             purchase: script!("", "purchase"),
             rebuild: script!("", "rebuild"),
-            release: script!(" flags=allow-oom", "release"),
-            restock: script!("", "restock"),
+            release: script!(" flags=allow-oom", "release", "change"),
             settle: script!(" flags=allow-oom", "settle"),
             snapshot: script!(" flags=no-writes", "snapshot"),
+            sweep: script!(" flags=allow-oom", "sweep", "change"),
             trim: script!(" flags=allow-oom", "trim"),
             whole: script!(" flags=no-writes", "whole"),
         }

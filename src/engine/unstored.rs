@@ -86,6 +86,10 @@ mod tests {
             epoch: Epoch(epoch),
             seq: pseq,
             pseq,
+            hold_ms: 0,
+            extended_ms: 0,
+            returned: 0,
+            refunded: 0,
             accepted_at_ms: 0,
             fingerprint: Fingerprint([0; 8]),
         }

@@ -31,6 +31,7 @@ mod sales;
 mod schedule;
 mod serve;
 mod version;
+mod waitlist;
 
 use std::{sync::Arc, time::Duration};
 
@@ -176,6 +177,7 @@ fn resources() -> Vec<routes::Routes> {
         receipts::routes(),
         leaderboard::routes(),
         reports::routes(),
+        waitlist::routes(),
         events::routes(),
         audit::routes(),
         incidents::routes(),

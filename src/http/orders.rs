@@ -111,6 +111,10 @@ pub(super) struct OrderBody {
     seq: u64,
     /// By the clock of the store that decides.
     accepted_at: Timestamp,
+    /// Until when it waits for its payment, if it does: then it expires, and its units are for sale
+    /// again. As the answer to a purchase it is the first deadline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_until: Option<Timestamp>,
     /// What the acceptance survives.
     durability: Durability,
     /// The signed proof of the acceptance. Keep it: should the store that decides ever lose the
@@ -122,7 +126,7 @@ pub(super) struct OrderBody {
 }
 
 impl OrderBody {
-    fn new(order: &Order, sale: &SaleFacts, status: Status, receipt: Option<String>) -> Self {
+    fn new(order: &Order, sale: &SaleFacts, receipt: Option<String>) -> Self {
         Self {
             id: order.id.0,
             sale_id: sale.id.0,
@@ -131,9 +135,12 @@ impl OrderBody {
             quantity: order.quantity,
             unit_price: order.unit_price,
             total: order.total(),
-            status,
+            status: order.status,
             seq: order.seq,
             accepted_at: Timestamp::from_ms(order.accepted_at_ms),
+            held_until: (order.status == Status::Held)
+                .then(|| order.hold_until_ms().map(Timestamp::from_ms))
+                .flatten(),
             durability: order.durability,
             receipt,
         }
@@ -145,6 +152,10 @@ impl OrderBody {
 pub(super) struct OrderView {
     #[serde(flatten)]
     body: OrderBody,
+    /// Units that went back on sale.
+    returned: u64,
+    /// Units that were refunded and stay sold.
+    refunded: u64,
     /// Whether PostgreSQL has it. Accepted it is either way.
     stored: bool,
     /// How it is paid: the payment that may confirm it or has, else the last try. Absent from lists,
@@ -163,7 +174,9 @@ impl OrderView {
         } = view;
         let receipt = receipts.sign(sale.id, order).unwrap_or_default();
         Self {
-            body: OrderBody::new(order, sale, order.status, receipt),
+            body: OrderBody::new(order, sale, receipt),
+            returned: order.returned,
+            refunded: order.refunded,
             stored: *stored,
             payment: None,
         }
@@ -239,12 +252,12 @@ pub(super) fn accepted(
         Problem::unknown(detail, Duration::from_secs(1)).caused_by(error)
     })?;
     let mut body = Vec::with_capacity(BODY_BYTES);
-    let status = if faults::bug("replay_tells_present_status") {
-        order.status
+    let told = if faults::bug("replay_tells_present_status") {
+        *order
     } else {
-        order.accepted_as
+        order.as_accepted()
     };
-    let order_body = OrderBody::new(order, sale, status, receipt);
+    let order_body = OrderBody::new(&told, sale, receipt);
     serde_json::to_writer(&mut body, &order_body).map_err(Problem::internal)?;
     // Hexadecimal digits and hyphens are always a header's value.
     let location =
@@ -291,6 +304,8 @@ pub(super) fn refused(refusal: Refusal, answer: &Answer) -> Problem {
                 .fact("held", held)
         }
         Refusal::SoldOut => Problem::new(Code::SoldOut, "No unit is left."),
+        // A purchase is one line.
+        Refusal::LeftOut => return Problem::internal("a purchase was left out of a cart"),
         Refusal::Insufficient { remaining } => {
             Problem::new(Code::Insufficient, "Fewer units are left than asked for.")
                 .fact("remaining", remaining)
@@ -353,7 +368,9 @@ async fn list(
         .stored_orders(query.sale_id.map(SaleId), filter)
         .await?;
     let view = |(order, sale): (Order, Arc<SaleFacts>)| OrderView {
-        body: OrderBody::new(&order, &sale, order.status, None),
+        returned: order.returned,
+        refunded: order.refunded,
+        body: OrderBody::new(&order, &sale, None),
         stored: true,
         payment: None,
     };
@@ -381,7 +398,11 @@ async fn cancel(
             let view = OrderView::with_payment(&view, payment.as_ref(), &shop.receipts);
             Ok(axum::Json(view))
         }
-        Status::Held | Status::Confirmed | Status::Expired | Status::Refunded => {
+        Status::Held
+        | Status::Confirmed
+        | Status::Expired
+        | Status::Refunded
+        | Status::Withdrawn => {
             let detail = format!("The order is {}.", view.order.status.as_str());
             Err(Problem::new(Code::Conflict, detail))
         }

@@ -17,8 +17,11 @@ use utoipa::ToSchema;
 
 use super::body::{BODY_BYTES_MAX, too_large};
 use crate::{
-    domain::limits::{ALLOCATION_MAX, CALL_DEADLINE_MS, WRITER_STALL_MS},
-    engine::EngineError,
+    domain::{
+        limits::{ALLOCATION_MAX, CALL_DEADLINE_MS, WRITER_STALL_MS},
+        order::Decision,
+    },
+    engine::{Answer, EngineError},
     sales::SaleError,
     store::StoreError,
 };
@@ -625,6 +628,15 @@ impl From<SaleError> for Problem {
             SaleError::HoldExpired => super::payments::expired(),
             SaleError::NoPayment => super::payments::method("this sale takes no payment"),
             SaleError::NoMethod => super::payments::method("is needed: this sale takes money"),
+            SaleError::Refused(refusal, now_ms) => {
+                let decision = Decision::Refused(refusal);
+                let answer = Answer {
+                    decision,
+                    looked_up: true,
+                    now_ms,
+                };
+                super::orders::refused(refusal, &answer)
+            }
             SaleError::TooMany => {
                 let detail = format!("the allocation would leave 1 to {ALLOCATION_MAX}");
                 Self::out_of_range(vec![FieldError::new("#/units", detail)])

@@ -11,7 +11,6 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -31,11 +30,11 @@ use crate::{
     clock,
     domain::{
         id::{Fingerprint, OperationId, ProductId, SaleId, SaleNumber},
-        limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX},
+        limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX, HOLD_MS_MAX},
         money::Money,
         order::Mode,
         payment::Gateway,
-        round::{self, Intent, Terms, TermsError, Window},
+        round::{self, Ends, Intent, LimitScope, Policy, Terms, TermsError, Window},
         schedule::Schedule,
     },
     payments::Gateways,
@@ -82,6 +81,17 @@ pub(super) fn routes() -> Routes {
                 Code::IdempotencyKeyMismatch,
             ],
         )
+        .add(
+            Access::Operator,
+            routes!(reduce),
+            &[
+                Code::NotFound,
+                Code::Conflict,
+                Code::Insufficient,
+                Code::IdempotencyKeyMissing,
+                Code::IdempotencyKeyMismatch,
+            ],
+        )
 }
 
 /// A sale to make.
@@ -120,10 +130,24 @@ struct SaleRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Timestamp, required = false)]
     closes_at: Option<Timestamp>,
-    /// Not supported.
+    /// Seconds that an order may wait for its payment: orders start as `held`, and what is not paid
+    /// in time is for sale again. If absent, orders are confirmed at once.
     #[serde(default, deserialize_with = "present")]
-    #[schema(ignore)]
-    hold_seconds: Option<Value>,
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 86_400)]
+    hold_seconds: Option<i64>,
+    /// What `per_buyer_limit` counts over: each `round` by itself, or all rounds of the `sale`.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, pattern = "^(round|sale)$")]
+    limit_scope: Option<String>,
+    /// What ends a round beside its window: `time`, nothing, so that units that come back are for
+    /// sale again; `sold_out`, it closes once nothing remains and nothing is held.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, pattern = "^(time|sold_out)$")]
+    ends: Option<String>,
+    /// Whether buyers may wait in line for units that come back; needs `hold_seconds`.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = bool, required = false)]
+    waitlist: Option<bool>,
     /// Who takes the money: `none`, or a gateway that the server has (`sandbox`, `stripe`,
     /// `paypal`). Needs `hold_seconds`.
     #[serde(default, deserialize_with = "present")]
@@ -146,7 +170,7 @@ struct SaleRequest {
     durability: Option<String>,
 }
 
-/// Units to add.
+/// Units to add, or to take out.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Restock {
@@ -185,6 +209,16 @@ struct SaleView {
     closes_at: Option<Timestamp>,
     /// When its rounds open, if there is more than one.
     schedule: Option<ScheduleBody>,
+    /// Seconds that an order may wait for its payment; `null` when orders are confirmed at once.
+    hold_seconds: Option<u64>,
+    #[schema(inline)]
+    limit_scope: LimitScope,
+    #[schema(inline)]
+    ends: Ends,
+    /// Whether buyers may wait in line for units that come back.
+    waitlist: bool,
+    /// Buyers in that line; what comes back is theirs first.
+    waiting: u64,
     /// The clock that decides, in milliseconds since the Unix epoch.
     server_time_ms: i64,
     /// Who takes the money; `none` confirms orders without any.
@@ -230,6 +264,11 @@ impl From<crate::sales::SaleView> for SaleView {
             opens_at: Timestamp::from_ms(standing.window.opens_at_ms),
             closes_at: standing.window.closes_at_ms.map(Timestamp::from_ms),
             schedule: facts.schedule.as_deref().map(ScheduleBody::from),
+            hold_seconds: facts.terms.policy.hold_ms.map(|ms| ms / 1_000),
+            limit_scope: facts.terms.policy.limit_scope,
+            ends: facts.terms.policy.ends,
+            waitlist: facts.terms.policy.waitlist,
+            waiting: standing.waiting,
             server_time_ms: standing.now_ms,
             payment: facts.payment.map_or("none", Gateway::as_str),
             refund_returns_units: facts.refund_returns_units,
@@ -528,8 +567,39 @@ async fn restock(
     let mut check = Check::new();
     let units = check.units("#/units", restock.units, 1..=ALLOCATION_MAX);
     check.done()?;
+    allocate(&shop, id, false, units, operator.user, &key).await
+}
+
+/// Take units out of a sale
+///
+/// Only what remains, all of it or nothing: held and sold units stay. Once for each
+/// `Idempotency-Key`, however often it is sent.
+#[utoipa::path(post, path = "/v1/sales/{id}/reduce", tag = "sales", request_body = Restock,
+    params(("id" = Uuid, Path), ("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters")),
+    responses((status = 200, description = "The sale", body = SaleView)))]
+async fn reduce(
+    Operator(operator): Operator,
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+    key: IdempotencyKey,
+    Json(reduce): Json<Restock>,
+) -> Result<Response, Problem> {
+    let mut check = Check::new();
+    let units = check.units("#/units", reduce.units, 1..=ALLOCATION_MAX);
+    check.done()?;
+    allocate(&shop, id, true, units, operator.user, &key).await
+}
+
+async fn allocate(
+    shop: &Shop,
+    id: Uuid,
+    reduce: bool,
+    units: u64,
+    actor: Uuid,
+    key: &IdempotencyKey,
+) -> Result<Response, Problem> {
     let (view, replayed) = shop
-        .restock(SaleId(id), units, operator.user, &key.0)
+        .allocate(SaleId(id), reduce, units, actor, &key.0)
         .await?;
     let replayed = replayed.then_some([(IDEMPOTENCY_REPLAYED, REPLAYED)]);
     Ok((replayed, axum::Json(SaleView::from(view))).into_response())
@@ -547,6 +617,7 @@ struct Offer {
     /// Of the first round, if there is no schedule to say.
     window: Window,
     schedule: Option<Schedule>,
+    policy: Policy,
     durability: Mode,
     payment: Option<Gateway>,
     refund_returns_units: bool,
@@ -622,8 +693,17 @@ impl SaleRequest {
         {
             check.refuse("#/closes_at", TermsError::Window.to_string());
         }
-        if self.hold_seconds.is_some() {
-            check.refuse("#/hold_seconds", "not supported");
+        let hold_ms = self.hold_seconds.map(|seconds| {
+            let seconds = check.units("#/hold_seconds", seconds, 1..=HOLD_MS_MAX / 1_000);
+            seconds * 1_000
+        });
+        let limit_scope = self.limit_scope.as_deref().map(LimitScope::parse);
+        if limit_scope == Some(None) {
+            check.refuse("#/limit_scope", "must be round or sale");
+        }
+        let ends = self.ends.as_deref().map(Ends::parse);
+        if ends == Some(None) {
+            check.refuse("#/ends", "must be time or sold_out");
         }
         let payment = match self.payment.as_deref() {
             None | Some("none") => None,
@@ -653,6 +733,12 @@ impl SaleRequest {
             per_order_limit,
             window,
             schedule,
+            policy: Policy {
+                hold_ms,
+                limit_scope: limit_scope.flatten().unwrap_or_default(),
+                ends: ends.flatten().unwrap_or_default(),
+                waitlist: self.waitlist.unwrap_or_default(),
+            },
             durability: durability.flatten().unwrap_or_default(),
             payment,
             refund_returns_units: self.refund_returns_units.unwrap_or(true),
@@ -669,6 +755,7 @@ impl Offer {
             per_order_limit: self.per_order_limit,
             unit_price: self.price.unwrap_or(product_price),
             allocation: self.allocation,
+            policy: self.policy,
         };
         terms.check().map(|()| terms).map_err(contradiction)
     }
@@ -682,6 +769,8 @@ pub(super) fn contradiction(error: TermsError) -> Problem {
         TermsError::OrderLimit => "#/per_order_limit",
         TermsError::Window => "#/closes_at",
         TermsError::Total => "#/price",
+        TermsError::Hold => "#/hold_seconds",
+        TermsError::Waitlist => "#/waitlist",
     };
     Problem::out_of_range(vec![FieldError::new(pointer, error.to_string())])
 }
@@ -694,7 +783,7 @@ mod tests {
         http::{Request, header::CONTENT_TYPE},
         routing::post,
     };
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::{
         super::tests::{Answer, edged},
@@ -836,8 +925,13 @@ mod tests {
                 422,
                 "#/price",
             ),
-            (json!({"hold_seconds": 60}), 422, "#/hold_seconds"),
-            (json!({"hold_seconds": null}), 422, "#/hold_seconds"),
+            (json!({"hold_seconds": 0}), 422, "#/hold_seconds"),
+            (json!({"hold_seconds": 86_401}), 422, "#/hold_seconds"),
+            (json!({"hold_seconds": null}), 400, "#/hold_seconds"),
+            (json!({"limit_scope": "shop"}), 422, "#/limit_scope"),
+            (json!({"ends": "never"}), 422, "#/ends"),
+            (json!({"waitlist": true}), 422, "#/waitlist"),
+            (json!({"waitlist": 1}), 400, "#/waitlist"),
             (json!({"schedule": {}}), 422, "#/opens_at"),
             (json!({"schedule": []}), 400, "#/schedule"),
             (

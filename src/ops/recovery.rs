@@ -20,8 +20,8 @@ use super::assess::{Assessment, DEAD, Loss, Survives, Verdict, capped, matches};
 use crate::{
     clock,
     domain::{
-        id::{Epoch, Fingerprint, JournalId, Partition, RoundId},
-        journal::EventKind,
+        id::{Epoch, JournalId, Partition, RoundId},
+        journal::Delta,
         model::Model,
         order::{Durability, Mode, Order, Status},
         round::{Counters, Intent, Terms},
@@ -768,8 +768,9 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
         entries.insert(*id, stored.entry);
         if stored.intent == Intent::Archived {
             let left = archived.get(id).copied().unwrap_or_default();
-            let sold = left.sold.saturating_add_signed(stored.dead_units);
-            check(*id, &stored.counters, sold, 0)?;
+            let sold = left.sold.saturating_add_signed(stored.dead.sold);
+            let held = 0_u64.saturating_add_signed(stored.dead.held);
+            check(*id, &stored.counters, sold, held)?;
             model.restore_archived(*id, stored.terms, stored.counters, left.orders);
             continue;
         }
@@ -784,23 +785,34 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
             };
             orders.extend(page);
         }
-        let dead_units = letters
+        // What those letters stand for that are orders again counts with the orders.
+        let back = letters
             .get(id)
             .filter(|_| !faults::bug("rebuild_forgets_dead_letters"))
-            .map_or(0, |letters| resurrect(&mut orders, letters));
-        let units = |status: Status| -> u64 {
+            .map_or(Delta::default(), |letters| resurrect(&mut orders, letters));
+        let units = |held: bool| -> u64 {
             orders
                 .iter()
-                .filter(|order| order.status == status)
-                .map(|order| order.quantity)
+                .filter(|order| (order.status == Status::Held) == held)
+                .map(Order::taken)
                 .sum()
         };
-        let sold = units(Status::Confirmed).saturating_add_signed(stored.dead_units - dead_units);
-        let held = units(Status::Held);
+        let sold = units(false).saturating_add_signed(stored.dead.sold - back.sold);
+        let held = units(true).saturating_add_signed(stored.dead.held - back.held);
         check(*id, &stored.counters, sold, held)?;
         model.restore(*id, stored.terms, stored.intent, stored.counters, orders);
         if let Some(round) = model.rounds.get_mut(id) {
             round.grace_until_ms = stored.grace_until_ms;
+            if stored.terms.policy.waitlist {
+                round.line = snapshot.line(*id).await?;
+            }
+        }
+    }
+    for (sale, buyer, (units, acceptances)) in snapshot.archived_buyers(partition).await? {
+        if let Some(sale) = model.sales.get_mut(&sale) {
+            let known = sale.buyers.entry(buyer).or_default();
+            known.0 += units;
+            known.1 += acceptances;
         }
     }
     for operation in snapshot.operations(partition).await? {
@@ -808,9 +820,8 @@ async fn read_rows(database: &Database, partition: Partition) -> Result<Rows, Re
             break;
         }
         if let Some(sale) = model.sales.get_mut(&operation.sale) {
-            let asked = Fingerprint::restock(operation.units);
             sale.operations
-                .insert(operation.operation, (asked, operation.seq));
+                .insert(operation.operation, (operation.fingerprint, operation.seq));
         }
     }
     Ok((model, entries, terms, stored))
@@ -829,29 +840,28 @@ fn check(id: RoundId, counters: &Counters, sold: u64, held: u64) -> Result<(), R
 }
 
 /// Adds the orders that are dead letters of a round to those that are stored, and gives both the
-/// status that those letters leave them with. Gives the units that these letters stand for; what
-/// cannot be read is left out.
-fn resurrect(orders: &mut Vec<Order>, letters: &[StoredLetter]) -> i64 {
-    let mut units = 0;
+/// status that those letters leave them with. Gives what these letters stand for; what cannot be
+/// read is left out.
+fn resurrect(orders: &mut Vec<Order>, letters: &[StoredLetter]) -> Delta {
+    let mut delta = Delta::default();
     for letter in letters {
         let Some(id) = letter.order else { continue };
-        let Some((accepted, event)) = read_payload(letter.round, &letter.payload) else {
+        let Some((accepted, events)) = read_payload(letter.round, &letter.payload) else {
             continue;
         };
         let accepted = accepted
             .into_iter()
             .find(|order| order.id == id && order.seq == letter.seq_from);
+        let event = events.iter().find(|event| event.seq == letter.seq_from);
         if let Some(order) = accepted {
-            let status = order.accepted_as;
-            orders.push(Order { status, ..order });
-        } else if event.is_some_and(|event| event.kind == EventKind::Cancel)
-            && let Some(order) = orders.iter_mut().find(|order| order.id == id)
+            orders.push(order.as_accepted());
+        } else if let Some(order) = orders.iter_mut().find(|order| order.id == id)
+            && event.is_some_and(|event| event.change(order).is_some())
         {
-            order.status = Status::Cancelled;
         } else {
             continue;
         }
-        units += letter.units;
+        delta = delta + letter.delta;
     }
-    units
+    delta
 }

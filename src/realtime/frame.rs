@@ -261,6 +261,7 @@ pub(super) mod tests {
             per_order_limit: 1,
             orders: seq,
             archived_rounds: 0,
+            waiting: 0,
             now_ms: 2_000 + seq.cast_signed(),
         }
     }

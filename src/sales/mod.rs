@@ -3,6 +3,7 @@
 mod archive;
 mod commits;
 mod demand;
+mod line;
 mod names;
 mod open;
 mod pseudonym;
@@ -20,6 +21,7 @@ pub use self::{
     archive::Archive,
     commits::Commits,
     demand::Demand,
+    line::{LineView, Odds},
     names::BuyerNames,
     open::OpenSales,
     pseudonym::Pseudonyms,
@@ -36,7 +38,7 @@ use crate::{
             BuyerId, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId, RoundId,
             SaleId,
         },
-        model::{Cancelled, Controlled, Restocked},
+        model::{Allocated, Controlled, Operation, Release, Released},
         order::{Decision, Durability, Order, Purchase, Refusal, Status},
         receipt::ReceiptKeys,
         round::{Intent, State, TermsError},
@@ -83,6 +85,10 @@ pub enum SaleError {
     /// The state of things does not allow it.
     #[error("{0}")]
     Conflict(&'static str),
+    /// A script looked, and refuses it as it would refuse a purchase, at this instant of Redis' clock,
+    /// milliseconds since the Unix epoch.
+    #[error("refused")]
+    Refused(Refusal, i64),
     /// The allocation would leave its bounds.
     #[error("the allocation would leave its bounds")]
     TooMany,
@@ -538,18 +544,33 @@ impl Shop {
     ) -> Result<OrderView, SaleError> {
         let view = self.order(id, buyer).await?;
         let engine = self.engine(view.sale.partition)?;
-        let order = match engine.cancel(view.order.round, id, actor).await? {
-            Cancelled::Done(order) | Cancelled::Already(order) => order,
+        let durability = engine.gives(view.sale.durability).ok();
+        let (released, _) = engine
+            .release(
+                view.order.round,
+                id,
+                Release::Cancel,
+                None,
+                None,
+                durability,
+                actor,
+            )
+            .await?;
+        let order = match released {
+            Released::Done(order) | Released::Already(order) | Released::Replayed(order) => order,
+            Released::Held(_) | Released::TooMany(_) | Released::Mismatch => {
+                return Err(SaleError::Mismatch);
+            }
             // It was given back before the round was settled.
-            Cancelled::Settled if view.order.status == Status::Cancelled => view.order,
-            Cancelled::Settled => {
+            Released::Settled if view.order.status == Status::Cancelled => view.order,
+            Released::Settled => {
                 return Err(SaleError::Conflict(
                     "The round of this order is settled: its orders are final, and no unit goes \
                      back on sale.",
                 ));
             }
             // PostgreSQL has it and Redis has not, in a round that has not left.
-            Cancelled::Unknown => {
+            Released::Unknown => {
                 let reason = format!("order {id} is missing");
                 return Err(SaleError::Engine(EngineError::Damaged(reason)));
             }
@@ -585,36 +606,54 @@ impl Shop {
         }
     }
 
-    /// Adds units to the current round, once for each key of an operator. Gives the sale, and
-    /// whether an earlier attempt added them.
+    /// Adds units to the current round, or with `reduce` takes so many of those that remain, once for
+    /// each key of an operator. Gives the sale, and whether an earlier attempt did it.
     ///
     /// # Errors
     /// [`SaleError`].
-    pub async fn restock(
+    pub async fn allocate(
         &self,
         id: SaleId,
+        reduce: bool,
         units: u64,
         actor: Uuid,
         key: &str,
     ) -> Result<(SaleView, bool), SaleError> {
         let mut facts = self.facts(id).await?;
-        let operation = OperationId::derive(&format!("restock {id}"), actor, key);
-        let fingerprint = Fingerprint::restock(units);
+        let word = if reduce { "reduce" } else { "restock" };
+        let operation = Operation {
+            id: OperationId::derive(&format!("{word} {id}"), actor, key),
+            fingerprint: Fingerprint::units(word, units),
+        };
         let engine = self.engine(facts.partition)?;
+        let durability = engine.gives(facts.durability).ok();
         loop {
             let (restocked, standing) = engine
-                .restock(facts.round_id(), units, operation, fingerprint, actor)
+                .allocate(
+                    facts.round_id(),
+                    reduce,
+                    units,
+                    operation,
+                    durability,
+                    actor,
+                )
                 .await?;
             return match (restocked, &facts.next) {
-                (Restocked::Done, _) => Ok((self.seen(facts, standing)?, false)),
-                (Restocked::Replayed, _) => Ok((self.seen(facts, standing)?, true)),
-                (Restocked::Mismatch, _) => Err(SaleError::Mismatch),
-                (Restocked::TooMany, _) => Err(SaleError::TooMany),
-                (Restocked::Closed, Some(next)) => {
+                (Allocated::Done, _) => Ok((self.seen(facts, standing)?, false)),
+                (Allocated::Replayed, _) => Ok((self.seen(facts, standing)?, true)),
+                (Allocated::Mismatch, _) => Err(SaleError::Mismatch),
+                (Allocated::TooMany, _) if reduce => Err(SaleError::Refused(
+                    Refusal::Insufficient {
+                        remaining: standing.counters.remaining,
+                    },
+                    standing.now_ms,
+                )),
+                (Allocated::TooMany, _) => Err(SaleError::TooMany),
+                (Allocated::Closed, Some(next)) => {
                     facts = Arc::clone(next);
                     continue;
                 }
-                (Restocked::Closed, None) => Err(SaleError::Conflict("The sale is closed.")),
+                (Allocated::Closed, None) => Err(SaleError::Conflict("The sale is closed.")),
             };
         }
     }

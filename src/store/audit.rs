@@ -13,8 +13,9 @@ use super::{
 };
 use crate::domain::{
     id::{BuyerId, Epoch, JournalId, Partition, RoundId, SaleId, SaleNumber},
+    journal::Delta,
     order::{Mode, Order},
-    round::{Counters, Intent},
+    round::{Counters, Intent, LimitScope},
 };
 
 /// What the writer has stored of a round, and up to where.
@@ -60,20 +61,24 @@ pub struct RoundSums {
     pub provisioned: bool,
     /// Units that one buyer may have.
     pub per_buyer_limit: u64,
+    /// What that limit counts over.
+    pub limit_scope: LimitScope,
     /// Units that the round started with.
     pub initial_allocation: u64,
-    /// Units of all restocks, dead letters included.
+    /// Units of all restocks without those that were taken out, dead letters included.
     pub restocked: i64,
     /// Units of held orders.
     pub held: u64,
-    /// Units of confirmed orders.
-    pub confirmed: u64,
+    /// Held orders.
+    pub held_orders: u64,
+    /// Units of orders that count as sold.
+    pub sold: u64,
     /// Confirmed orders.
     pub confirmed_orders: u64,
     /// Dead letters that are not resolved.
     pub dead_letters: u64,
-    /// Units of dead letters; they count as sold.
-    pub dead_units: i64,
+    /// What dead letters add to where the units are.
+    pub dead: Delta,
     /// Events: orders, other events and dead letters.
     pub events: u64,
     /// The highest seq of one of them.
@@ -94,6 +99,8 @@ pub struct RoundSums {
     pub orders: u64,
     /// Orders that were given back.
     pub cancelled_orders: u64,
+    /// Buyers that wait in line.
+    pub waiting: u64,
     /// Orders whose status no event explains, and events without their order.
     pub unexplained: u64,
     /// Orders of the sale, all rounds together.
@@ -138,11 +145,12 @@ impl RoundSums {
         let allocation = self
             .initial_allocation
             .saturating_add_signed(self.restocked);
-        let sold = self.confirmed.saturating_add_signed(self.dead_units);
+        let sold = self.sold.saturating_add_signed(self.dead.sold);
+        let held = self.held.saturating_add_signed(self.dead.held);
         Counters {
             allocation,
-            remaining: allocation.saturating_sub(sold + self.held),
-            held: self.held,
+            remaining: allocation.saturating_sub(sold + held),
+            held,
             sold,
             seq: self.last_seq,
         }
@@ -180,7 +188,8 @@ impl Snapshot {
         let (sale, number) = (round.sale.0.cast_signed(), round.round.cast_signed());
         let row = sqlx::query!(
             r#"SELECT rounds.epoch, pseq, rounds.allocation, remaining, held, sold, seq, intent,
-                      rounds.per_buyer_limit, initial_allocation, sales.durability,
+                      rounds.per_buyer_limit, rounds.limit_scope, initial_allocation,
+                      sales.durability,
                       provisioned_at IS NOT NULL AS "provisioned!",
                       coalesce(position, 0) AS "position!",
                       coalesce(position_epoch, 0) AS "position_epoch!"
@@ -195,9 +204,11 @@ impl Snapshot {
         .await?;
         let Some(stored) = row else { return Ok(None) };
         let orders = sqlx::query!(
-            r#"SELECT coalesce(sum(quantity) FILTER (WHERE status = 'confirmed'), 0)::bigint
-                          AS "confirmed!",
-                      coalesce(sum(quantity) FILTER (WHERE status = 'held'), 0)::bigint AS "held!",
+            r#"SELECT coalesce(sum(quantity - returned) FILTER (WHERE status <> 'held'), 0)::bigint
+                          AS "sold!",
+                      coalesce(sum(quantity - returned) FILTER (WHERE status = 'held'), 0)::bigint
+                          AS "held!",
+                      count(*) FILTER (WHERE status = 'held') AS "held_orders!",
                       count(*) FILTER (WHERE status = 'confirmed') AS "confirmed_orders!",
                       count(*) FILTER (WHERE status = 'cancelled') AS "cancelled_orders!",
                       count(*) AS "orders!",
@@ -213,10 +224,13 @@ impl Snapshot {
         .await?;
         let letters = sqlx::query!(
             r#"SELECT count(*) AS "letters!",
-                      coalesce(sum(units), 0)::bigint AS "units!",
+                      coalesce(sum(units), 0)::bigint AS "sold!",
+                      coalesce(sum(held), 0)::bigint AS "held!",
                       coalesce(sum(allocated), 0)::bigint AS "allocated!",
-                      (SELECT coalesce(sum(units), 0)::bigint FROM round_events
-                       WHERE sale = $1 AND round = $2 AND kind = 'restock') AS "restocked!"
+                      (SELECT coalesce(sum(CASE kind WHEN 'reduce' THEN -units ELSE units END),
+                                       0)::bigint FROM round_events
+                       WHERE sale = $1 AND round = $2 AND kind IN ('restock', 'reduce'))
+                          AS "restocked!"
                FROM dead_letters WHERE sale = $1 AND round = $2 AND resolved_at IS NULL"#,
             sale,
             number
@@ -249,28 +263,58 @@ impl Snapshot {
         let buyers = sqlx::query!(
             r#"SELECT count(*) FILTER (WHERE units > $3) AS "above!",
                       coalesce(max(units), 0) AS "most!"
-               FROM (SELECT sum(quantity)::bigint AS units FROM orders
-                     WHERE sale = $1 AND round = $2 AND status IN ('held', 'confirmed')
+               FROM (SELECT sum(quantity - returned)::bigint AS units FROM orders
+                     WHERE sale = $1 AND (round = $2 OR $4)
                      GROUP BY buyer_id) AS buyers"#,
             sale,
             number,
-            stored.per_buyer_limit
+            stored.per_buyer_limit,
+            stored.limit_scope == LimitScope::Sale.as_str()
         )
         .fetch_one(&mut *self.transaction)
         .await?;
-        // Nothing is held yet, so an order is as it was accepted, or was given back.
+        // The last event of an order explains its status, and all of them what is left of it.
         let explained = sqlx::query!(
-            r#"SELECT count(*) FILTER (WHERE CASE orders.status
-                          WHEN 'confirmed' THEN orders.last_seq <> orders.seq
-                          WHEN 'cancelled' THEN event.kind IS DISTINCT FROM 'cancel'
-                          ELSE true END) AS "unexplained!",
-                      (SELECT count(*) FROM round_events
-                       WHERE sale = $1 AND round = $2 AND kind = 'cancel') AS "cancels!"
-               FROM orders
+            r#"WITH changes AS (
+                   SELECT order_id,
+                          coalesce(sum(units) FILTER (WHERE kind IN ('cancel', 'withdraw', 'expire',
+                                                                     'return')), 0) AS returned,
+                          coalesce(sum(units) FILTER (WHERE kind = 'refund'), 0) AS refunded,
+                          coalesce(sum(units) FILTER (WHERE kind = 'extend'), 0) AS extended_ms,
+                          count(*) FILTER (WHERE from_held AND kind IN ('confirm', 'expire'))
+                              AS ends,
+                          max(seq) AS last_seq
+                   FROM round_events
+                   WHERE sale = $1 AND round = $2 AND order_id IS NOT NULL
+                     AND kind NOT IN ('join', 'leave')
+                   GROUP BY order_id
+               )
+               SELECT count(*) FILTER (WHERE orders.id IS NULL
+                          OR orders.last_seq <> coalesce(changes.last_seq, orders.seq)
+                          OR orders.returned <> coalesce(changes.returned, 0)
+                          OR orders.refunded <> coalesce(changes.refunded, 0)
+                          OR orders.extended_ms <> coalesce(changes.extended_ms, 0)
+                          -- A hold ends once: paid, run out, or given back as a whole.
+                          OR coalesce(changes.ends, 0) <> CASE
+                                 WHEN orders.accepted_as <> 'held' THEN 0
+                                 WHEN orders.status IN ('confirmed', 'expired', 'refunded') THEN 1
+                                 WHEN orders.status = 'held' THEN 0
+                                 ELSE least(coalesce(changes.ends, 0), 1) END
+                          OR CASE orders.status
+                                 WHEN 'held' THEN orders.accepted_as <> 'held'
+                                 WHEN 'confirmed' THEN changes.ends IS NULL
+                                      AND orders.accepted_as <> 'confirmed'
+                                 ELSE CASE event.kind WHEN 'cancel' THEN 'cancelled'
+                                                      WHEN 'withdraw' THEN 'withdrawn'
+                                                      WHEN 'expire' THEN 'expired'
+                                                      WHEN 'return' THEN 'refunded'
+                                                      WHEN 'refund' THEN 'refunded' END
+                                      IS DISTINCT FROM orders.status END) AS "unexplained!"
+               FROM (SELECT * FROM orders WHERE sale = $1 AND round = $2) AS orders
+               FULL JOIN changes ON changes.order_id = orders.id
                LEFT JOIN round_events AS event
                    ON event.sale = orders.sale AND event.round = orders.round
-                  AND event.seq = orders.last_seq AND event.order_id = orders.id
-               WHERE orders.sale = $1 AND orders.round = $2"#,
+                  AND event.seq = orders.last_seq AND event.order_id = orders.id"#,
             sale,
             number
         )
@@ -285,6 +329,9 @@ impl Snapshot {
                       NOT EXISTS (SELECT FROM rounds
                                   WHERE sale = $1 AND round <> $2 AND provisioned_at IS NOT NULL
                                     AND intent NOT IN ('settled', 'archived')) AS "others_final!",
+                      (SELECT count(*) FILTER (WHERE kind = 'join')
+                              - count(*) FILTER (WHERE kind = 'leave') FROM round_events
+                       WHERE sale = $1 AND round = $2 AND kind IN ('join', 'leave')) AS "waiting!",
                       (SELECT body ->> 'orders_sha256' FROM certificates
                        WHERE sale = $1 AND round = $2) AS certified"#,
             sale,
@@ -306,12 +353,19 @@ impl Snapshot {
             provisioned: stored.provisioned,
             per_buyer_limit: stored.per_buyer_limit.cast_unsigned(),
             initial_allocation: stored.initial_allocation.cast_unsigned(),
+            limit_scope: LimitScope::parse(&stored.limit_scope)
+                .ok_or_else(|| unreadable(format!("scope of the limit of {round}")))?,
             restocked: letters.restocked + letters.allocated,
             held: orders.held.cast_unsigned(),
-            confirmed: orders.confirmed.cast_unsigned(),
+            held_orders: orders.held_orders.cast_unsigned(),
+            sold: orders.sold.cast_unsigned(),
             confirmed_orders: orders.confirmed_orders.cast_unsigned(),
             dead_letters: letters.letters.cast_unsigned(),
-            dead_units: letters.units,
+            dead: Delta {
+                allocated: letters.allocated,
+                held: letters.held,
+                sold: letters.sold,
+            },
             events: seqs.events.cast_unsigned(),
             last_seq: seqs.last_seq.cast_unsigned(),
             gap: seqs.gap.map(i64::cast_unsigned),
@@ -323,8 +377,8 @@ impl Snapshot {
             otherwise: orders.otherwise.cast_unsigned(),
             orders: orders.orders.cast_unsigned(),
             cancelled_orders: orders.cancelled_orders.cast_unsigned(),
-            unexplained: explained.unexplained.cast_unsigned()
-                + explained.cancels.abs_diff(orders.cancelled_orders),
+            waiting: of_sale.waiting.cast_unsigned(),
+            unexplained: explained.unexplained.cast_unsigned(),
             sale_orders: of_sale.orders.cast_unsigned(),
             sale_operations: of_sale.operations.cast_unsigned(),
             sale_letters: of_sale.letters.cast_unsigned(),
@@ -392,7 +446,7 @@ impl Snapshot {
             OrderColumns,
             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
                     epoch, currency, status, accepted_as, durability, fingerprint,
-                    receipt_key
+                    receipt_key, hold_ms, extended_ms, returned, refunded, last_seq, updated_at
              FROM orders
              WHERE sale = $1 AND round = $2 AND (epoch, seq) > ($3, $4)
              ORDER BY epoch, seq
@@ -410,19 +464,27 @@ impl Snapshot {
         .collect()
     }
 
-    /// Begins to count the buyers of a round: [`Snapshot::next_buyers`] gives them in pages.
+    /// Begins to count the buyers of a round, or of its sale: [`Snapshot::next_buyers`] gives them in pages.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn count_buyers(&mut self, round: RoundId) -> Result<(), StoreError> {
+    pub async fn count_buyers(
+        &mut self,
+        round: RoundId,
+        scope: LimitScope,
+    ) -> Result<(), StoreError> {
+        let of_round = match scope {
+            LimitScope::Round => format!("AND round = {}", round.round),
+            LimitScope::Sale => String::new(),
+        };
         // A cursor takes no parameters; these are numbers.
         let statement = format!(
             "DECLARE buyers NO SCROLL CURSOR FOR
              SELECT buyer_id,
-                    coalesce(sum(quantity) FILTER (WHERE status IN ('held', 'confirmed')), 0)::bigint,
+                    coalesce(sum(quantity - returned), 0)::bigint,
                     count(*)
-             FROM orders WHERE sale = {} AND round = {} GROUP BY buyer_id",
-            round.sale.0, round.round
+             FROM orders WHERE sale = {} {of_round} GROUP BY buyer_id",
+            round.sale.0
         );
         sqlx::raw_sql(AssertSqlSafe(statement))
             .execute(&mut *self.transaction)

@@ -15,10 +15,10 @@ use super::{
 };
 use crate::{
     domain::{
-        id::{Epoch, JournalId, OrderId, Partition, RoundId, SaleNumber},
-        journal::{Event, EventKind},
-        order::{Order, Status},
-        round::{Counters, Intent},
+        id::{Epoch, Fingerprint, JournalId, OrderId, Partition, RoundId, SaleNumber},
+        journal::{Delta, Event, EventKind},
+        order::Order,
+        round::{Amendment, Counters, Intent},
     },
     faults,
 };
@@ -56,7 +56,7 @@ pub struct RoundState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// Its row.
-    Stored,
+    Stored(OrderRow),
     /// A dead letter, its own or that of an entry that may have held it.
     Dead,
     /// Nothing.
@@ -69,19 +69,6 @@ pub struct OrderRow {
     /// The order; `status` is its last.
     pub order: Order,
     /// The event that gave it that status.
-    pub last_seq: u64,
-    /// When that was, milliseconds since the Unix epoch.
-    pub updated_at_ms: i64,
-}
-
-/// A new status of an order that an earlier batch stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StatusRow {
-    /// Which order.
-    pub order: OrderId,
-    /// Its status from now on.
-    pub status: Status,
-    /// The event that gave it.
     pub last_seq: u64,
     /// When that was, milliseconds since the Unix epoch.
     pub updated_at_ms: i64,
@@ -111,6 +98,8 @@ pub struct RoundRow {
     pub id: JournalId,
     /// What the operator wants, if the batch says so.
     pub intent: Option<Intent>,
+    /// Its rules, if the batch changes them.
+    pub amendment: Option<Amendment>,
 }
 
 /// Something that the journal has and no table takes.
@@ -124,10 +113,8 @@ pub struct Letter {
     pub seq_from: u64,
     /// The last; `seq_from - 1` when it stands for none.
     pub seq_to: u64,
-    /// What it adds to the round's sold units.
-    pub units: i64,
-    /// What it adds to the round's allocation.
-    pub allocated: i64,
+    /// What it adds to where the round's units are.
+    pub delta: Delta,
     /// The order, when it is about one.
     pub order: Option<OrderId>,
     /// Why.
@@ -594,7 +581,6 @@ impl BatchTransaction<'_> {
         // order, but only if the order has no row.
         let rows = sqlx::query!(
             r#"SELECT asked.id AS "id!",
-                      EXISTS (SELECT 1 FROM orders WHERE orders.id = asked.id) AS "stored!",
                       EXISTS (SELECT 1 FROM dead_letters
                               WHERE order_id = asked.id AND resolved_at IS NULL) AS "dead!",
                       EXISTS (SELECT 1 FROM dead_letters
@@ -608,15 +594,37 @@ impl BatchTransaction<'_> {
         )
         .fetch_all(&mut *self.transaction)
         .await?;
+        let stored = sqlx::query_as!(
+            super::orders::OrderColumns,
+            "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round, epoch,
+                    currency, status, accepted_as, durability, fingerprint, receipt_key, hold_ms,
+                    extended_ms, returned, refunded, last_seq, updated_at
+             FROM orders WHERE id = ANY($1)",
+            &ids
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?
+        .into_iter()
+        .map(|row| {
+            let (last_seq, updated_at) = (row.last_seq, row.updated_at);
+            Ok(OrderRow {
+                order: row.try_into()?,
+                last_seq: last_seq.cast_unsigned(),
+                updated_at_ms: updated_at.timestamp_millis(),
+            })
+        })
+        .collect::<Result<Vec<_>, StoreError>>()?;
+        let stored: HashMap<_, _> = stored.into_iter().map(|row| (row.order.id, row)).collect();
         Ok(rows
             .into_iter()
             .map(|row| {
-                let fate = match (row.dead, row.stored, row.perhaps) {
-                    (true, _, _) | (false, false, true) => Fate::Dead,
-                    (false, true, _) => Fate::Stored,
-                    (false, false, false) => Fate::Missing,
+                let id = OrderId(row.id);
+                let fate = match (row.dead, stored.get(&id), row.perhaps) {
+                    (true, _, _) | (false, None, true) => Fate::Dead,
+                    (false, Some(row), _) => Fate::Stored(*row),
+                    (false, None, false) => Fate::Missing,
                 };
-                (OrderId(row.id), fate)
+                (id, fate)
             })
             .collect())
     }
@@ -641,7 +649,8 @@ impl BatchTransaction<'_> {
         let same_place = sqlx::query_as!(
             super::orders::OrderColumns,
             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round, epoch,
-                    currency, status, accepted_as, durability, fingerprint, receipt_key
+                    currency, status, accepted_as, durability, fingerprint, receipt_key, hold_ms,
+                    extended_ms, returned, refunded, last_seq, updated_at
              FROM orders
              WHERE id IN (SELECT unnest($1::uuid[])
                           UNION
@@ -669,7 +678,8 @@ impl BatchTransaction<'_> {
         );
         let stored_events = sqlx::query_as!(
             EventColumns,
-            "SELECT sale, round, epoch, seq, pseq, units, at, order_id, actor, operation_id, kind
+            "SELECT sale, round, epoch, seq, pseq, units, at, order_id, actor, operation_id, kind,
+                    fingerprint, from_held
              FROM round_events
              WHERE (sale, round, epoch, seq) IN
                    (SELECT * FROM unnest($1::int[], $2::int[], $3::int[], $4::bigint[]))",
@@ -761,6 +771,7 @@ impl BatchTransaction<'_> {
         let currencies: Vec<&str> = orders()
             .map(|order| order.unit_price.currency.as_str())
             .collect();
+        let holds = Holds::of(rows);
         let statuses: Vec<&str> = orders().map(|order| order.status.as_str()).collect();
         let first_statuses: Vec<&str> = orders().map(|order| order.accepted_as.as_str()).collect();
         let durabilities: Vec<&str> = orders().map(|order| order.durability.as_str()).collect();
@@ -776,16 +787,18 @@ impl BatchTransaction<'_> {
         sqlx::query!(
             "INSERT INTO orders (id, buyer_id, seq, pseq, last_seq, quantity, unit_price,
                                  accepted_at, updated_at, sale, round, epoch, currency, status,
-                                 accepted_as, durability, fingerprint, receipt_key, sale_id,
-                                 body_version)
+                                 accepted_as, durability, fingerprint, receipt_key, hold_ms,
+                                 extended_ms, returned, refunded, sale_id, body_version)
              SELECT new.*, sales.id, CASE WHEN new.receipt_key = 0 THEN 1 ELSE 2 END
              FROM unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[], $5::bigint[],
                          $6::bigint[], $7::bigint[], $8::timestamptz[], $9::timestamptz[],
                          $10::int[], $11::int[], $12::int[], $13::text[], $14::text[],
-                         $15::text[], $16::text[], $17::bytea[], $18::smallint[])
+                         $15::text[], $16::text[], $17::bytea[], $18::smallint[], $19::bigint[],
+                         $20::bigint[], $21::bigint[], $22::bigint[])
                   AS new (id, buyer_id, seq, pseq, last_seq, quantity, unit_price, accepted_at,
                           updated_at, sale, round, epoch, currency, status, accepted_as,
-                          durability, fingerprint, receipt_key)
+                          durability, fingerprint, receipt_key, hold_ms, extended_ms, returned,
+                          refunded)
              JOIN sales ON sales.number = new.sale",
             &ids,
             &buyers,
@@ -805,6 +818,10 @@ impl BatchTransaction<'_> {
             &durabilities as &[&str],
             &fingerprints as &[&[u8]],
             &keys,
+            &holds.hold_ms,
+            &holds.extended_ms,
+            &holds.returned,
+            &holds.refunded,
         )
         .execute(&mut *self.transaction)
         .await?;
@@ -832,12 +849,22 @@ impl BatchTransaction<'_> {
             .map(|row| row.event.operation.map(|id| id.0))
             .collect();
         let kinds: Vec<&str> = rows.iter().map(|row| row.event.kind.as_str()).collect();
+        let fingerprints: Vec<_> = rows
+            .iter()
+            .map(|row| row.event.fingerprint.map(|print| print.0.to_vec()))
+            .collect();
+        let from_held: Vec<bool> = rows.iter().map(|row| row.event.from_held).collect();
+        let amendments: Vec<_> = rows
+            .iter()
+            .map(|row| row.event.amendment.map(|amendment| json(&amendment)))
+            .collect();
         sqlx::query!(
             "INSERT INTO round_events (sale, round, epoch, seq, pseq, units, at, order_id, actor,
-                                       operation_id, kind)
+                                       operation_id, kind, fingerprint, from_held, amendment)
              SELECT * FROM unnest($1::int[], $2::int[], $3::int[], $4::bigint[], $5::bigint[],
                                   $6::bigint[], $7::timestamptz[], $8::uuid[], $9::uuid[],
-                                  $10::uuid[], $11::text[])",
+                                  $10::uuid[], $11::text[], $12::bytea[], $13::boolean[],
+                                  $14::jsonb[])",
             &sales,
             &rounds,
             &epochs,
@@ -849,34 +876,43 @@ impl BatchTransaction<'_> {
             &actors as &[Option<Uuid>],
             &operations as &[Option<Uuid>],
             &kinds as &[&str],
+            &fingerprints as &[Option<Vec<u8>>],
+            &from_held,
+            &amendments as &[Option<serde_json::Value>],
         )
         .execute(&mut *self.transaction)
         .await?;
         Ok(())
     }
 
-    /// Gives stored orders a later status.
+    /// Stores what became of stored orders.
     ///
     /// # Errors
     /// [`WriteError`].
-    pub async fn update_statuses(&mut self, rows: &[StatusRow]) -> Result<(), WriteError> {
+    pub async fn update_orders(&mut self, rows: &[OrderRow]) -> Result<(), WriteError> {
         if rows.is_empty() {
             return Ok(());
         }
-        let ids: Vec<Uuid> = rows.iter().map(|row| row.order.0).collect();
-        let statuses: Vec<&str> = rows.iter().map(|row| row.status.as_str()).collect();
+        let ids: Vec<Uuid> = rows.iter().map(|row| row.order.id.0).collect();
+        let statuses: Vec<&str> = rows.iter().map(|row| row.order.status.as_str()).collect();
         let last_seqs: Vec<i64> = rows.iter().map(|row| row.last_seq.cast_signed()).collect();
         let updated_at: Vec<_> = rows.iter().map(|row| instant(row.updated_at_ms)).collect();
+        let holds = Holds::of(rows);
         sqlx::query!(
             "UPDATE orders
-             SET status = new.status, last_seq = new.last_seq, updated_at = new.updated_at
-             FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::timestamptz[])
-                  AS new (id, status, last_seq, updated_at)
+             SET status = new.status, last_seq = new.last_seq, updated_at = new.updated_at,
+                 extended_ms = new.extended_ms, returned = new.returned, refunded = new.refunded
+             FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::timestamptz[], $5::bigint[],
+                         $6::bigint[], $7::bigint[])
+                  AS new (id, status, last_seq, updated_at, extended_ms, returned, refunded)
              WHERE orders.id = new.id AND orders.last_seq < new.last_seq",
             &ids,
             &statuses as &[&str],
             &last_seqs,
             &updated_at as &[Option<DateTime<Utc>>],
+            &holds.extended_ms,
+            &holds.returned,
+            &holds.refunded,
         )
         .execute(&mut *self.transaction)
         .await?;
@@ -907,14 +943,48 @@ impl BatchTransaction<'_> {
             .iter()
             .map(|row| row.intent.map(Intent::as_str))
             .collect();
+        let currencies: Vec<_> = rows
+            .iter()
+            .map(|row| {
+                let amendment = row.amendment.as_ref();
+                amendment.map(|new| new.unit_price.currency.as_str())
+            })
+            .collect();
+        let amended = |value: fn(&Amendment) -> Option<i64>| -> Vec<Option<i64>> {
+            let amendments = rows.iter().map(|row| row.amendment.as_ref());
+            amendments.map(|row| row.and_then(value)).collect()
+        };
+        let opens_at: Vec<_> = amended(|new| Some(new.window.opens_at_ms));
+        let opens_at: Vec<_> = opens_at
+            .into_iter()
+            .map(|ms| ms.and_then(instant))
+            .collect();
+        let closes_at: Vec<_> = amended(|new| new.window.closes_at_ms);
+        let closes_at: Vec<_> = closes_at
+            .into_iter()
+            .map(|ms| ms.and_then(instant))
+            .collect();
         sqlx::query!(
             "UPDATE rounds
              SET allocation = new.allocation, remaining = new.remaining, held = new.held,
                  sold = new.sold, seq = new.seq, epoch = new.epoch, pseq = new.pseq,
-                 intent = coalesce(new.intent, rounds.intent)
+                 intent = coalesce(new.intent, rounds.intent),
+                 opens_at = coalesce(new.opens_at, rounds.opens_at),
+                 closes_at = CASE WHEN new.opens_at IS NULL THEN rounds.closes_at
+                             ELSE new.closes_at END,
+                 per_buyer_limit = coalesce(new.per_buyer_limit, rounds.per_buyer_limit),
+                 per_order_limit = coalesce(new.per_order_limit, rounds.per_order_limit),
+                 unit_price = coalesce(new.unit_price, rounds.unit_price),
+                 currency = coalesce(new.currency, rounds.currency),
+                 hold_ms = CASE WHEN new.opens_at IS NULL THEN rounds.hold_ms
+                           ELSE new.hold_ms END
              FROM unnest($1::int[], $2::int[], $3::bigint[], $4::bigint[], $5::bigint[],
-                         $6::bigint[], $7::bigint[], $8::int[], $9::bigint[], $10::text[])
-                  AS new (sale, round, allocation, remaining, held, sold, seq, epoch, pseq, intent)
+                         $6::bigint[], $7::bigint[], $8::int[], $9::bigint[], $10::text[],
+                         $11::timestamptz[], $12::timestamptz[], $13::bigint[], $14::bigint[],
+                         $15::bigint[], $16::text[], $17::bigint[])
+                  AS new (sale, round, allocation, remaining, held, sold, seq, epoch, pseq, intent,
+                          opens_at, closes_at, per_buyer_limit, per_order_limit, unit_price,
+                          currency, hold_ms)
              WHERE rounds.sale = new.sale AND rounds.round = new.round",
             &sales,
             &rounds,
@@ -926,6 +996,13 @@ impl BatchTransaction<'_> {
             &epochs,
             &pseqs,
             &intents as &[Option<&str>],
+            &opens_at as &[Option<DateTime<Utc>>],
+            &closes_at as &[Option<DateTime<Utc>>],
+            &amended(|new| Some(new.per_buyer_limit.cast_signed())) as &[Option<i64>],
+            &amended(|new| Some(new.per_order_limit.cast_signed())) as &[Option<i64>],
+            &amended(|new| Some(new.unit_price.amount)) as &[Option<i64>],
+            &currencies as &[Option<&str>],
+            &amended(|new| new.hold_ms.map(u64::cast_signed)) as &[Option<i64>],
         )
         .execute(&mut *self.transaction)
         .await?;
@@ -945,8 +1022,8 @@ impl BatchTransaction<'_> {
     ) -> Result<(), WriteError> {
         sqlx::query!(
             "INSERT INTO dead_letters (partition, epoch, pseq, sale, round, seq_from, seq_to, units,
-                                       allocated, order_id, sqlstate, reason, payload, at)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+                                       allocated, order_id, sqlstate, reason, payload, at, held)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
             self.partition.0.cast_signed(),
             letter.id.epoch.0.cast_signed(),
             letter.id.pseq.cast_signed(),
@@ -954,13 +1031,14 @@ impl BatchTransaction<'_> {
             letter.round.round.cast_signed(),
             letter.seq_from.cast_signed(),
             letter.seq_to.cast_signed(),
-            letter.units,
-            letter.allocated,
+            letter.delta.sold,
+            letter.delta.allocated,
             letter.order.map(|id| id.0),
             letter.error.sqlstate,
             letter.error.reason,
             payload,
             at_ms.and_then(instant),
+            letter.delta.held,
         )
         .execute(&mut *self.transaction)
         .await?;
@@ -1022,25 +1100,18 @@ struct EventColumns {
     actor: Option<Uuid>,
     operation_id: Option<Uuid>,
     kind: String,
+    fingerprint: Option<Vec<u8>>,
+    from_held: bool,
 }
 
 impl TryFrom<EventColumns> for EventRow {
     type Error = StoreError;
 
     fn try_from(row: EventColumns) -> Result<Self, StoreError> {
-        let kind = [
-            EventKind::Provision,
-            EventKind::Cancel,
-            EventKind::Restock,
-            EventKind::Pause,
-            EventKind::Resume,
-            EventKind::Close,
-            EventKind::Settle,
-            EventKind::Archive,
-        ]
-        .into_iter()
-        .find(|kind| kind.as_str() == row.kind)
-        .ok_or_else(|| super::unreadable(format!("event of kind {}", row.kind)))?;
+        let kind = EventKind::ALL
+            .into_iter()
+            .find(|kind| kind.as_str() == row.kind)
+            .ok_or_else(|| super::unreadable(format!("event of kind {}", row.kind)))?;
         let round = round_id(row.sale, row.round);
         Ok(Self {
             round,
@@ -1055,6 +1126,12 @@ impl TryFrom<EventColumns> for EventRow {
                 kind,
                 order: row.order_id.map(OrderId),
                 units: row.units.cast_unsigned(),
+                fingerprint: row
+                    .fingerprint
+                    .and_then(|bytes| Some(Fingerprint(bytes.try_into().ok()?))),
+                from_held: row.from_held,
+                // Its effect stands in the round; what it was is kept for people.
+                amendment: None,
                 actor: row.actor,
                 operation: row.operation_id.map(Into::into),
             },
@@ -1096,4 +1173,40 @@ fn places(
         columns.3.push(seq.cast_signed());
     }
     columns
+}
+
+/// What became of orders, as columns.
+struct Holds {
+    hold_ms: Vec<i64>,
+    extended_ms: Vec<i64>,
+    returned: Vec<i64>,
+    refunded: Vec<i64>,
+}
+
+impl Holds {
+    fn of(rows: &[OrderRow]) -> Self {
+        let column = |value: fn(&Order) -> u64| {
+            rows.iter()
+                .map(|row| value(&row.order).cast_signed())
+                .collect()
+        };
+        Self {
+            hold_ms: column(|order| order.hold_ms),
+            extended_ms: column(|order| order.extended_ms),
+            returned: column(|order| order.returned),
+            refunded: column(|order| order.refunded),
+        }
+    }
+}
+
+/// An amendment as people read it in SQL.
+fn json(amendment: &Amendment) -> serde_json::Value {
+    serde_json::json!({
+        "opens_at": instant(amendment.window.opens_at_ms),
+        "closes_at": amendment.window.closes_at_ms.and_then(instant),
+        "per_buyer_limit": amendment.per_buyer_limit,
+        "per_order_limit": amendment.per_order_limit,
+        "price": amendment.unit_price,
+        "hold_ms": amendment.hold_ms,
+    })
 }

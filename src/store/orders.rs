@@ -51,6 +51,12 @@ pub(super) struct OrderColumns {
     pub(super) durability: String,
     pub(super) receipt_key: i16,
     pub(super) fingerprint: Vec<u8>,
+    pub(super) hold_ms: i64,
+    pub(super) extended_ms: i64,
+    pub(super) returned: i64,
+    pub(super) refunded: i64,
+    pub(super) last_seq: i64,
+    pub(super) updated_at: DateTime<Utc>,
 }
 
 impl TryFrom<OrderColumns> for Order {
@@ -82,6 +88,10 @@ impl TryFrom<OrderColumns> for Order {
             pseq: row.pseq.cast_unsigned(),
             accepted_at_ms: row.accepted_at.timestamp_millis(),
             fingerprint: Fingerprint(fingerprint),
+            hold_ms: row.hold_ms.cast_unsigned(),
+            extended_ms: row.extended_ms.cast_unsigned(),
+            returned: row.returned.cast_unsigned(),
+            refunded: row.refunded.cast_unsigned(),
         })
     }
 }
@@ -118,7 +128,8 @@ impl Orders {
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
                             epoch, currency, status, accepted_as, durability, fingerprint,
-                            receipt_key
+                            receipt_key, hold_ms, extended_ms, returned, refunded, last_seq,
+                            updated_at
                      FROM orders WHERE id = ANY ($1)",
                     &ids
                 )
@@ -148,7 +159,9 @@ impl Orders {
                             OrderColumns,
                             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at,
                                     sale, round, epoch, currency, status, accepted_as, durability,
-                                    fingerprint, receipt_key
+                                    fingerprint,
+                            receipt_key, hold_ms, extended_ms, returned, refunded, last_seq,
+                            updated_at
                              FROM orders
                              WHERE buyer_id = $1
                                AND ($2::int IS NULL OR sale = $2)
@@ -171,7 +184,9 @@ impl Orders {
                             OrderColumns,
                             "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at,
                                     sale, round, epoch, currency, status, accepted_as, durability,
-                                    fingerprint, receipt_key
+                                    fingerprint,
+                            receipt_key, hold_ms, extended_ms, returned, refunded, last_seq,
+                            updated_at
                              FROM orders
                              WHERE ($1::int IS NULL OR sale = $1)
                                AND ($2::text IS NULL OR status = $2)
@@ -222,7 +237,7 @@ impl Orders {
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
                             epoch, currency, status, accepted_as, durability, fingerprint,
-                            receipt_key
+                            receipt_key, hold_ms, extended_ms, returned, refunded, last_seq, updated_at
                      FROM orders
                      WHERE sale = $1 AND round = $2 AND seq <= $3 AND status = 'confirmed'
                      ORDER BY epoch DESC, seq DESC
@@ -241,7 +256,8 @@ impl Orders {
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
                             epoch, currency, status, accepted_as, durability, fingerprint,
-                            receipt_key
+                            receipt_key, hold_ms, extended_ms, returned, refunded, last_seq,
+                            updated_at
                      FROM orders
                      WHERE sale = $1 AND round = $2 AND seq > $3 AND status = 'confirmed'
                      ORDER BY epoch, seq
@@ -307,7 +323,7 @@ impl Orders {
                     OrderColumns,
                     "SELECT id, buyer_id, seq, pseq, quantity, unit_price, accepted_at, sale, round,
                             epoch, currency, status, accepted_as, durability, fingerprint,
-                            receipt_key
+                            receipt_key, hold_ms, extended_ms, returned, refunded, last_seq, updated_at
                      FROM orders
                      WHERE sale = $1 AND ($2::int IS NULL OR round = $2)
                        AND (round, epoch, seq) > ($3, $4, $5)

@@ -5,10 +5,16 @@ use std::collections::BTreeMap;
 use super::{
     StoreError,
     audit::Snapshot,
-    rounds::{intent, money, window},
+    rounds::{intent, money, policy, window},
+    unreadable,
 };
 use crate::domain::{
-    id::{Epoch, JournalId, OperationId, OrderId, Partition, RoundId, SaleNumber},
+    id::{
+        BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, RoundId,
+        SaleNumber,
+    },
+    journal::Delta,
+    model::Wish,
     round::{Counters, Intent, Terms},
 };
 
@@ -25,8 +31,8 @@ pub struct StoredRound {
     pub entry: JournalId,
     /// Whether Redis has had it.
     pub provisioned: bool,
-    /// Units of its dead letters, which count as sold.
-    pub dead_units: i64,
+    /// What its dead letters add to where its units are.
+    pub dead: Delta,
     /// Until when it only redeems receipts, milliseconds since the Unix epoch; 0 for none.
     pub grace_until_ms: i64,
 }
@@ -44,10 +50,8 @@ pub struct StoredLetter {
     pub seq_from: u64,
     /// The last; `seq_from - 1` when it stands for none.
     pub seq_to: u64,
-    /// What it adds to the round's sold units.
-    pub units: i64,
-    /// What it adds to the round's allocation.
-    pub allocated: i64,
+    /// What it adds to where the round's units are.
+    pub delta: Delta,
     /// The order, when it is about one.
     pub order: Option<OrderId>,
     /// Why.
@@ -59,15 +63,15 @@ pub struct StoredLetter {
     pub at_ms: i64,
 }
 
-/// A restock that had a key.
+/// An operation that was carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredOperation {
     /// Of which sale.
     pub sale: SaleNumber,
     /// Which.
     pub operation: OperationId,
-    /// Units that it added.
-    pub units: u64,
+    /// What was asked for.
+    pub fingerprint: Fingerprint,
     /// The seq that it took.
     pub seq: u64,
 }
@@ -77,7 +81,7 @@ pub struct StoredOperation {
 pub struct ArchivedOrders {
     /// How many there are.
     pub orders: u64,
-    /// Units of those that are confirmed.
+    /// Units of them that count as sold.
     pub sold: u64,
 }
 
@@ -114,12 +118,20 @@ impl Snapshot {
         sqlx::query!(
             r#"SELECT rounds.sale, rounds.round, unit_price, currency, initial_allocation,
                       rounds.per_buyer_limit, rounds.per_order_limit, rounds.opens_at,
-                      rounds.closes_at, intent, rounds.allocation, remaining, held, sold, seq,
+                      rounds.closes_at, intent, rounds.allocation, remaining, rounds.held, sold,
+                      seq,
                       rounds.epoch, pseq, grace_until, provisioned_at IS NOT NULL AS "provisioned!",
-                      (SELECT coalesce(sum(units), 0)::bigint FROM dead_letters
-                       WHERE dead_letters.sale = rounds.sale AND dead_letters.round = rounds.round
-                         AND resolved_at IS NULL) AS "dead_units!"
+                      rounds.hold_ms, rounds.limit_scope, rounds.ends, rounds.waitlist,
+                      dead.allocated AS "dead_allocated!", dead.held AS "dead_held!",
+                      dead.units AS "dead_units!"
                FROM rounds JOIN sales ON sales.number = rounds.sale
+               CROSS JOIN LATERAL (
+                   SELECT coalesce(sum(allocated), 0)::bigint AS allocated,
+                          coalesce(sum(held), 0)::bigint AS held,
+                          coalesce(sum(units), 0)::bigint AS units
+                   FROM dead_letters
+                   WHERE dead_letters.sale = rounds.sale AND dead_letters.round = rounds.round
+                     AND resolved_at IS NULL) AS dead
                WHERE partition = $1"#,
             partition.0.cast_signed()
         )
@@ -138,6 +150,7 @@ impl Snapshot {
                     per_order_limit: row.per_order_limit.cast_unsigned(),
                     unit_price: money(row.unit_price, &row.currency)?,
                     allocation: row.initial_allocation.cast_unsigned(),
+                    policy: policy(row.hold_ms, &row.limit_scope, &row.ends, row.waitlist)?,
                 },
                 intent: intent(&row.intent)?,
                 counters: Counters {
@@ -152,7 +165,11 @@ impl Snapshot {
                     pseq: row.pseq.cast_unsigned(),
                 },
                 provisioned: row.provisioned || row.pseq > 0,
-                dead_units: row.dead_units,
+                dead: Delta {
+                    allocated: row.dead_allocated,
+                    held: row.dead_held,
+                    sold: row.dead_units,
+                },
                 grace_until_ms: row.grace_until.map_or(0, |at| at.timestamp_millis()),
             };
             Ok((id, round))
@@ -166,7 +183,7 @@ impl Snapshot {
     /// [`StoreError`].
     pub async fn letters(&mut self, partition: Partition) -> Result<Vec<StoredLetter>, StoreError> {
         let rows = sqlx::query!(
-            r#"SELECT id, epoch, pseq, sale, round, seq_from, seq_to, units, allocated, order_id,
+            r#"SELECT id, epoch, pseq, sale, round, seq_from, seq_to, units, allocated, held, order_id,
                       reason, payload, coalesce(at, created_at) AS "at!"
              FROM dead_letters
              WHERE partition = $1 AND resolved_at IS NULL
@@ -189,8 +206,11 @@ impl Snapshot {
                 },
                 seq_from: row.seq_from.cast_unsigned(),
                 seq_to: row.seq_to.cast_unsigned(),
-                units: row.units,
-                allocated: row.allocated,
+                delta: Delta {
+                    allocated: row.allocated,
+                    held: row.held,
+                    sold: row.units,
+                },
                 order: row.order_id.map(OrderId),
                 reason: row.reason,
                 payload: row.payload,
@@ -199,7 +219,7 @@ impl Snapshot {
             .collect())
     }
 
-    /// All restocks with a key of a partition.
+    /// All operations of a partition that were carried out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -208,9 +228,9 @@ impl Snapshot {
         partition: Partition,
     ) -> Result<Vec<StoredOperation>, StoreError> {
         let rows = sqlx::query!(
-            r#"SELECT round_events.sale, operation_id AS "operation!", units, seq
+            r#"SELECT round_events.sale, operation_id AS "operation!", units, seq, fingerprint
                FROM round_events JOIN sales ON sales.number = round_events.sale
-               WHERE partition = $1 AND kind = 'restock' AND operation_id IS NOT NULL"#,
+               WHERE partition = $1 AND operation_id IS NOT NULL"#,
             partition.0.cast_signed()
         )
         .fetch_all(&mut *self.transaction)
@@ -220,8 +240,80 @@ impl Snapshot {
             .map(|row| StoredOperation {
                 sale: SaleNumber(row.sale.cast_unsigned()),
                 operation: row.operation.into(),
-                units: row.units.cast_unsigned(),
+                fingerprint: row
+                    .fingerprint
+                    .and_then(|bytes| Some(Fingerprint(bytes.try_into().ok()?)))
+                    // A restock from before this was kept.
+                    .unwrap_or_else(|| Fingerprint::units("restock", row.units.cast_unsigned())),
                 seq: row.seq.cast_unsigned(),
+            })
+            .collect())
+    }
+
+    /// The line of a round, in order: those who joined and have not left since.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn line(&mut self, round: RoundId) -> Result<BTreeMap<u64, Wish>, StoreError> {
+        let rows = sqlx::query!(
+            r#"SELECT seq, order_id AS "order_id!", actor AS "actor!", units, fingerprint AS "fingerprint!"
+               FROM round_events AS joined
+               WHERE sale = $1 AND round = $2 AND kind = 'join'
+                 AND NOT EXISTS (SELECT FROM round_events AS gone
+                                 WHERE gone.sale = $1 AND gone.round = $2 AND gone.kind = 'leave'
+                                   AND gone.actor = joined.actor
+                                   AND (gone.epoch, gone.seq) > (joined.epoch, joined.seq))"#,
+            round.sale.0.cast_signed(),
+            round.round.cast_signed()
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        rows.into_iter()
+            .map(|row| {
+                let fingerprint = row.fingerprint.try_into();
+                let wish = Wish {
+                    buyer: BuyerId(row.actor),
+                    order: OrderId(row.order_id),
+                    fingerprint: Fingerprint(
+                        fingerprint.map_err(|_| unreadable(format!("wish of {}", row.actor)))?,
+                    ),
+                    units: row.units.cast_unsigned(),
+                };
+                Ok((row.seq.cast_unsigned(), wish))
+            })
+            .collect()
+    }
+
+    /// What a limit over all rounds knows of the buyers of archived rounds, by sale: units, and
+    /// acceptances ever.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn archived_buyers(
+        &mut self,
+        partition: Partition,
+    ) -> Result<Vec<(SaleNumber, BuyerId, (u64, u64))>, StoreError> {
+        let rows = sqlx::query!(
+            r#"SELECT orders.sale, buyer_id, sum(quantity - returned)::bigint AS "units!",
+                      count(*) AS "orders!"
+               FROM orders
+               JOIN rounds ON rounds.sale = orders.sale AND rounds.round = orders.round
+               JOIN sales ON sales.number = orders.sale
+               WHERE partition = $1 AND intent = 'archived' AND sales.limit_scope = 'sale'
+               GROUP BY orders.sale, buyer_id"#,
+            partition.0.cast_signed()
+        )
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let counts = (row.units.cast_unsigned(), row.orders.cast_unsigned());
+                (
+                    SaleNumber(row.sale.cast_unsigned()),
+                    BuyerId(row.buyer_id),
+                    counts,
+                )
             })
             .collect())
     }
@@ -237,8 +329,7 @@ impl Snapshot {
     ) -> Result<BTreeMap<RoundId, ArchivedOrders>, StoreError> {
         let rows = sqlx::query!(
             r#"SELECT orders.sale, orders.round, count(*) AS "orders!",
-                      coalesce(sum(quantity) FILTER (WHERE orders.status = 'confirmed'), 0)::bigint
-                          AS "sold!"
+                      coalesce(sum(quantity - returned), 0)::bigint AS "sold!"
                FROM orders
                JOIN rounds ON rounds.sale = orders.sale AND rounds.round = orders.round
                JOIN sales ON sales.number = orders.sale

@@ -4,7 +4,8 @@ use super::{Database, StoreError, unreadable};
 use crate::domain::{
     id::{Partition, RoundId, SaleNumber},
     money::{Currency, Money},
-    round::{Intent, Terms, Window},
+    order::Mode,
+    round::{Ends, Intent, LimitScope, Policy, Terms, Window},
 };
 use chrono::{DateTime, Utc};
 
@@ -104,6 +105,60 @@ impl Rounds {
             .await
     }
 
+    /// Rounds that Redis has and whose orders may wait for their payment, until they are settled: where
+    /// each lives, and what its sale asks of acceptances.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn with_holds(&self) -> Result<Vec<(RoundId, Partition, Mode)>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                sqlx::query!(
+                    "SELECT rounds.sale, rounds.round, partition, durability
+                     FROM rounds JOIN sales ON sales.number = rounds.sale
+                     WHERE rounds.hold_ms IS NOT NULL AND provisioned_at IS NOT NULL
+                       AND intent IN ('live', 'paused', 'closed')"
+                )
+                .fetch_all(&pool)
+                .await?
+                .into_iter()
+                .map(|row| {
+                    let round = RoundId {
+                        sale: SaleNumber(row.sale.cast_unsigned()),
+                        round: row.round.cast_unsigned(),
+                    };
+                    let mode = Mode::parse(&row.durability)
+                        .ok_or_else(|| unreadable(format!("durability of sale {}", row.sale)))?;
+                    Ok((round, Partition(row.partition.cast_unsigned()), mode))
+                })
+                .collect()
+            })
+            .await
+    }
+
+    /// Of the holds of a round that have ended as far as this is stored: how many there were, and how
+    /// many of them gave their units back.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn ended_holds(&self, round: RoundId) -> Result<(u64, u64), StoreError> {
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query!(
+                    r#"SELECT count(*) FILTER (WHERE status <> 'held') AS "ended!",
+                              count(*) FILTER (WHERE status IN ('expired', 'cancelled', 'withdrawn'))
+                                  AS "returned!"
+                       FROM orders WHERE sale = $1 AND round = $2 AND accepted_as = 'held'"#,
+                    round.sale.0.cast_signed(),
+                    round.round.cast_signed()
+                )
+                .fetch_one(&pool)
+                .await?;
+                Ok((row.ended.cast_unsigned(), row.returned.cast_unsigned()))
+            })
+            .await
+    }
+
     /// Rounds that Redis has not confirmed, oldest first, at most `limit`.
     ///
     /// # Errors
@@ -114,7 +169,8 @@ impl Rounds {
                 sqlx::query!(
                     "SELECT rounds.sale, rounds.round, sales.partition, unit_price, currency,
                             initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
-                            rounds.opens_at, rounds.closes_at
+                            rounds.opens_at, rounds.closes_at, rounds.hold_ms,
+                            rounds.limit_scope, rounds.ends, rounds.waitlist
                      FROM rounds JOIN sales ON sales.number = rounds.sale
                      WHERE provisioned_at IS NULL
                      ORDER BY rounds.sale, rounds.round
@@ -137,6 +193,7 @@ impl Rounds {
                             per_order_limit: row.per_order_limit.cast_unsigned(),
                             unit_price: money(row.unit_price, &row.currency)?,
                             allocation: row.initial_allocation.cast_unsigned(),
+                            policy: policy(row.hold_ms, &row.limit_scope, &row.ends, row.waitlist)?,
                         },
                     })
                 })
@@ -157,6 +214,22 @@ pub(super) fn window(opens_at: DateTime<Utc>, closes_at: Option<DateTime<Utc>>) 
         opens_at_ms: opens_at.timestamp_millis(),
         closes_at_ms: closes_at.map(|at| at.timestamp_millis()),
     }
+}
+
+/// Reads what a round does beyond selling at once.
+pub(super) fn policy(
+    hold_ms: Option<i64>,
+    limit_scope: &str,
+    ends: &str,
+    waitlist: bool,
+) -> Result<Policy, StoreError> {
+    Ok(Policy {
+        hold_ms: hold_ms.map(i64::cast_unsigned),
+        limit_scope: LimitScope::parse(limit_scope)
+            .ok_or_else(|| unreadable(format!("scope {limit_scope} of a limit")))?,
+        ends: Ends::parse(ends).ok_or_else(|| unreadable(format!("end {ends}")))?,
+        waitlist,
+    })
 }
 
 /// Reads the word of an intent.

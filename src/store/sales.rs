@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Database, StoreError,
-    rounds::{intent, money, window},
+    rounds::{intent, money, policy, window},
     unreadable,
 };
 use crate::domain::{
@@ -247,6 +247,10 @@ struct Columns {
     per_order_limit: i64,
     opens_at: DateTime<Utc>,
     closes_at: Option<DateTime<Utc>>,
+    hold_ms: Option<i64>,
+    limit_scope: String,
+    ends: String,
+    waitlist: bool,
     provisioned_at: Option<DateTime<Utc>>,
     intent: String,
     allocation: i64,
@@ -333,6 +337,7 @@ impl TryFrom<Columns> for Sale {
                 per_order_limit: row.per_order_limit.cast_unsigned(),
                 unit_price: money(row.unit_price, &row.currency)?,
                 allocation: row.initial_allocation.cast_unsigned(),
+                policy: policy(row.hold_ms, &row.limit_scope, &row.ends, row.waitlist)?,
             },
             provisioned: row.provisioned_at.is_some(),
             next: None,
@@ -373,7 +378,8 @@ macro_rules! select {
                     sales.refund_returns_units, rounds.round, sales.version, sales.created_by, sales.created_at,
                     sales.updated_at, sales.request_fingerprint, rounds.unit_price, rounds.currency,
                     rounds.initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
-                    rounds.opens_at, rounds.closes_at, rounds.provisioned_at, rounds.intent,
+                    rounds.opens_at, rounds.closes_at, rounds.hold_ms, rounds.limit_scope,
+                    rounds.ends, rounds.waitlist, rounds.provisioned_at, rounds.intent,
                     rounds.allocation, rounds.remaining, rounds.held, rounds.sold, rounds.seq,
                     sales.schedule, sales.planned_until, sales.windows_planned
              FROM sales
@@ -419,19 +425,23 @@ impl Sales {
                                             per_order_limit, opens_at, closes_at, durability,
                                             payment, refund_returns_units, created_by,
                                             request_fingerprint, schedule,
-                                            planned_until, windows_planned, plan_at)
+                                            planned_until, windows_planned, plan_at, hold_ms,
+                                            limit_scope, ends, waitlist)
                          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
                                  $14, $15, $16, $17, $18,
                                  CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END,
                                  CASE WHEN $18::jsonb IS NOT NULL THEN 1 END,
-                                 CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END)
+                                 CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END,
+                                 $19, $20, $21, $22)
                          ON CONFLICT (id) DO NOTHING
                          RETURNING number, round
                      )
                      INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation,
                                          per_buyer_limit, per_order_limit, opens_at, closes_at,
-                                         allocation, remaining)
-                     SELECT number, round, $6, $7, $8, $9, $10, $11, $12, $8, $8 FROM new",
+                                         allocation, remaining, hold_ms, limit_scope, ends,
+                                         waitlist)
+                     SELECT number, round, $6, $7, $8, $9, $10, $11, $12, $8, $8, $19, $20, $21, $22
+                     FROM new",
                     sale.id.0,
                     sale.partition.0.cast_signed(),
                     sale.product.0,
@@ -450,6 +460,10 @@ impl Sales {
                     sale.created_by,
                     sale.fingerprint.0.as_slice(),
                     schedule,
+                    terms.policy.hold_ms.map(u64::cast_signed),
+                    terms.policy.limit_scope.as_str(),
+                    terms.policy.ends.as_str(),
+                    terms.policy.waitlist,
                 )
                 .execute(&pool)
                 .await;
@@ -706,7 +720,8 @@ async fn change_sale(
     // Nobody makes rounds of it meanwhile.
     let row = sqlx::query!(
         "SELECT number, version, price_amount, price_currency, allocation, per_buyer_limit,
-                per_order_limit, schedule, planned_until, windows_planned, plan_at
+                per_order_limit, schedule, planned_until, windows_planned, plan_at, hold_ms,
+                limit_scope, ends, waitlist
          FROM sales WHERE id = $1 FOR NO KEY UPDATE",
         id.0
     )
@@ -778,6 +793,7 @@ async fn change_sale(
             per_order_limit: row.per_order_limit.cast_unsigned(),
             unit_price,
             allocation: row.allocation.cast_unsigned(),
+            policy: policy(row.hold_ms, &row.limit_scope, &row.ends, row.waitlist)?,
         };
         if let Err(error) = terms.check() {
             return Ok(SaleChanged::Terms(error));

@@ -350,10 +350,10 @@ async fn make(
     sqlx::query!(
         "INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation,
                              per_buyer_limit, per_order_limit, opens_at, closes_at, allocation,
-                             remaining)
+                             remaining, hold_ms, limit_scope, ends, waitlist)
          SELECT number, last.round + made.place, price_amount, price_currency, sales.allocation,
                 per_buyer_limit, per_order_limit, made.opens_at, made.closes_at, sales.allocation,
-                sales.allocation
+                sales.allocation, hold_ms, limit_scope, ends, waitlist
          FROM sales
          CROSS JOIN (SELECT max(round) AS round FROM rounds WHERE sale = $1) AS last
          CROSS JOIN unnest($2::timestamptz[], $3::timestamptz[])

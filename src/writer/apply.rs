@@ -9,6 +9,7 @@ use super::{
 use crate::{
     domain::{
         id::{OrderId, RoundId},
+        journal::Event,
         order::Order,
     },
     engine::RawEntry,
@@ -16,8 +17,7 @@ use crate::{
     store::{
         StoreError,
         journal::{
-            BatchTransaction, DataError, EventRow, Known, Ledger, Position, Rows, StatusRow,
-            WriteError,
+            BatchTransaction, DataError, EventRow, Known, Ledger, Position, Rows, WriteError,
         },
     },
 };
@@ -204,19 +204,9 @@ fn reconcile(batch: &mut Batch, known: &Known, ground: &Ground) -> Result<(), Ha
             .or_else(|| by_place.get(&place(&order)))
         {
             None => new.push(row),
-            Some(stored)
-                if Order {
-                    status: order.status,
-                    ..*stored
-                } == order =>
-            {
+            Some(stored) if stored.as_accepted() == order.as_accepted() => {
                 if row.last_seq > order.seq {
-                    batch.statuses.push(StatusRow {
-                        order: order.id,
-                        status: order.status,
-                        last_seq: row.last_seq,
-                        updated_at_ms: row.updated_at_ms,
-                    });
+                    batch.statuses.push(row);
                 }
             }
             Some(_) if faults::bug("conflict_ignored") => {}
@@ -233,7 +223,7 @@ fn reconcile(batch: &mut Batch, known: &Known, ground: &Ground) -> Result<(), Ha
         match events.get(&event_place(&row)) {
             None if covered(known, row.id.pseq, row.round, row.event.seq) => {}
             None => new.push(row),
-            Some(stored) if *stored == row => {}
+            Some(stored) if *stored == without_amendment(&row) => {}
             Some(stored) => {
                 let detail = format!("the journal has {row:?}, PostgreSQL has {stored:?}");
                 return Err(Halt::Conflict(detail));
@@ -272,6 +262,15 @@ fn reconcile(batch: &mut Batch, known: &Known, ground: &Ground) -> Result<(), Ha
     Ok(())
 }
 
+/// An event as PostgreSQL gives it back.
+fn without_amendment(row: &EventRow) -> EventRow {
+    let event = Event {
+        amendment: None,
+        ..row.event
+    };
+    EventRow { event, ..*row }
+}
+
 async fn write(
     transaction: &mut BatchTransaction<'_>,
     batch: &Batch,
@@ -279,7 +278,7 @@ async fn write(
 ) -> Result<(), WriteError> {
     transaction.insert(Rows::Orders(&batch.orders)).await?;
     transaction.insert(Rows::Events(&batch.events)).await?;
-    transaction.update_statuses(&batch.statuses).await?;
+    transaction.update_orders(&batch.statuses).await?;
     transaction.update_rounds(&batch.rounds).await?;
     for letter in &batch.letters {
         if faults::bug("dead_letter_dropped") {

@@ -5,15 +5,13 @@ use std::collections::{HashMap, HashSet};
 use crate::{
     domain::{
         id::{Epoch, JournalId, OrderId, RoundId},
-        journal::{Entry, Event, EventKind},
-        order::{Order, Status},
-        round::{Counters, Intent},
+        journal::{Delta, Entry, Event, EventKind, Step},
+        order::Order,
+        round::Counters,
     },
     engine::{EntryError, RawEntry},
     faults,
-    store::journal::{
-        DataError, EventRow, Fate, Letter, OrderRow, RoundRow, RoundState, StatusRow,
-    },
+    store::journal::{DataError, EventRow, Fate, Letter, OrderRow, RoundRow, RoundState},
 };
 
 use super::Halt;
@@ -48,8 +46,8 @@ pub(super) struct Batch {
     pub to: JournalId,
     /// New orders.
     pub orders: Vec<OrderRow>,
-    /// New statuses of stored orders.
-    pub statuses: Vec<StatusRow>,
+    /// Stored orders that changed.
+    pub statuses: Vec<OrderRow>,
     /// New events.
     pub events: Vec<EventRow>,
     /// Rounds that moved on.
@@ -82,6 +80,7 @@ pub(super) fn strangers(entries: &[RawEntry]) -> Vec<(OrderId, RoundId)> {
         seen.extend(entry.orders.iter().map(|order| order.id));
         for event in &entry.events {
             if let (Some(order), Some(round)) = (event.order, event.round)
+                && event.kind.changes_order()
                 && seen.insert(order)
             {
                 strangers.push((order, round));
@@ -234,26 +233,19 @@ impl Folding<'_> {
         rest.events
             .retain(|event| event.round.as_ref().is_none_or(known));
         for (round, after) in entry.rounds.iter().filter(|(round, _)| !known(round)) {
-            let orders = entry.orders.iter().filter(|order| order.round == *round);
-            let events = || {
-                let own = |event: &&Event| event.round == Some(*round);
-                entry.events.iter().filter(own)
-            };
-            let taken: u64 = orders.clone().map(|order| order.quantity).sum();
-            let units = |of: EventKind| -> i64 {
-                let events = events().filter(|event| event.kind == of);
-                events.map(|event| event.units.cast_signed()).sum()
-            };
-            let seqs = orders.map(|order| order.seq);
-            let seqs = seqs.chain(events().map(|event| event.seq));
-            let numbered = seqs.filter(|seq| *seq > 0).count() as u64;
+            let steps = entry.steps().into_iter();
+            let own = steps.filter(|step| step.round() == Some(*round));
+            let (mut delta, mut numbered) = (Delta::default(), 0);
+            for step in own {
+                delta = delta + step.delta();
+                numbered += u64::from(step.seq() > 0);
+            }
             self.batch.letters.push(Letter {
                 id,
                 round: *round,
                 seq_from: after.seq + 1 - numbered.min(after.seq),
                 seq_to: after.seq,
-                units: taken.cast_signed() - units(EventKind::Cancel),
-                allocated: units(EventKind::Provision) + units(EventKind::Restock),
+                delta,
                 order: None,
                 error: DataError {
                     sqlstate: None,
@@ -309,47 +301,22 @@ impl Folding<'_> {
                 ));
             }
         }
-        for order in &entry.orders {
-            let round = order.round;
+        for step in entry.steps() {
+            let Some(round) = step.round() else { continue };
+            let seq = step.seq();
             let counters = expected
                 .get_mut(&round)
                 .ok_or_else(|| halt(round, "has no counters"))?;
-            if (order.epoch, order.pseq) != (id.epoch, id.pseq) {
-                return Err(halt(round, "an order names another entry"));
-            }
-            let place = match order.accepted_as {
-                Status::Confirmed => &mut counters.sold,
-                Status::Held => &mut counters.held,
-                Status::Expired | Status::Cancelled | Status::Refunded => {
-                    return Err(halt(round, "an order was accepted as something final"));
+            let moved = match step {
+                Step::Order(order) if (order.epoch, order.pseq) != (id.epoch, id.pseq) => {
+                    return Err(halt(round, "an order names another entry"));
                 }
+                Step::Order(order) => order.take(counters),
+                Step::Event(event) => event.shift(counters),
             };
-            shift(&mut counters.remaining, place, order.quantity)
-                .ok_or_else(|| halt(round, "an order takes more than there is"))?;
-            seqs.entry(round).or_default().push(order.seq);
-        }
-        for event in &entry.events {
-            let Some(round) = event.round else { continue };
-            let counters = expected
-                .get_mut(&round)
-                .ok_or_else(|| halt(round, "has no counters"))?;
-            match event.kind {
-                EventKind::Epoch
-                | EventKind::Pause
-                | EventKind::Resume
-                | EventKind::Close
-                | EventKind::Settle
-                | EventKind::Archive => Some(()),
-                EventKind::Provision => (*counters == Counters::fresh(event.units)).then_some(()),
-                EventKind::Cancel => {
-                    shift(&mut counters.sold, &mut counters.remaining, event.units)
-                }
-                EventKind::Restock => add(&mut counters.allocation, event.units)
-                    .and_then(|()| add(&mut counters.remaining, event.units)),
-            }
-            .ok_or_else(|| halt(round, "an event moves units that are not there"))?;
-            if event.kind != EventKind::Provision {
-                seqs.entry(round).or_default().push(event.seq);
+            moved.ok_or_else(|| halt(round, "units move that are not there"))?;
+            if seq > 0 {
+                seqs.entry(round).or_default().push(seq);
             }
         }
         for (round, after) in &entry.rounds {
@@ -395,6 +362,7 @@ impl Folding<'_> {
                 counters,
                 id,
                 intent: None,
+                amendment: None,
             });
             rows.len() - 1
         });
@@ -411,21 +379,17 @@ impl Folding<'_> {
                 round: order.round,
                 seq_from: order.seq,
                 seq_to: order.seq,
-                units: if faults::bug("dead_units_not_counted") {
-                    0
+                delta: if faults::bug("dead_units_not_counted") {
+                    Delta::default()
                 } else {
-                    order.quantity.cast_signed()
+                    Step::Order(order).delta()
                 },
-                allocated: 0,
                 order: Some(order.id),
                 error: error.clone(),
             });
         }
         let row = OrderRow {
-            order: Order {
-                status: order.accepted_as,
-                ..*order
-            },
+            order: order.as_accepted(),
             last_seq: order.seq,
             updated_at_ms: order.accepted_at_ms,
         };
@@ -455,7 +419,7 @@ impl Folding<'_> {
             .get(&(round, event.seq))
             .cloned()
             .or_else(|| {
-                let order = event.order?;
+                let order = event.order.filter(|_| event.kind.changes_order())?;
                 let dead = self.dead.contains(&order)
                     || self.ground.fates.get(&order) == Some(&Fate::Dead);
                 dead.then(|| DataError {
@@ -463,76 +427,33 @@ impl Folding<'_> {
                     reason: "an earlier event of the same order is a dead letter".to_owned(),
                 })
             });
+        let refusal = match refusal {
+            None if event.kind.changes_order() => self.change(id, at_ms, event)?,
+            refusal => refusal,
+        };
         if let Some(error) = refusal {
             self.dead.extend(event.order);
-            let (units, allocated) = match event.kind {
-                EventKind::Cancel => (-event.units.cast_signed(), 0),
-                EventKind::Restock => (0, event.units.cast_signed()),
-                EventKind::Epoch
-                | EventKind::Provision
-                | EventKind::Pause
-                | EventKind::Resume
-                | EventKind::Close
-                | EventKind::Settle
-                | EventKind::Archive => (0, 0),
-            };
             return self.letter(Letter {
                 id,
                 round,
                 seq_from: event.seq,
                 seq_to: event.seq,
-                units,
-                allocated,
+                delta: Step::Event(event).delta(),
                 order: event.order,
                 error,
             });
         }
-        let status = match event.kind {
-            EventKind::Cancel => Some(Status::Cancelled),
-            EventKind::Epoch
-            | EventKind::Provision
-            | EventKind::Restock
-            | EventKind::Pause
-            | EventKind::Resume
-            | EventKind::Close
-            | EventKind::Settle
-            | EventKind::Archive => None,
-        };
-        if let Some(status) = status {
-            let order = event.order.ok_or_else(|| Halt::Step {
-                entry: id,
-                round,
-                detail: "an order's event names no order".to_owned(),
-            })?;
-            self.status(
-                id,
-                StatusRow {
-                    order,
-                    status,
-                    last_seq: event.seq,
-                    updated_at_ms: at_ms,
-                },
-            )?;
-        }
-        let intent = match event.kind {
-            EventKind::Pause => Some(Intent::Paused),
-            EventKind::Resume => Some(Intent::Live),
-            EventKind::Close => Some(Intent::Closed),
-            EventKind::Settle => Some(Intent::Settled),
-            EventKind::Archive => Some(Intent::Archived),
-            EventKind::Epoch | EventKind::Provision | EventKind::Cancel | EventKind::Restock => {
-                None
-            }
-        };
+        let intent = event.kind.intent();
         // A round that is past this entry knows its intent already, and has no row in the batch.
-        if intent.is_some()
+        if (intent.is_some() || event.amendment.is_some())
             && let Some(row) = self
                 .rounds
                 .get(&round)
                 .and_then(|at| self.batch.rounds.get_mut(*at))
             && row.id == id
         {
-            row.intent = intent;
+            row.intent = intent.or(row.intent);
+            row.amendment = event.amendment.or(row.amendment);
         }
         self.batch.events.push(EventRow {
             round,
@@ -544,33 +465,55 @@ impl Folding<'_> {
         Ok(())
     }
 
-    /// Several events of one order become the last of them.
-    fn status(&mut self, id: JournalId, row: StatusRow) -> Result<(), Halt> {
+    /// Several events of one order become the last of them. Gives the reason why it does not fit what
+    /// is stored, if it does not: an entry between the two may have been unreadable.
+    fn change(
+        &mut self,
+        id: JournalId,
+        at_ms: i64,
+        event: &Event,
+    ) -> Result<Option<DataError>, Halt> {
+        let misfit = || DataError {
+            sqlstate: None,
+            reason: format!("{} does not fit the order", event.kind.as_str()),
+        };
+        let Some(order) = event.order else {
+            return Ok(Some(misfit()));
+        };
         if let Some(new) = self
             .orders
-            .get(&row.order)
+            .get(&order)
             .and_then(|at| self.batch.orders.get_mut(*at))
         {
-            new.order.status = row.status;
-            new.last_seq = row.last_seq;
-            new.updated_at_ms = row.updated_at_ms;
-            return Ok(());
-        }
-        if self.ground.fates.get(&row.order) != Some(&Fate::Stored) {
-            return Err(Halt::UnknownOrder {
-                entry: id,
-                order: row.order,
-            });
+            if event.change(&mut new.order).is_none() {
+                return Ok(Some(misfit()));
+            }
+            new.last_seq = event.seq;
+            new.updated_at_ms = at_ms;
+            return Ok(None);
         }
         let rows = &mut self.batch.statuses;
-        let at = *self.statuses.entry(row.order).or_insert_with(|| {
-            rows.push(row);
-            rows.len() - 1
-        });
-        if let Some(known) = rows.get_mut(at) {
-            *known = row;
+        let at = self.statuses.get(&order).copied();
+        let Some(Fate::Stored(stored)) = self.ground.fates.get(&order) else {
+            return Err(Halt::UnknownOrder { entry: id, order });
+        };
+        let mut row = *at.and_then(|at| rows.get(at)).unwrap_or(stored);
+        // Stored before: the position was set back.
+        if row.last_seq >= event.seq {
+            return Ok(None);
         }
-        Ok(())
+        if event.change(&mut row.order).is_none() {
+            return Ok(Some(misfit()));
+        }
+        row.last_seq = event.seq;
+        row.updated_at_ms = at_ms;
+        let at = at.unwrap_or(rows.len());
+        self.statuses.insert(order, at);
+        match rows.get_mut(at) {
+            Some(known) => *known = row,
+            None => rows.push(row),
+        }
+        Ok(None)
     }
 
     /// An entry that nobody can read, but whose counters say how much it was about.
@@ -600,14 +543,18 @@ impl Folding<'_> {
                     detail,
                 });
             }
-            let taken = |counters: &Counters| (counters.sold + counters.held).cast_signed();
+            let more =
+                |of: fn(&Counters) -> u64| of(after).cast_signed() - of(&before).cast_signed();
             self.letter(Letter {
                 id,
                 round: *round,
                 seq_from: before.seq + 1,
                 seq_to: after.seq,
-                units: taken(after) - taken(&before),
-                allocated: after.allocation.cast_signed() - before.allocation.cast_signed(),
+                delta: Delta {
+                    allocated: more(|counters| counters.allocation),
+                    held: more(|counters| counters.held),
+                    sold: more(|counters| counters.sold),
+                },
                 order: None,
                 error: DataError {
                     sqlstate: None,
@@ -640,16 +587,6 @@ fn starts_with_epoch(entry: &Entry) -> bool {
         .any(|event| event.kind == EventKind::Epoch)
 }
 
-fn shift(from: &mut u64, to: &mut u64, units: u64) -> Option<()> {
-    *from = from.checked_sub(units)?;
-    add(to, units)
-}
-
-fn add(to: &mut u64, units: u64) -> Option<()> {
-    *to = to.checked_add(units)?;
-    Some(())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -658,15 +595,22 @@ mod tests {
     use super::*;
     use crate::domain::{
         id::{BuyerId, Epoch, Fingerprint, OperationId, SaleNumber},
-        model::{Command, Model},
+        model::{Command, Model, Operation, Release, Wish},
         money::{Currency, Money},
-        order::{Durability, Purchase},
-        round::{Terms, Window},
+        order::{Durability, Purchase, Status},
+        round::{Amendment, Ends, Intent, LimitScope, Policy, Terms, Window},
     };
 
     const ALLOCATION: u64 = 40;
 
-    fn terms() -> Terms {
+    /// The first sale sells at once, the second has holds of some milliseconds and a line.
+    fn terms(sale: u32) -> Terms {
+        let second = Policy {
+            hold_ms: Some(12),
+            waitlist: true,
+            ends: Ends::Time,
+            limit_scope: LimitScope::Round,
+        };
         Terms {
             window: Window {
                 opens_at_ms: 0,
@@ -676,6 +620,7 @@ mod tests {
             per_order_limit: 3,
             unit_price: Money::new(1_999, Currency::parse("EUR").unwrap()).unwrap(),
             allocation: ALLOCATION,
+            policy: if sale == 2 { second } else { Policy::default() },
         }
     }
 
@@ -704,26 +649,77 @@ mod tests {
         (1..=2u32, 0..4u8, 0..4u8, 1..=3u64)
     }
 
+    fn operation(word: &str, key: u8, units: u64) -> Operation {
+        Operation {
+            id: OperationId::derive(word, Uuid::from_u128(7), &key.to_string()),
+            fingerprint: Fingerprint::units(word, units),
+        }
+    }
+
     fn any_command() -> impl Strategy<Value = Command> {
         let actor = Uuid::from_u128(7);
         prop_oneof![
             6 => prop::collection::vec(any_purchase(), 1..6).prop_map(|items| Command::Purchase {
                 receipt_key: 1,
                 items: items.into_iter().map(item).collect(),
+                together: false,
             }),
-            4 => any_purchase().prop_map(move |purchase| Command::Cancel {
+            4 => (any_purchase(), 0..4usize, prop::option::of(1..3u64), any::<u8>()).prop_map(
+                move |(purchase, release, units, key)| Command::Release {
+                    round: round(purchase.0),
+                    order: item(purchase).order,
+                    release: Release::ALL[release],
+                    units,
+                    operation: units.map(|units| operation("release", key, units)),
+                    durability: Some(Durability::Fsync),
+                    actor,
+                },
+            ),
+            4 => any_purchase().prop_map(move |purchase| Command::Confirm {
                 round: round(purchase.0),
                 order: item(purchase).order,
                 actor,
             }),
-            1 => (1..=2u32, 1..5u64, any::<u8>()).prop_map(move |(sale, units, key)| {
-                Command::Restock {
+            1 => any_purchase().prop_map(move |purchase| Command::Extend {
+                round: round(purchase.0),
+                order: item(purchase).order,
+                actor,
+            }),
+            2 => (1..=2u32).prop_map(|sale| Command::Sweep {
+                round: round(sale),
+                holds: 3,
+                offers: 3,
+                durability: Some(Durability::Fsync),
+            }),
+            2 => any_purchase().prop_map(|purchase| {
+                let Purchase { round, buyer, quantity, .. } = item(purchase);
+                let key = format!("line {}", purchase.2);
+                let wish = Wish {
+                    buyer,
+                    order: OrderId::derive(round.sale, buyer, &key),
+                    fingerprint: Fingerprint::units("waitlist", quantity),
+                    units: quantity,
+                };
+                Command::Join { round, wish }
+            }),
+            1 => any_purchase().prop_map(|purchase| {
+                let Purchase { round, buyer, .. } = item(purchase);
+                Command::Leave { round, buyer }
+            }),
+            1 => (1..=2u32, any::<bool>(), 1..5u64, any::<u8>()).prop_map(
+                move |(sale, reduce, units, key)| Command::Allocate {
                     round: round(sale),
+                    reduce,
                     units,
-                    operation: OperationId::derive("restock", actor, &key.to_string()),
-                    fingerprint: Fingerprint::restock(units),
+                    operation: operation("allocate", key, units),
+                    durability: Some(Durability::Fsync),
                     actor,
-                }
+                },
+            ),
+            1 => (1..=2u32, 200..300i64).prop_map(move |(sale, closes_at_ms)| {
+                let mut amendment = Amendment::from(&terms(sale));
+                amendment.window.closes_at_ms = Some(closes_at_ms);
+                Command::Amend { round: round(sale), amendment, actor }
             }),
             1 => (1..=2u32, prop::bool::weighted(0.7)).prop_map(move |(sale, live)| {
                 let intent = if live { Intent::Live } else { Intent::Paused };
@@ -745,7 +741,7 @@ mod tests {
                 1,
                 &Command::Provision {
                     round: round(sale),
-                    terms: terms(),
+                    terms: terms(sale),
                 },
             );
         }
@@ -805,8 +801,8 @@ mod tests {
                     .any(|letter| letter.order == Some(*order))
                 {
                     Fate::Dead
-                } else if self.orders.contains_key(order) {
-                    Fate::Stored
+                } else if let Some(row) = self.orders.get(order) {
+                    Fate::Stored(*row)
                 } else {
                     Fate::Missing
                 }
@@ -836,9 +832,9 @@ mod tests {
                 );
             }
             for row in batch.statuses {
-                let order = self.orders.get_mut(&row.order).unwrap();
+                let order = self.orders.get_mut(&row.order.id).unwrap();
                 assert!(order.last_seq < row.last_seq);
-                (order.order.status, order.last_seq) = (row.status, row.last_seq);
+                *order = row;
             }
             for row in batch.rounds {
                 let round = self.rounds.get_mut(&row.round).unwrap();
@@ -853,16 +849,17 @@ mod tests {
             Ok(())
         }
 
-        /// What the auditor sums up for a round: sold units, and every seq.
-        fn sums(&self, round: RoundId) -> (i64, Vec<u64>) {
+        /// What the auditor sums up for a round: held and sold units, and every seq.
+        fn sums(&self, round: RoundId) -> ((i64, i64), Vec<u64>) {
             let of_round = self.orders.values().filter(|row| row.order.round == round);
             let letters = || self.letters.iter().filter(|letter| letter.round == round);
-            let sold = of_round
-                .clone()
-                .filter(|row| row.order.status == Status::Confirmed)
-                .map(|row| row.order.quantity.cast_signed())
-                .chain(letters().map(|letter| letter.units))
-                .sum();
+            let units = |held: bool| -> i64 {
+                let orders = of_round.clone();
+                let orders = orders.filter(|row| (row.order.status == Status::Held) == held);
+                orders.map(|row| row.order.taken().cast_signed()).sum()
+            };
+            let dead = letters().fold(Delta::default(), |sum, letter| sum + letter.delta);
+            let taken = (units(true) + dead.held, units(false) + dead.sold);
             let mut seqs: Vec<u64> = of_round
                 .map(|row| row.order.seq)
                 .chain(
@@ -875,7 +872,7 @@ mod tests {
                 .filter(|seq| *seq > 0)
                 .collect();
             seqs.sort_unstable();
-            (sold, seqs)
+            (taken, seqs)
         }
     }
 
@@ -898,7 +895,7 @@ mod tests {
             commands in prop::collection::vec(any_command(), 0..60),
         ) {
             let mut model = run(&commands);
-            let terms = [1, 2].map(|sale| (round(sale), terms())).into();
+            let terms = [1, 2].map(|sale| (round(sale), terms(sale))).into();
             let mut replayed = Model::default();
             for entry in std::mem::take(&mut model.journal) {
                 prop_assert!(replayed.replay(&entry, &terms).is_some());
@@ -928,8 +925,8 @@ mod tests {
                 let (state, intent) = tables.rounds[id];
                 prop_assert_eq!(state.counters, round.counters);
                 prop_assert_eq!(intent, round.intent);
-                let (sold, seqs) = tables.sums(*id);
-                prop_assert_eq!(sold, round.counters.sold.cast_signed());
+                let (taken, seqs) = tables.sums(*id);
+                prop_assert_eq!(taken, taken_by(&round.counters));
                 prop_assert!(seqs.into_iter().eq(1..=round.counters.seq));
             }
             let orders: HashMap<_, _> =
@@ -955,8 +952,8 @@ mod tests {
             }
             prop_assert!(!tables.orders.contains_key(&poison));
             for (id, round) in &model.rounds {
-                let (sold, seqs) = tables.sums(*id);
-                prop_assert_eq!(sold, round.counters.sold.cast_signed());
+                let (taken, seqs) = tables.sums(*id);
+                prop_assert_eq!(taken, taken_by(&round.counters));
                 prop_assert!(seqs.into_iter().eq(1..=round.counters.seq));
                 prop_assert_eq!(tables.rounds[id].0.counters, round.counters);
             }
@@ -999,23 +996,32 @@ mod tests {
                 tables.store(batch, &refused).unwrap();
             }
             for (id, round) in &model.rounds {
-                let (sold, seqs) = tables.sums(*id);
+                let (taken, seqs) = tables.sums(*id);
                 // A cancellation that nobody could read leaves its order confirmed.
-                prop_assert_eq!(sold, round.counters.sold.cast_signed());
+                prop_assert_eq!(taken, taken_by(&round.counters));
                 prop_assert!(seqs.into_iter().eq(1..=round.counters.seq));
                 prop_assert_eq!(tables.rounds[id].0.counters, round.counters);
             }
         }
     }
 
+    fn taken_by(counters: &Counters) -> (i64, i64) {
+        (counters.held.cast_signed(), counters.sold.cast_signed())
+    }
+
     fn sold_out() -> Vec<RawEntry> {
         let items = |keys: std::ops::Range<u8>| Command::Purchase {
             receipt_key: 1,
             items: keys.map(|key| item((1, key, 0, 2))).collect(),
+            together: false,
         };
-        let cancel = Command::Cancel {
+        let cancel = Command::Release {
             round: round(1),
             order: item((1, 3, 0, 2)).order,
+            release: Release::Cancel,
+            units: None,
+            operation: None,
+            durability: None,
             actor: Uuid::nil(),
         };
         journal(&run(&[items(0..8), cancel, items(8..12)]))
@@ -1061,12 +1067,7 @@ mod tests {
         };
         let event = Event {
             round: None,
-            seq: 0,
-            kind: EventKind::Epoch,
-            order: None,
-            units: 0,
-            actor: None,
-            operation: None,
+            ..Event::new(round(1), 0, EventKind::Epoch)
         };
         let entry = Entry {
             id,

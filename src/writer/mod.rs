@@ -407,7 +407,7 @@ impl Writer {
                         round = %letter.round,
                         seq_from = letter.seq_from,
                         seq_to = letter.seq_to,
-                        units = letter.units,
+                        units = letter.delta.held + letter.delta.sold,
                         reason = letter.error.reason,
                         "dead letter"
                     );

@@ -6,15 +6,13 @@ use super::Halt;
 use crate::{
     domain::{
         id::OrderId,
-        journal::{Event, EventKind},
-        order::{Order, Status},
+        journal::{Delta, Event, EventKind},
+        order::Order,
     },
     engine::read_payload,
     faults,
     store::{
-        journal::{
-            BatchTransaction, EventRow, Ledger, OrderRow, RoundRow, Rows, StatusRow, WriteError,
-        },
+        journal::{BatchTransaction, EventRow, Fate, Ledger, OrderRow, RoundRow, Rows, WriteError},
         rebuild::StoredLetter,
     },
 };
@@ -56,7 +54,7 @@ pub async fn redrive(
 }
 
 async fn one(ledger: &mut Ledger, letter: &StoredLetter) -> Result<Redriven, Halt> {
-    let Some((orders, event)) = read_payload(letter.round, &letter.payload) else {
+    let Some((orders, events)) = read_payload(letter.round, &letter.payload) else {
         return Ok(Redriven::Kept("it cannot be read".to_owned()));
     };
     let own = |seq: u64| (letter.seq_from..=letter.seq_to).contains(&seq);
@@ -64,6 +62,11 @@ async fn one(ledger: &mut Ledger, letter: &StoredLetter) -> Result<Redriven, Hal
         .into_iter()
         .filter(|order| order.round == letter.round && own(order.seq))
         .filter(|order| letter.order.is_none_or(|id| id == order.id))
+        .collect();
+    let events: Vec<_> = events
+        .into_iter()
+        .filter(|event| own(event.seq) || event.kind == EventKind::Provision)
+        .filter(|event| letter.order.is_none_or(|id| event.order == Some(id)))
         .collect();
     let (mut transaction, position) = ledger.begin().await?;
     let Some(position) = position else {
@@ -75,7 +78,7 @@ async fn one(ledger: &mut Ledger, letter: &StoredLetter) -> Result<Redriven, Hal
         transaction.rollback().await?;
         return Ok(Redriven::Stored);
     }
-    match write(&mut transaction, letter, &orders, event).await {
+    match write(&mut transaction, letter, &orders, &events).await {
         Ok(()) => {
             transaction.commit(position.stored).await?;
             Ok(Redriven::Stored)
@@ -92,39 +95,38 @@ async fn write(
     transaction: &mut BatchTransaction<'_>,
     letter: &StoredLetter,
     orders: &[Order],
-    event: Option<Event>,
+    events: &[Event],
 ) -> Result<(), WriteError> {
     let rows: Vec<_> = orders
         .iter()
         .map(|order| OrderRow {
-            order: Order {
-                status: order.accepted_as,
-                ..*order
-            },
+            order: order.as_accepted(),
             last_seq: order.seq,
             updated_at_ms: order.accepted_at_ms,
         })
         .collect();
     transaction.insert(Rows::Orders(&rows)).await?;
     let at_ms = letter.at_ms;
-    if let Some(event) = event
-        && !faults::bug("redrive_forgets_events")
-    {
+    for event in events {
+        if faults::bug("redrive_forgets_events") {
+            break;
+        }
         let row = EventRow {
             round: letter.round,
             id: letter.entry,
             at_ms,
-            event,
+            event: *event,
         };
         transaction.insert(Rows::Events(&[row])).await?;
-        if let (EventKind::Cancel, Some(order)) = (event.kind, event.order) {
-            let row = StatusRow {
-                order,
-                status: Status::Cancelled,
-                last_seq: event.seq,
-                updated_at_ms: at_ms,
+        if let Some(id) = event.order.filter(|_| event.kind.changes_order()) {
+            let fates = transaction.fates(&[(id, letter.round)]).await?;
+            let Some(Fate::Stored(mut row)) = fates.get(&id).copied() else {
+                continue;
             };
-            transaction.update_statuses(&[row]).await?;
+            if row.last_seq < event.seq && event.change(&mut row.order).is_some() {
+                (row.last_seq, row.updated_at_ms) = (event.seq, at_ms);
+                transaction.update_orders(&[row]).await?;
+            }
         }
     }
     // The counters of a round have its dead letters in them, unless PostgreSQL did not have it.
@@ -133,21 +135,26 @@ async fn write(
     if let Some(state) = state.filter(|state| state.pseq < letter.entry.pseq) {
         let mut counters = state.counters;
         // A round begins with what it is provisioned with.
-        let allocated = match event.map(|event| event.kind) {
-            Some(EventKind::Provision) => 0,
-            _ => letter.allocated,
+        let provisions = |event: &Event| event.kind == EventKind::Provision;
+        let allocated = if events.iter().any(provisions) {
+            0
+        } else {
+            letter.delta.allocated
         };
+        let Delta { held, sold, .. } = letter.delta;
         counters.allocation = counters.allocation.saturating_add_signed(allocated);
         counters.remaining = counters
             .remaining
-            .saturating_add_signed(allocated - letter.units);
-        counters.sold = counters.sold.saturating_add_signed(letter.units);
+            .saturating_add_signed(allocated - held - sold);
+        counters.held = counters.held.saturating_add_signed(held);
+        counters.sold = counters.sold.saturating_add_signed(sold);
         counters.seq = counters.seq.max(letter.seq_to);
         let row = RoundRow {
             round: letter.round,
             counters,
             id: letter.entry,
             intent: None,
+            amendment: None,
         };
         transaction.update_rounds(&[row]).await?;
     }

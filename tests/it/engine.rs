@@ -14,10 +14,13 @@ use stockade::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, RoundId,
             SaleNumber,
         },
-        model::{Cancelled, Command, Model, Reply},
+        model::{
+            Allocated, Amended, Command, Confirmed, Extended, Joined, Model, Operation,
+            Provisioned, Release, Released, Reply, Wish,
+        },
         money::{Currency, Money},
         order::{Decision, Durability, Purchase, Refusal},
-        round::{Intent, State, Terms, Window},
+        round::{Amendment, Ends, Intent, LimitScope, Policy, State, Terms, Window},
     },
     engine::{Engine, EngineError, InstallError, SaleImage},
 };
@@ -33,17 +36,46 @@ enum Step {
         terms: RandomTerms,
     },
     Purchase(Vec<RandomPurchase>),
-    Cancel {
+    /// A cart: all or nothing.
+    Together(Vec<RandomPurchase>),
+    Release {
+        order: RandomOrder,
+        release: Release,
+        units: Option<u64>,
+        operation: Option<u8>,
+        offers: bool,
+    },
+    Confirm(RandomOrder),
+    Extend(RandomOrder),
+    Sweep {
+        round: u8,
+        holds: u64,
+        offers: u64,
+    },
+    Join {
+        order: RandomOrder,
+        units: u64,
+    },
+    Leave {
         round: u8,
         buyer: u8,
-        key: u8,
+    },
+    Amend {
+        round: u8,
+        terms: RandomTerms,
+        end_only: bool,
+    },
+    /// Until the earliest hold of the round has run out, if that is soon.
+    Pass {
+        round: u8,
     },
     Control {
         round: u8,
         intent: Intent,
     },
-    Restock {
+    Allocate {
         round: u8,
+        reduce: bool,
         units: u64,
         key: u8,
     },
@@ -85,6 +117,37 @@ struct RandomTerms {
     per_order_limit: u64,
     opens_in_ms: i64,
     closes_in_ms: Option<i64>,
+    policy: Policy,
+}
+
+impl RandomTerms {
+    /// As of now.
+    fn terms(&self, now_ms: i64) -> Terms {
+        let opens_at_ms = now_ms + self.opens_in_ms;
+        let closes = |ms| now_ms + self.opens_in_ms.max(-1_000) + ms;
+        Terms {
+            window: Window {
+                opens_at_ms,
+                closes_at_ms: self.closes_in_ms.map(closes),
+            },
+            per_buyer_limit: self.per_buyer_limit,
+            per_order_limit: self.per_order_limit,
+            unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
+            allocation: self.allocation,
+            policy: self.policy,
+        }
+    }
+}
+
+/// An order by what makes its id, of a purchase or of a place in the line; or one of those that there
+/// are.
+#[derive(Clone, Copy, Debug)]
+struct RandomOrder {
+    round: u8,
+    buyer: u8,
+    key: u8,
+    in_line: bool,
+    known: Option<prop::sample::Index>,
 }
 
 #[derive(Clone, Debug)]
@@ -116,22 +179,37 @@ fn buyer(index: u8) -> BuyerId {
 
 fn step() -> impl Strategy<Value = Step> {
     let any_round = 0..4_u8;
+    let policy = (
+        prop_oneof![2 => Just(None), 2 => (1..40_u64).prop_map(Some), 1 => Just(Some(60_000))],
+        prop_oneof![2 => Just(LimitScope::Round), 1 => Just(LimitScope::Sale)],
+        prop_oneof![2 => Just(Ends::Time), 1 => Just(Ends::SoldOut)],
+        any::<bool>(),
+    )
+        .prop_map(|(hold_ms, limit_scope, ends, waitlist)| Policy {
+            hold_ms,
+            limit_scope,
+            ends,
+            waitlist: waitlist && hold_ms.is_some(),
+        });
     let terms = (
         prop_oneof![1..6_u64, 20..40_u64],
         1..6_u64,
         1..6_u64,
         prop_oneof![6 => Just(-60_000_i64), 2 => 1..60_i64, 1 => Just(3_600_000_i64)],
         prop_oneof![6 => Just(None), 2 => (1..90_i64).prop_map(Some), 1 => Just(Some(-1))],
+        policy,
     )
         .prop_map(
-            |(allocation, buyer, order, opens_in_ms, closes_in_ms)| RandomTerms {
+            |(allocation, buyer, order, opens_in_ms, closes_in_ms, policy)| RandomTerms {
                 allocation,
                 per_buyer_limit: buyer,
                 per_order_limit: order.min(buyer),
                 opens_in_ms,
                 closes_in_ms,
+                policy,
             },
-        );
+        )
+        .boxed();
     let purchase = (
         any_round.clone(),
         0..6_u8,
@@ -149,20 +227,53 @@ fn step() -> impl Strategy<Value = Step> {
                 redeem,
                 asks,
             },
-        );
+        )
+        .boxed();
+    let known = prop::option::weighted(0.8, any::<prop::sample::Index>());
+    let order = (any_round.clone(), 0..6_u8, 0..5_u8, any::<bool>(), known).prop_map(
+        |(round, buyer, key, in_line, known)| RandomOrder {
+            round,
+            buyer,
+            key,
+            in_line,
+            known,
+        },
+    );
+    let release = prop_oneof![
+        5 => Just(Release::Cancel),
+        1 => Just(Release::Withdraw),
+        1 => Just(Release::Return),
+        1 => Just(Release::Refund),
+    ];
     let intent = prop_oneof![
         3 => Just(Intent::Live),
         3 => Just(Intent::Paused),
         1 => Just(Intent::Closed)
     ];
     prop_oneof![
-        2 => (any_round.clone(), terms).prop_map(|(round, terms)| Step::Provision { round, terms }),
-        12 => prop::collection::vec(purchase, 1..24).prop_map(Step::Purchase),
-        4 => (any_round.clone(), 0..6_u8, 0..5_u8)
-            .prop_map(|(round, buyer, key)| Step::Cancel { round, buyer, key }),
+        2 => (any_round.clone(), terms.clone()).prop_map(|(round, terms)| Step::Provision { round, terms }),
+        12 => prop::collection::vec(purchase.clone(), 1..24).prop_map(Step::Purchase),
+        3 => prop::collection::vec(purchase, 1..5).prop_map(Step::Together),
+        5 => (order.clone(), release, prop::option::of(1..4_u64), prop::option::of(0..4_u8), any::<bool>())
+            .prop_map(|(order, release, units, operation, offers)| Step::Release {
+                order,
+                release,
+                units,
+                operation,
+                offers,
+            }),
+        5 => order.clone().prop_map(Step::Confirm),
+        2 => order.clone().prop_map(Step::Extend),
+        3 => (any_round.clone(), 1..5_u64, 0..4_u64)
+            .prop_map(|(round, holds, offers)| Step::Sweep { round, holds, offers }),
+        4 => (order, 1..4_u64).prop_map(|(order, units)| Step::Join { order, units }),
+        1 => (any_round.clone(), 0..6_u8).prop_map(|(round, buyer)| Step::Leave { round, buyer }),
+        2 => (any_round.clone(), terms.clone(), any::<bool>())
+            .prop_map(|(round, terms, end_only)| Step::Amend { round, terms, end_only }),
+        2 => any_round.clone().prop_map(|round| Step::Pass { round }),
         2 => (any_round.clone(), intent).prop_map(|(round, intent)| Step::Control { round, intent }),
-        2 => (any_round.clone(), prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
-            .prop_map(|(round, units, key)| Step::Restock { round, units, key }),
+        3 => (any_round.clone(), prop::bool::weighted(0.3), prop_oneof![1..5_u64, Just(9_999_990_u64)], 0..4_u8)
+            .prop_map(|(round, reduce, units, key)| Step::Allocate { round, reduce, units, key }),
         2 => any_round.clone().prop_map(|round| Step::Settle { round }),
         2 => (any_round, 0..6_u8).prop_map(|(round, orders)| Step::Archive { round, orders }),
         1 => (0..9_u64, any::<bool>()).prop_map(|(behind, young)| Step::Trim { behind, young }),
@@ -183,6 +294,10 @@ struct Conformance {
     settled: usize,
     /// Purchases that had to ask PostgreSQL first.
     archived: usize,
+    /// What else must have happened, or the test no longer covers it.
+    seen: BTreeMap<&'static str, usize>,
+    /// The rules that each round began with.
+    provisioned: BTreeMap<RoundId, Terms>,
     /// Journals that led to the same state.
     replayed: usize,
 }
@@ -199,8 +314,36 @@ impl Conformance {
             redeemed: 0,
             settled: 0,
             archived: 0,
+            seen: BTreeMap::new(),
+            provisioned: BTreeMap::new(),
             replayed: 0,
         }
+    }
+
+    fn saw(&mut self, what: &'static str, it_is_so: bool) {
+        *self.seen.entry(what).or_default() += usize::from(it_is_so);
+    }
+
+    /// The order, in its own round: the handler looks it up first.
+    fn find(&self, asked: RandomOrder) -> Option<(RoundId, OrderId)> {
+        let of = round(asked.round);
+        let word = if asked.in_line { "line" } else { "key" };
+        let key = format!("{word} {}", asked.key);
+        let mut id = OrderId::derive(of.sale, buyer(asked.buyer), &key);
+        let sale = self.model.sales.get(&of.sale);
+        if let (Some(sale), Some(known)) = (sale, asked.known) {
+            // Those that can still become something come first.
+            let mut orders: Vec<_> = sale.orders.values().collect();
+            orders.sort_by_key(|order| (order.left() == 0, order.seq, order.id));
+            orders.truncate(orders.len().min(8));
+            if !orders.is_empty() {
+                id = known.get(&orders).id;
+            }
+        }
+        let own = sale.and_then(|sale| sale.orders.get(&id));
+        let round = own.map_or(of, |order| order.round);
+        let there = self.model.rounds.contains_key(&round);
+        there.then_some((round, id))
     }
 
     fn rounds(&self) -> Vec<RoundId> {
@@ -214,21 +357,12 @@ impl Conformance {
                 round: index,
                 terms,
             } => {
-                let now_ms = self.engine.redis_ms().unwrap();
-                let terms = Terms {
-                    window: Window {
-                        opens_at_ms: now_ms + terms.opens_in_ms,
-                        closes_at_ms: terms
-                            .closes_in_ms
-                            .map(|ms| now_ms + terms.opens_in_ms.max(-1_000) + ms),
-                    },
-                    per_buyer_limit: terms.per_buyer_limit,
-                    per_order_limit: terms.per_order_limit,
-                    unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
-                    allocation: terms.allocation,
-                };
+                let terms = terms.terms(self.engine.redis_ms().unwrap());
                 let round = round(*index);
                 let reply = self.engine.provision(round, &terms).await.unwrap();
+                if reply == Provisioned::Created {
+                    self.provisioned.insert(round, terms);
+                }
                 self.apply(
                     None,
                     Command::Provision { round, terms },
@@ -237,31 +371,177 @@ impl Conformance {
                 .await;
             }
             Step::Purchase(items) => self.purchase(items).await,
-            Step::Cancel {
-                round: index,
-                buyer: owner,
-                key,
+            Step::Together(items) => self.together(items).await,
+            Step::Release {
+                order,
+                release,
+                units,
+                operation,
+                offers,
             } => {
-                let round = round(*index);
-                let order = OrderId::derive(round.sale, buyer(*owner), &format!("key {key}"));
-                // An order is cancelled in its own round: the handler looks it up first.
-                let own = self
-                    .model
-                    .sales
-                    .get(&round.sale)
-                    .and_then(|s| s.orders.get(&order));
-                let round = own.map_or(round, |order| order.round);
-                if !self.model.rounds.contains_key(&round) {
+                let Some((round, order)) = self.find(*order) else {
                     return;
-                }
-                let reply = self.engine.cancel(round, order, ACTOR).await.unwrap();
-                self.settled += usize::from(own.is_some() && reply == Cancelled::Settled);
-                let command = Command::Cancel {
+                };
+                let operation = operation.map(|key| Operation {
+                    id: OperationId::derive("release", ACTOR, &format!("key {key}")),
+                    fingerprint: Fingerprint::units("release", units.unwrap_or(0)),
+                });
+                let durability = offers.then_some(Durability::Fsync);
+                let (reply, standing) = self
+                    .engine
+                    .release(round, order, *release, *units, operation, durability, ACTOR)
+                    .await
+                    .unwrap();
+                let own = self.model.sales[&round.sale].orders.get(&order);
+                self.settled += usize::from(own.is_some() && reply == Released::Settled);
+                let partly = matches!(&reply, Released::Done(order) if order.left() > 0);
+                self.saw("an order was given back in part", partly);
+                let replayed = matches!(&reply, Released::Replayed(_));
+                self.saw("a release was replayed", replayed);
+                let command = Command::Release {
+                    round,
+                    order,
+                    release: *release,
+                    units: *units,
+                    operation,
+                    durability,
+                    actor: ACTOR,
+                };
+                self.apply(Some(standing.now_ms), command, Reply::Released(reply))
+                    .await;
+            }
+            Step::Confirm(order) => {
+                let Some((round, order)) = self.find(*order) else {
+                    return;
+                };
+                let reply = self.engine.confirm(round, order, ACTOR).await;
+                let (reply, standing) = reply.unwrap();
+                self.saw("a hold was paid", matches!(reply, Confirmed::Done(_)));
+                self.saw("a payment was late", matches!(reply, Confirmed::Late(_)));
+                let command = Command::Confirm {
                     round,
                     order,
                     actor: ACTOR,
                 };
-                self.apply(None, command, Reply::Cancelled(reply)).await;
+                self.apply(Some(standing.now_ms), command, Reply::Confirmed(reply))
+                    .await;
+            }
+            Step::Extend(order) => {
+                let Some((round, order)) = self.find(*order) else {
+                    return;
+                };
+                let reply = self.engine.extend(round, order, ACTOR).await;
+                let (reply, standing) = reply.unwrap();
+                self.saw("a hold was extended", matches!(reply, Extended::Done(_)));
+                let command = Command::Extend {
+                    round,
+                    order,
+                    actor: ACTOR,
+                };
+                self.apply(Some(standing.now_ms), command, Reply::Extended(reply))
+                    .await;
+            }
+            Step::Sweep {
+                round: index,
+                holds,
+                offers,
+            } => {
+                let round = round(*index);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let durability = Some(Durability::Fsync);
+                let reply = self.engine.sweep(round, *holds, *offers, durability).await;
+                let (reply, standing) = reply.unwrap();
+                self.saw("a hold ran out", reply.expired > 0);
+                self.saw("somebody in line got units", reply.offered > 0);
+                let command = Command::Sweep {
+                    round,
+                    holds: *holds,
+                    offers: *offers,
+                    durability,
+                };
+                self.apply(Some(standing.now_ms), command, Reply::Swept(reply))
+                    .await;
+            }
+            Step::Join { order, units } => {
+                let round = round(order.round);
+                if !self.model.rounds.contains_key(&round) {
+                    return;
+                }
+                let wish = Wish {
+                    buyer: buyer(order.buyer),
+                    order: OrderId::derive(
+                        round.sale,
+                        buyer(order.buyer),
+                        &format!("line {}", order.key),
+                    ),
+                    fingerprint: Fingerprint::units("waitlist", *units),
+                    units: *units,
+                };
+                let (reply, standing) = self.engine.join(round, &wish).await.unwrap();
+                self.saw("somebody joined the line", matches!(reply, Joined::Done(_)));
+                let command = Command::Join { round, wish };
+                self.apply(Some(standing.now_ms), command, Reply::Joined(reply))
+                    .await;
+            }
+            Step::Leave {
+                round: index,
+                buyer: who,
+            } => {
+                let round = round(*index);
+                let Some(known) = self.model.rounds.get(&round) else {
+                    return;
+                };
+                // Somebody in it, if there is anybody.
+                let line = known.line.values().cycle().nth(usize::from(*who));
+                let buyer = line.map_or(buyer(*who), |wish| wish.buyer);
+                let (reply, standing) = self.engine.leave(round, buyer).await.unwrap();
+                self.saw("somebody left the line", reply);
+                let command = Command::Leave { round, buyer };
+                self.apply(Some(standing.now_ms), command, Reply::Left(reply))
+                    .await;
+            }
+            Step::Amend {
+                round: index,
+                terms,
+                end_only,
+            } => {
+                let round = round(*index);
+                let Some(known) = self.model.rounds.get(&round) else {
+                    return;
+                };
+                let mut amendment = Amendment::from(&terms.terms(self.engine.redis_ms().unwrap()));
+                if *end_only {
+                    amendment = Amendment {
+                        window: Window {
+                            closes_at_ms: amendment.window.closes_at_ms,
+                            ..known.terms.window
+                        },
+                        ..Amendment::from(&known.terms)
+                    };
+                }
+                if known.terms.policy.waitlist && amendment.hold_ms.is_none() {
+                    return;
+                }
+                let reply = self.engine.amend(round, &amendment, ACTOR).await;
+                let (reply, standing) = reply.unwrap();
+                self.saw("rules were amended", reply == Amended::Done);
+                let command = Command::Amend {
+                    round,
+                    amendment,
+                    actor: ACTOR,
+                };
+                self.apply(Some(standing.now_ms), command, Reply::Amended(reply))
+                    .await;
+            }
+            Step::Pass { round: index } => {
+                let known = self.model.rounds.get(&round(*index));
+                let next = known.and_then(|round| round.holds.values().min().copied());
+                let wait = next.map(|until| until - self.engine.redis_ms().unwrap());
+                if let Some(ms @ 0..50) = wait {
+                    tokio::time::sleep(Duration::from_millis(ms.unsigned_abs() + 1)).await;
+                }
             }
             Step::Control {
                 round: index,
@@ -282,8 +562,9 @@ impl Conformance {
                 self.apply(Some(standing.now_ms), command, Reply::Controlled(reply))
                     .await;
             }
-            Step::Restock {
+            Step::Allocate {
                 round: index,
+                reduce,
                 units,
                 key,
             } => {
@@ -291,21 +572,26 @@ impl Conformance {
                 if !self.model.rounds.contains_key(&round) {
                     return;
                 }
-                let operation = OperationId::derive("restock", ACTOR, &format!("key {key}"));
-                let fingerprint = Fingerprint::restock(units);
+                let operation = Operation {
+                    id: OperationId::derive("restock", ACTOR, &format!("key {key}")),
+                    fingerprint: Fingerprint::units("restock", units),
+                };
+                let durability = Some(Durability::Fsync);
                 let reply = self
                     .engine
-                    .restock(round, units, operation, fingerprint, ACTOR)
+                    .allocate(round, *reduce, units, operation, durability, ACTOR)
                     .await;
                 let (reply, standing) = reply.unwrap();
-                let command = Command::Restock {
+                self.saw("units were taken out", *reduce && reply == Allocated::Done);
+                let command = Command::Allocate {
                     round,
+                    reduce: *reduce,
                     units,
                     operation,
-                    fingerprint,
+                    durability,
                     actor: ACTOR,
                 };
-                self.apply(Some(standing.now_ms), command, Reply::Restocked(reply))
+                self.apply(Some(standing.now_ms), command, Reply::Allocated(reply))
                     .await;
             }
             Step::Settle { round: index } => {
@@ -360,8 +646,8 @@ impl Conformance {
         }
     }
 
-    async fn purchase(&mut self, items: &[RandomPurchase]) {
-        let items: Vec<Purchase> = items
+    fn purchases(&self, items: &[RandomPurchase]) -> Vec<Purchase> {
+        items
             .iter()
             .map(|item| {
                 let (round, buyer) = (round(item.round), buyer(item.buyer));
@@ -379,7 +665,36 @@ impl Conformance {
                     },
                 }
             })
-            .collect();
+            .collect()
+    }
+
+    async fn together(&mut self, items: &[RandomPurchase]) {
+        let mut items = self.purchases(items);
+        items.retain(|item| self.model.rounds.contains_key(&item.round));
+        let answers = self.engine.purchase_together(&items).await.unwrap();
+        let Some(first) = answers.first() else { return };
+        let now_ms = first.now_ms;
+        let decisions: Vec<_> = answers.into_iter().map(|answer| answer.decision).collect();
+        let left_out = Decision::Refused(Refusal::LeftOut);
+        self.saw("a line was left out", decisions.contains(&left_out));
+        let accepted = |decision: &Decision| matches!(decision, Decision::Accepted(_));
+        let several = decisions
+            .iter()
+            .filter(|decision| accepted(decision))
+            .count()
+            > 1;
+        self.saw("a cart was accepted", several);
+        let command = Command::Purchase {
+            receipt_key: RECEIPT_KEY,
+            items,
+            together: true,
+        };
+        self.apply(Some(now_ms), command, Reply::Decided(decisions))
+            .await;
+    }
+
+    async fn purchase(&mut self, items: &[RandomPurchase]) {
+        let items = self.purchases(items);
         let answers =
             futures::future::join_all(items.iter().map(|item| self.engine.purchase(*item))).await;
         // Refused from memory is refused before the call that carries the others; items of a
@@ -415,6 +730,7 @@ impl Conformance {
             let command = Command::Purchase {
                 receipt_key: RECEIPT_KEY,
                 items,
+                together: false,
             };
             self.apply(Some(now_ms), command, Reply::Decided(decisions))
                 .await;
@@ -487,8 +803,7 @@ async fn rebuild(both: &mut Conformance, wire: &mut Wire) {
     }
     // A journal that was never trimmed leads there, too; the rules of a round are not in it.
     if image.journal.len() as u64 == image.pseq {
-        let terms = image.rounds.iter().map(|(id, round)| (*id, round.terms));
-        let terms: BTreeMap<_, _> = terms.collect();
+        let terms = both.provisioned.clone();
         let mut replayed = Model::default();
         for entry in &image.journal {
             replayed.replay(entry, &terms).unwrap();
@@ -578,6 +893,7 @@ async fn scripts_do_what_the_model_says() {
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let (mut operations, mut from_memory, mut redeemed) = (0, 0, 0);
     let (mut settled, mut archived, mut replayed) = (0, 0, 0);
+    let mut seen = BTreeMap::new();
     for case in 0..cases() {
         let steps = steps.new_tree(&mut runner).unwrap().current();
         let mut both = Conformance::new(&redis, Partition(case)).await;
@@ -589,9 +905,28 @@ async fn scripts_do_what_the_model_says() {
                 per_order_limit: 2,
                 opens_in_ms: -1,
                 closes_in_ms: None,
+                policy: Policy::default(),
             },
         };
         both.run(&provision).await;
+        for round in [2, 3] {
+            let mut terms = RandomTerms {
+                allocation: 4 + u64::from(case % 5),
+                per_buyer_limit: 3,
+                per_order_limit: 2,
+                opens_in_ms: -1,
+                closes_in_ms: None,
+                policy: Policy {
+                    hold_ms: Some(if round == 2 { 25 } else { 60_000 }),
+                    waitlist: true,
+                    ..Policy::default()
+                },
+            };
+            if case % 4 == 0 {
+                terms.policy.limit_scope = LimitScope::Sale;
+            }
+            both.run(&Step::Provision { round, terms }).await;
+        }
         let steps: Vec<_> = steps.into_iter().flat_map(Step::parts).collect();
         for (at, step) in steps.iter().enumerate() {
             both.run(step).await;
@@ -612,6 +947,13 @@ async fn scripts_do_what_the_model_says() {
         settled += both.settled;
         archived += both.archived;
         replayed += both.replayed;
+        for (what, times) in both.seen {
+            *seen.entry(what).or_insert(0) += times;
+        }
+    }
+    println!("{seen:#?}");
+    for (what, times) in seen {
+        assert!(times > 0, "never happened: {what}");
     }
     println!("{operations} operations agreed, {from_memory} of them answered from memory");
     assert!(settled > 0, "no order of a settled round was asked back");

@@ -12,7 +12,7 @@ use stockade::{
         model::Provisioned,
         money::{Currency, Money},
         order::{Decision, Durability, Purchase, Refusal},
-        round::{Intent, Terms, Window},
+        round::{Intent, Policy, Terms, Window},
     },
     engine::{Engine, EngineError},
 };
@@ -22,7 +22,9 @@ use uuid::Uuid;
 use super::support::{
     self, Redis,
     app::PATIENCE,
+    cancel,
     proxy::{Proxy, Weather},
+    restock,
     wire::Wire,
 };
 
@@ -48,6 +50,7 @@ fn terms(opens_at_ms: i64, closes_at_ms: Option<i64>) -> Terms {
         per_order_limit: 5,
         unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
         allocation: 10,
+        policy: Policy::default(),
     }
 }
 
@@ -137,12 +140,11 @@ impl Counter {
             ("purchase", self.buy(1, 2).map(Result::err).boxed()),
             (
                 "cancel",
-                engine.cancel(first, order, ACTOR).map(Result::err).boxed(),
+                cancel(engine, first, order, ACTOR).map(Result::err).boxed(),
             ),
             (
                 "restock",
-                engine
-                    .restock(first, 3, operation, fingerprint, ACTOR)
+                restock(engine, first, 3, operation, fingerprint, ACTOR)
                     .map(Result::err)
                     .boxed(),
             ),
@@ -329,7 +331,7 @@ async fn a_round_that_is_not_whole_sells_nothing_and_is_not_made_anew() {
                 "{key}: {bought:?}"
             );
         }
-        let cancelled = counter.engine.cancel(round(sale), order, ACTOR).await;
+        let cancelled = cancel(&counter.engine, round(sale), order, ACTOR).await;
         assert!(matches!(cancelled, Err(EngineError::Damaged(_))), "{key}");
         if key.ends_with(".1") && damage == ["DEL"] {
             let anew = counter.engine.provision(round(sale), &terms(1, None)).await;
@@ -429,6 +431,7 @@ async fn the_largest_call_is_short() {
     for sale in 1..=rounds {
         let terms = Terms {
             allocation: 1_000_000,
+            policy: Policy::default(),
             ..terms(1, None)
         };
         engine.provision(round(sale), &terms).await.unwrap();

@@ -11,7 +11,7 @@ use stockade::{
         id::{BuyerId, Fingerprint, OrderId, Partition, RoundId, SaleNumber},
         money::{Currency, Money},
         order::{Decision, Durability, Order, Purchase, Refusal},
-        round::{Intent, Terms, Window},
+        round::{Intent, Policy, Terms, Window},
     },
     engine::Engine,
     sales::StoredReplay,
@@ -82,6 +82,7 @@ fn terms(limit: u64, allocation: u64) -> Terms {
         per_order_limit: limit,
         unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
         allocation,
+        policy: Policy::default(),
     }
 }
 
@@ -125,7 +126,8 @@ async fn a_key_of_the_last_round_replays_its_order_in_the_next() {
         assert_eq!(decide(round, ada, "k").await, Decision::Replayed(order));
         assert_eq!(decide(round, bob, "k").await, Decision::Replayed(other));
     }
-    engine.cancel(first, order.id, eve).await.unwrap();
+    let cancelled = super::support::cancel(&engine, first, order.id, eve);
+    cancelled.await.unwrap();
     let Decision::Replayed(again) = decide(second, ada, "k").await else {
         panic!("not replayed");
     };

@@ -72,7 +72,7 @@ async fn a_poisoned_entry_blocks_nobody_and_its_order_can_still_be_read() {
         .unwrap();
     writer.stop().await;
     let sums = shop.audit().await;
-    assert_eq!((sums.dead_letters, sums.dead_units), (1, 3));
+    assert_eq!((sums.dead_letters, sums.dead.sold), (1, 3));
     // Redis has it as long as PostgreSQL does not.
     let order = shop.engine.order(poisoned).await.unwrap().unwrap();
     assert_eq!(order.quantity, 3);

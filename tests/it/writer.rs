@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::support::Redis;
+use super::support::{Redis, cancel, restock};
 use secrecy::ExposeSecret;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
@@ -15,7 +15,7 @@ use stockade::{
         model::Provisioned,
         money::{Currency, Money},
         order::{Decision, Durability, Mode, Purchase, Status},
-        round::{Intent, Terms, Window},
+        round::{Intent, Policy, Terms, Window},
     },
     embedded::{PostgresOptions, PostgresServer},
     engine::Engine,
@@ -104,6 +104,7 @@ impl Shop {
                 per_order_limit: 10,
                 unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
                 allocation: 10_000,
+                policy: Policy::default(),
             },
             schedule: None,
             created_by: ACTOR,
@@ -159,17 +160,13 @@ impl Shop {
                 (0..8).map(|key| self.buy(buyer, key, u64::from(key % 3) + 1)),
             )
             .await;
-            self.engine
-                .cancel(self.round, orders[3], ACTOR)
-                .await
-                .unwrap();
+            let cancelled = cancel(&self.engine, self.round, orders[3], ACTOR);
+            cancelled.await.unwrap();
         }
         let operation = OperationId::derive("restock", ACTOR, &first_buyer.to_string());
         let fingerprint = Fingerprint::of(&[b"25"]);
-        self.engine
-            .restock(self.round, 25, operation, fingerprint, ACTOR)
-            .await
-            .unwrap();
+        let restocked = restock(&self.engine, self.round, 25, operation, fingerprint, ACTOR);
+        restocked.await.unwrap();
         self.engine
             .control(self.round, Intent::Paused, ACTOR)
             .await
@@ -283,7 +280,7 @@ async fn a_position_set_back_or_deleted_doubles_nothing() {
         "UPDATE journal_positions SET position = 0, position_epoch = 0;
          DELETE FROM orders WHERE seq IN (2, 30);
          DELETE FROM round_events WHERE seq BETWEEN 20 AND 40;
-         UPDATE orders SET status = accepted_as, last_seq = seq WHERE seq > 50",
+         UPDATE orders SET status = accepted_as, last_seq = seq, returned = 0 WHERE seq > 50",
         "DELETE FROM journal_positions",
     ];
     for (key, damage) in (0..).zip(damages) {
@@ -345,14 +342,16 @@ async fn a_refused_order_becomes_a_dead_letter_with_all_that_follows_it() {
         .await;
     let early = shop.buy(50, 1, 7).await;
     let both = shop.buy(50, 2, 7).await;
-    shop.engine.cancel(shop.round, both, ACTOR).await.unwrap();
+    cancel(&shop.engine, shop.round, both, ACTOR).await.unwrap();
     shop.busy_day(1).await;
     shop.drain().await;
-    shop.engine.cancel(shop.round, early, ACTOR).await.unwrap();
+    cancel(&shop.engine, shop.round, early, ACTOR)
+        .await
+        .unwrap();
     shop.buy(50, 3, 7).await;
     shop.drain().await;
     let sums = shop.audit().await;
-    assert_eq!((sums.dead_letters, sums.dead_units), (5, 7));
+    assert_eq!((sums.dead_letters, sums.dead.sold), (5, 7));
     // Read once more, they are recognised.
     shop.sql("UPDATE journal_positions SET position = 0, position_epoch = 0")
         .await;
@@ -392,16 +391,13 @@ async fn dead_letters_are_stored_in_order_once_their_cause_is_mended() {
         .await;
     let returned = shop.buy(50, 1, 7).await;
     shop.buy(50, 2, 9).await;
-    shop.engine
-        .cancel(shop.round, returned, ACTOR)
-        .await
-        .unwrap();
+    let cancelled = cancel(&shop.engine, shop.round, returned, ACTOR);
+    cancelled.await.unwrap();
     shop.buy(50, 3, 1).await;
     let operation = OperationId::derive("restock", ACTOR, "more");
-    let restock = shop
-        .engine
-        .restock(shop.round, 5, operation, Fingerprint::restock(5), ACTOR);
-    restock.await.unwrap();
+    let asked = Fingerprint::units("restock", 5);
+    let restocked = restock(&shop.engine, shop.round, 5, operation, asked, ACTOR);
+    restocked.await.unwrap();
     shop.drain().await;
     assert_eq!(shop.audit().await.dead_letters, 4);
     // As long as nothing is mended, nothing changes.
@@ -409,7 +405,7 @@ async fn dead_letters_are_stored_in_order_once_their_cause_is_mended() {
     shop.sql("ALTER TABLE orders DROP CONSTRAINT seven").await;
     assert_eq!(redrive(&shop).await, (2, 2));
     let sums = shop.audit().await;
-    assert_eq!((sums.dead_letters, sums.dead_units), (2, 9));
+    assert_eq!((sums.dead_letters, sums.dead.sold), (2, 9));
     shop.sql("ALTER TABLE orders DROP CONSTRAINT nine").await;
     shop.sql("ALTER TABLE round_events DROP CONSTRAINT five")
         .await;
@@ -418,7 +414,7 @@ async fn dead_letters_are_stored_in_order_once_their_cause_is_mended() {
     assert_eq!(redrive(&shop).await, (0, 0));
     let sums = shop.audit().await;
     assert_eq!(
-        (sums.dead_letters, sums.dead_units, sums.restocked),
+        (sums.dead_letters, sums.dead.sold, sums.restocked),
         (0, 0, 5)
     );
     let order = Orders::new(shop.database.clone()).by_id(returned).await;
@@ -446,6 +442,7 @@ async fn a_round_that_postgresql_has_lost_keeps_nobody_waiting() {
         per_order_limit: 10,
         unit_price: Money::new(1999, Currency::parse("EUR").unwrap()).unwrap(),
         allocation: 50,
+        policy: Policy::default(),
     };
     shop.engine.provision(lost, &terms).await.unwrap();
     let elsewhere = |buyer: u128, quantity: u64| {
@@ -463,7 +460,7 @@ async fn a_round_that_postgresql_has_lost_keeps_nobody_waiting() {
     assert!(matches!(other.unwrap().decision, Decision::Accepted(_)));
     let gone = elsewhere(2, 4);
     shop.engine.purchase(gone).await.unwrap();
-    shop.engine.cancel(lost, gone.order, ACTOR).await.unwrap();
+    cancel(&shop.engine, lost, gone.order, ACTOR).await.unwrap();
     shop.busy_day(1).await;
     shop.drain().await;
     shop.audit().await;

@@ -20,6 +20,10 @@ use crate::{
     },
 };
 
+/// How long after its deadline a hold may still be there: sweeps come every second, and may have to
+/// wait for the fence.
+const HOLD_OVERDUE_MS: i64 = 5_000;
+
 /// What came of a check, or of all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -61,6 +65,8 @@ pub enum CheckName {
     RedisJournal,
     /// Once PostgreSQL has stored the round's last entry, its counters are those of Redis.
     PostgresRedis,
+    /// No hold outlives its deadline.
+    Holds,
     /// PostgreSQL has nothing that Redis does not have.
     PostgresNotAhead,
     /// PostgreSQL has no counters from behind the position.
@@ -81,6 +87,8 @@ pub enum CheckName {
     Statuses,
     /// What was paid and is not given back is what the sold orders are worth, and each is paid.
     Payments,
+    /// As many buyers wait in line in Redis as PostgreSQL says.
+    Line,
     /// Redis has as many orders and operations of the sale as PostgreSQL.
     SaleCounts,
     /// Each order of PostgreSQL is in Redis, the same to the last field.
@@ -101,12 +109,13 @@ pub enum CheckName {
 
 impl CheckName {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::Conservation,
         Self::Bounds,
         Self::RedisKeys,
         Self::RedisJournal,
         Self::PostgresRedis,
+        Self::Holds,
         Self::PostgresNotAhead,
         Self::PostgresPosition,
         Self::PostgresSums,
@@ -117,6 +126,7 @@ impl CheckName {
         Self::Durability,
         Self::Statuses,
         Self::Payments,
+        Self::Line,
         Self::SaleCounts,
         Self::Orders,
         Self::Leaderboard,
@@ -150,6 +160,8 @@ impl CheckName {
             Self::Durability => "durability",
             Self::Statuses => "statuses",
             Self::Payments => "payments",
+            Self::Holds => "holds",
+            Self::Line => "line",
             Self::SaleCounts => "sale_counts",
             Self::Orders => "orders",
             Self::Leaderboard => "leaderboard",
@@ -241,6 +253,8 @@ pub enum Sides {
         board: Pair,
         /// Buyers.
         buyers: Pair,
+        /// Whether other rounds add to what is counted of buyers meanwhile.
+        others_sell: bool,
         /// Something that Redis has less of than PostgreSQL.
         lacking: Option<String>,
     },
@@ -374,8 +388,8 @@ pub fn judge(
         counters(&sums.counters),
     ));
     // From the rows alone, without the subtraction that hides what is too much.
-    let units =
-        i128::from(sums.confirmed) + i128::from(sums.held) + i128::from(sums.dead_units.max(0));
+    let dead_units = sums.dead.sold + sums.dead.held;
+    let units = i128::from(sums.sold) + i128::from(sums.held) + i128::from(dead_units.max(0));
     checks.push(Check::new(
         CheckName::NoOversell,
         Status::of(units <= i128::from(counted.allocation)),
@@ -394,15 +408,15 @@ pub fn judge(
         format!("at most {} for each buyer", sums.per_buyer_limit),
         format!("at most {} for each buyer{above}", sums.most_units),
     ));
-    let dead_units = match sums.dead_letters {
+    let not_persisted = match sums.dead_letters {
         0 => String::new(),
-        _ => format!(", {} units not persisted", sums.dead_units),
+        _ => format!(", {dead_units} units not persisted"),
     };
     checks.push(Check::new(
         CheckName::DeadLetters,
         Status::of(sums.dead_letters == 0),
         "0",
-        format!("{}{dead_units}", sums.dead_letters),
+        format!("{}{not_persisted}", sums.dead_letters),
     ));
     let mode = sums.mode.as_str();
     checks.push(Check::new(
@@ -421,6 +435,7 @@ pub fn judge(
         },
     ));
     checks.push(payments(redis, sums));
+    checks.push(line(redis, sums));
     checks.push(sale_counts(redis, sums));
     both(redis, &stored, sides, orders, &mut checks);
     let certified = sums.certified.as_deref();
@@ -464,10 +479,10 @@ fn whole(keys: &RoundKeys, stored: &Stored, checks: &mut Vec<Check>) {
             now.remaining, now.held, now.sold
         ),
     ));
-    let count = |buyers, board, orders, operations| {
+    let count = |buyers, board, holds, line, orders, operations| {
         format!(
-            "{buyers} buyers, {board} on the leaderboard, {orders} orders and {operations} \
-             operations of the sale"
+            "{buyers} buyers, {board} on the leaderboard, {holds} held, {line} in line, {orders} \
+             orders and {operations} operations of the sale"
         )
     };
     checks.push(Check::equal(
@@ -475,18 +490,35 @@ fn whole(keys: &RoundKeys, stored: &Stored, checks: &mut Vec<Check>) {
         count(
             keys.buyers.0,
             keys.board.0,
+            keys.holds.0,
+            keys.line.0,
             keys.orders.0,
             keys.operations.0,
         ),
         count(
             keys.buyers.1,
             keys.board.1,
+            keys.holds.1,
+            keys.line.1,
             keys.orders.1,
             keys.operations.1,
         ),
     ));
     checks.push(journal(keys, stored));
     checks.push(postgres_redis(keys, stored));
+    // A hold that nobody swept keeps its units from everybody.
+    let now_ms = keys.standing.now_ms;
+    let overdue = keys.next_hold_ms.map_or(0, |until| now_ms - until);
+    checks.push(Check::new(
+        CheckName::Holds,
+        Status::of(overdue <= HOLD_OVERDUE_MS),
+        format!("none is over for more than {} s", HOLD_OVERDUE_MS / 1_000),
+        match keys.next_hold_ms {
+            None => "none is held".to_owned(),
+            Some(_) if overdue <= HOLD_OVERDUE_MS => "none is over".to_owned(),
+            Some(until) => format!("one has been over for {overdue} ms, since {until}"),
+        },
+    ));
 }
 
 /// The checks of a round whose keys are missing or not whole.
@@ -500,6 +532,7 @@ fn broken(remains: &Remains, stored: &Stored, checks: &mut Vec<Check>) {
             CheckName::RedisKeys,
             CheckName::RedisJournal,
             CheckName::PostgresRedis,
+            CheckName::Holds,
         ] {
             checks.push(Check::new(
                 name,
@@ -573,6 +606,12 @@ fn broken(remains: &Remains, stored: &Stored, checks: &mut Vec<Check>) {
         Status::Fail,
         shown,
         counters(&stored.counters),
+    ));
+    checks.push(Check::new(
+        CheckName::Holds,
+        Status::Pending,
+        "a whole round",
+        what,
     ));
 }
 
@@ -690,6 +729,20 @@ fn dense(sums: &RoundSums) -> Check {
     )
 }
 
+/// Those who wait: equal at the round's last entry.
+fn line(redis: &RoundAudit, sums: &RoundSums) -> Check {
+    let stored = sums.waiting.to_string();
+    match &redis.keys {
+        Ok(keys) if keys.standing.intent == Intent::Archived => {
+            Check::new(CheckName::Line, Status::Pass, "it has left", "it has left")
+        }
+        Ok(keys) if level(redis, &sums.stored()) => {
+            Check::equal(CheckName::Line, keys.line.1.to_string(), stored)
+        }
+        Ok(_) | Err(_) => Check::new(CheckName::Line, Status::Pending, "at one entry", stored),
+    }
+}
+
 /// Orders and operations of the sale: equal once nothing of the sale is on its way.
 fn sale_counts(redis: &RoundAudit, sums: &RoundSums) -> Check {
     let name = CheckName::SaleCounts;
@@ -742,17 +795,23 @@ fn both(
             orders,
             board,
             buyers,
+            others_sell,
             ..
         } if level(redis, stored) => {
             let (places, people) = match &redis.keys {
                 Ok(keys) => (keys.board.1, keys.buyers.1),
                 Err(_) => (-1, -1),
             };
+            let most = match others_sell {
+                true => buyers.postgres.cast_signed(),
+                false => i64::MAX,
+            };
             let hash = hash.and_then(|hash| hash.get(..8)).unwrap_or_default();
             let pairs = [
                 (orders, orders.redis.cast_signed(), format!(", {hash}")),
                 (board, places, String::new()),
-                (buyers, people, String::new()),
+                // Those who have come to other rounds since.
+                (buyers, people.min(most), String::new()),
             ];
             checks.extend(all.into_iter().zip(pairs).map(
                 |((name, what), (pair, in_redis, hash))| {

@@ -230,7 +230,7 @@ impl Auditor {
                 compare::read_stored(&mut snapshot, round, &mut hash).await?;
                 Sides::Archived
             } else {
-                compare::read_both(&mut snapshot, engine, round, &mut hash).await?
+                compare::read_both(&mut snapshot, engine, round, &sums, &mut hash).await?
             };
             orders = Some(hash.digest());
             // If the round has not moved since the snapshot, it had not while it was compared.

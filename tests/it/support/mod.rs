@@ -22,15 +22,18 @@ use stockade::{
     clock,
     domain::{
         durability::Said,
-        id::{Epoch, Partition},
+        id::{Epoch, Fingerprint, OperationId, OrderId, Partition, RoundId},
+        model::{Allocated, Operation, Release, Released},
+        order::Durability,
     },
     embedded::{PostgresOptions, PostgresServer, RedisOptions, RedisRole, RedisServer},
-    engine::{Engine, EngineOptions, RedisUrl},
+    engine::{Engine, EngineError, EngineOptions, RedisUrl},
     metrics::EngineMetrics,
     store::{Database, DatabaseSettings},
 };
 use tempfile::TempDir;
 use tokio::sync::{Mutex, OnceCell};
+use uuid::Uuid;
 
 /// A number from the environment.
 pub(crate) fn variable(name: &str) -> Option<u64> {
@@ -211,4 +214,35 @@ pub(crate) async fn database() -> SecretString {
         .unwrap();
     drop(copying);
     format!("{base}/{name}").into()
+}
+
+/// Gives an order back, all of it.
+pub(crate) async fn cancel(
+    engine: &Engine,
+    round: RoundId,
+    order: OrderId,
+    actor: Uuid,
+) -> Result<Released, EngineError> {
+    let release = Release::Cancel;
+    let durability = Some(Durability::Fsync);
+    let released = engine.release(round, order, release, None, None, durability, actor);
+    released.await.map(|(released, _)| released)
+}
+
+/// Adds units to a round.
+pub(crate) async fn restock(
+    engine: &Engine,
+    round: RoundId,
+    units: u64,
+    operation: OperationId,
+    fingerprint: Fingerprint,
+    actor: Uuid,
+) -> Result<Allocated, EngineError> {
+    let operation = Operation {
+        id: operation,
+        fingerprint,
+    };
+    let durability = Some(Durability::Fsync);
+    let allocated = engine.allocate(round, false, units, operation, durability, actor);
+    allocated.await.map(|(allocated, _)| allocated)
 }

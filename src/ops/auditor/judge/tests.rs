@@ -2,8 +2,9 @@ use super::*;
 use crate::{
     domain::{
         id::{Epoch, JournalId, RoundId, SaleNumber},
+        journal::Delta,
         order::Mode,
-        round::{State, Window},
+        round::{LimitScope, State, Window},
     },
     engine::Standing,
 };
@@ -56,6 +57,7 @@ impl Evidence {
             per_order_limit: 2,
             orders: 50,
             archived_rounds: 0,
+            waiting: 0,
             now_ms: 5,
         };
         Self {
@@ -66,6 +68,9 @@ impl Evidence {
                     board: (40, 40),
                     orders: (50, 50),
                     operations: (1, 1),
+                    holds: (0, 0),
+                    line: (0, 0),
+                    next_hold_ms: None,
                     entry: entry(70),
                     journal: Some(counters),
                 }),
@@ -78,13 +83,15 @@ impl Evidence {
                 intent: Intent::Live,
                 provisioned: true,
                 per_buyer_limit: 4,
+                limit_scope: LimitScope::Round,
                 initial_allocation: 100,
                 restocked: 10,
                 held: 0,
-                confirmed: 50,
+                held_orders: 0,
+                sold: 50,
                 confirmed_orders: 40,
                 dead_letters: 0,
-                dead_units: 0,
+                dead: Delta::default(),
                 events: 61,
                 last_seq: 61,
                 gap: None,
@@ -95,6 +102,7 @@ impl Evidence {
                 otherwise: 0,
                 orders: 50,
                 cancelled_orders: 10,
+                waiting: 0,
                 unexplained: 0,
                 sale_orders: 50,
                 sale_operations: 1,
@@ -107,6 +115,7 @@ impl Evidence {
                 orders: pair(50),
                 board: pair(40),
                 buyers: pair(30),
+                others_sell: false,
                 lacking: None,
             },
             orders: Some(HASH),
@@ -463,7 +472,7 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
         (
             "a row is gone",
             |e| {
-                e.sums.confirmed = 49;
+                e.sums.sold = 49;
                 e.sums.events = 60;
                 e.sums.gap = Some(17);
             },
@@ -472,7 +481,7 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
         (
             "a row is there twice",
             |e| {
-                e.sums.confirmed = 51;
+                e.sums.sold = 51;
                 e.sums.events = 62;
                 e.sums.duplicates = 1;
             },
@@ -480,12 +489,12 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
         ),
         (
             "a quantity was changed",
-            |e| e.sums.confirmed = 55,
+            |e| e.sums.sold = 55,
             &[N::PostgresSums],
         ),
         (
             "more orders than units",
-            |e| e.sums.confirmed = 111,
+            |e| e.sums.sold = 111,
             &[N::PostgresSums, N::NoOversell],
         ),
         (
@@ -505,10 +514,33 @@ fn each_corruption_is_found_by_its_checks_and_shows_both_numbers() {
             "an order could not be stored",
             |e| {
                 e.sums.dead_letters = 1;
-                e.sums.dead_units = 2;
-                e.sums.confirmed = 48;
+                e.sums.dead.sold = 2;
+                e.sums.sold = 48;
             },
             &[N::DeadLetters],
+        ),
+        (
+            "a hold outlives its deadline",
+            |e| e.keys().next_hold_ms = Some(-6_000),
+            &[N::Holds],
+        ),
+        (
+            "a hold is counted and not there",
+            |e| e.keys().holds.0 = 1,
+            &[N::RedisKeys],
+        ),
+        (
+            "somebody waits in PostgreSQL alone",
+            |e| e.sums.waiting = 1,
+            &[N::Line],
+        ),
+        (
+            "a held order of a dead letter",
+            |e| {
+                e.sums.dead_letters = 1;
+                e.sums.dead.held = 2;
+            },
+            &[N::PostgresSums, N::DeadLetters],
         ),
         (
             "an order is not as durable as promised",
@@ -600,7 +632,7 @@ fn while_the_writer_is_on_its_way_nothing_is_compared_and_nothing_is_passed() {
         ..evidence.sums.counters
     };
     evidence.sums.counters = before;
-    evidence.sums.confirmed = 48;
+    evidence.sums.sold = 48;
     evidence.sums.events = 59;
     evidence.sums.last_seq = 59;
     evidence.sums.sale_orders = 48;
@@ -611,6 +643,7 @@ fn while_the_writer_is_on_its_way_nothing_is_compared_and_nothing_is_passed() {
             evidence.with(Status::Pending),
             [
                 CheckName::PostgresRedis,
+                CheckName::Line,
                 CheckName::Orders,
                 CheckName::Leaderboard,
                 CheckName::Buyers
@@ -619,7 +652,7 @@ fn while_the_writer_is_on_its_way_nothing_is_compared_and_nothing_is_passed() {
         assert_eq!(verdict(&evidence.checks()), Status::Pending);
     }
     // A lie of PostgreSQL about itself shows even so.
-    evidence.sums.confirmed = 47;
+    evidence.sums.sold = 47;
     assert_eq!(evidence.with(Status::Fail), [CheckName::PostgresSums]);
 }
 
@@ -647,7 +680,7 @@ fn a_round_that_redis_does_not_have_yet_is_pending() {
         counters: fresh,
         provisioned: false,
         restocked: 0,
-        confirmed: 0,
+        sold: 0,
         confirmed_orders: 0,
         events: 0,
         last_seq: 0,

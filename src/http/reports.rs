@@ -50,7 +50,8 @@ const CHUNK: i64 = 1_000;
 
 /// The columns of an export. New ones are added at the end.
 const COLUMNS: &str = "order_id,sale_id,sale_name,round,seq,buyer_id,quantity,unit_price_minor,\
-                       total_minor,currency,status,accepted_as,accepted_at,durability\r\n";
+                       total_minor,currency,status,accepted_as,accepted_at,durability,\
+                       returned_units,refunded_units\r\n";
 
 pub(super) fn routes() -> Routes {
     const CODES: &[Code] = &[Code::NotFound, Code::Validation];
@@ -73,7 +74,8 @@ struct ExportQuery {
 ///
 /// All stored orders as CSV (RFC 4180, UTF-8), in order of acceptance. Columns: `order_id`,
 /// `sale_id`, `sale_name`, `round`, `seq`, `buyer_id`, `quantity`, `unit_price_minor`,
-/// `total_minor`, `currency`, `status`, `accepted_as`, `accepted_at`, `durability`; new ones come
+/// `total_minor`, `currency`, `status`, `accepted_as`, `accepted_at`, `durability`,
+/// `returned_units` (back on sale), `refunded_units` (refunded, and not back on sale); new ones come
 /// behind these. No cell begins with a sign that a spreadsheet would take for a formula. An answer
 /// that breaks off is not complete.
 #[utoipa::path(get, path = "/v1/sales/{id}/orders.csv", tag = "reports",
@@ -170,6 +172,8 @@ fn row(out: &mut Vec<u8>, order: &Order, sale: &SaleFacts) {
         order.accepted_as.as_str().to_owned(),
         Timestamp::from_ms(order.accepted_at_ms).to_string(),
         order.durability.as_str().to_owned(),
+        order.returned.to_string(),
+        order.refunded.to_string(),
     ];
     for (index, text) in cells.iter().enumerate() {
         if index > 0 {

@@ -349,10 +349,10 @@ macro_rules! page {
                AND ($8::text IS NULL OR price_currency = $8)
                AND ($9::boolean IS NULL OR $9 = EXISTS (
                        SELECT FROM sales
-                       JOIN rounds ON rounds.sale = sales.number AND rounds.round = sales.round
+                       JOIN rounds ON rounds.sale = sales.number AND rounds.round >= sales.round
                        WHERE sales.product_id = products.id
                          AND rounds.provisioned_at IS NOT NULL
-                         AND rounds.intent <> 'closed'
+                         AND rounds.intent IN ('live', 'paused')
                          AND rounds.opens_at <= $10
                          AND (rounds.closes_at IS NULL OR rounds.closes_at > $10)))
              ORDER BY " + $column + " " + $direction + ", id " + $direction + "

@@ -228,7 +228,7 @@ async fn an_export_has_every_order_once_and_no_formula() {
     assert_eq!(
         columns,
         "order_id,sale_id,sale_name,round,seq,buyer_id,quantity,unit_price_minor,total_minor,\
-         currency,status,accepted_as,accepted_at,durability"
+         currency,status,accepted_as,accepted_at,durability,returned_units,refunded_units"
     );
     let quoted = format!("\"'{}\"", name.replace('"', "\"\""));
     let mut told: Vec<_> = orders
@@ -242,7 +242,7 @@ async fn an_export_has_every_order_once_and_no_formula() {
             };
             let text = |member: &str| order[member].as_str().unwrap().to_owned();
             let line = format!(
-                "{},{sale},{quoted},1,{},{},{},1999,{},EUR,{status},confirmed,{},{}",
+                "{},{sale},{quoted},1,{},{},{},1999,{},EUR,{status},confirmed,{},{},{},0",
                 text("id"),
                 order["seq"],
                 text("buyer_id"),
@@ -250,6 +250,11 @@ async fn an_export_has_every_order_once_and_no_formula() {
                 order["total"]["amount"],
                 text("accepted_at"),
                 text("durability"),
+                if status == "cancelled" {
+                    order["quantity"].as_u64().unwrap()
+                } else {
+                    0
+                },
             );
             (order["seq"].as_u64().unwrap(), line)
         })

@@ -37,8 +37,8 @@ pub(super) fn routes() -> Routes {
 
 /// Follow a sale
 ///
-/// Server-sent events: `snapshot` at once, then `state` when round, state or `sold_out` changed,
-/// and `stock` when only numbers did; at most ten in a second. Whoever is slow skips some, but
+/// Server-sent events: `snapshot` at once, then `state` when round, state, `sold_out` or window
+/// changed, and `stock` when only numbers did; at most ten in a second. Whoever is slow skips some, but
 /// always gets the last one. Ids order all events of a sale as texts compare.
 #[utoipa::path(get, path = "/v1/sales/{id}/events", tag = "sales",
     params(

@@ -619,6 +619,9 @@ impl From<SaleError> for Problem {
                 Self::out_of_range(vec![missing])
             }
             SaleError::Terms(error) => super::sales::contradiction(error),
+            SaleError::Range(pointer, detail) => {
+                Self::out_of_range(vec![FieldError::new(pointer, detail)])
+            }
             SaleError::NoWindow => {
                 let detail = "no window opens behind the rounds that are made";
                 Self::out_of_range(vec![FieldError::new("#/schedule", detail)])

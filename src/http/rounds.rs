@@ -2,30 +2,58 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::{
+    extract::State,
+    http::header::ETAG,
+    response::{IntoResponse, Response},
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::{
-    body::{Path, Query},
-    check::{Price, Timestamp},
+    body::{Json, Path, Query},
+    caller::Operator,
+    check::{Check, Price, Timestamp, present},
     page::{Page, Pagination},
     problem::{Code, Problem},
     routes::{Access, Routes},
+    version::{IfMatch, live_etag, stale},
 };
 use crate::{
-    domain::{id::SaleId, money::Money, round},
+    domain::{
+        id::SaleId,
+        limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX, HOLD_MS_MAX},
+        money::Money,
+        round,
+    },
     sales::{self, Shop},
 };
 
 pub(super) fn routes() -> Routes {
-    Routes::new().add(
-        Access::Anyone,
-        routes!(rounds),
-        &[Code::NotFound, Code::Validation],
-    )
+    Routes::new()
+        .add(
+            Access::Anyone,
+            routes!(rounds),
+            &[Code::NotFound, Code::Validation],
+        )
+        .add(Access::Anyone, routes!(round), &[Code::NotFound])
+        .add(
+            Access::Operator,
+            routes!(change_round),
+            &[
+                Code::NotFound,
+                Code::Conflict,
+                Code::PreconditionFailed,
+                Code::PreconditionRequired,
+            ],
+        )
+        .add(
+            Access::Operator,
+            routes!(extend_round),
+            &[Code::NotFound, Code::Conflict],
+        )
 }
 
 /// What a round is.
@@ -149,4 +177,131 @@ async fn rounds(
         |round| round.window.opens_at_ms,
         RoundView::from,
     )))
+}
+
+/// A round with the `ETag` of what a change would change.
+fn shown(view: sales::RoundView) -> Response {
+    let seq = view
+        .counters
+        .map_or(0, |counters| counters.seq.cast_signed());
+    let etag = [(ETAG, live_etag(seq))];
+    (etag, axum::Json(RoundView::from(view))).into_response()
+}
+
+/// Get a round
+///
+/// One that is made, never older than the request.
+#[utoipa::path(get, path = "/v1/sales/{id}/rounds/{round}", tag = "sales",
+    params(("id" = Uuid, Path), ("round" = u32, Path, minimum = 1, example = 1)),
+    responses((status = 200, description = "The round", body = RoundView)))]
+async fn round(
+    State(shop): State<Arc<Shop>>,
+    Path((id, round)): Path<(Uuid, u32)>,
+) -> Result<Response, Problem> {
+    Ok(shown(shop.made_round(SaleId(id), round).await?))
+}
+
+/// What to change of a round that has not opened; what is absent stays.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RoundChange {
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Timestamp, required = false)]
+    opens_at: Option<Timestamp>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Timestamp, required = false)]
+    closes_at: Option<Timestamp>,
+    /// Of one unit.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Price, required = false)]
+    price: Option<Price>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
+    per_buyer_limit: Option<i64>,
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
+    per_order_limit: Option<i64>,
+    /// Seconds that an order may wait for its payment.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 86_400)]
+    hold_seconds: Option<i64>,
+    /// Units of the round.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 10_000_000)]
+    allocation: Option<i64>,
+}
+
+impl RoundChange {
+    fn check(&self) -> Result<sales::RoundChange, Problem> {
+        let mut check = Check::new();
+        let mut units = |pointer, units: Option<i64>, max| {
+            units.map(|units| check.units(pointer, units, 1..=max))
+        };
+        let per_buyer_limit = units("#/per_buyer_limit", self.per_buyer_limit, BUYER_LIMIT_MAX);
+        let per_order_limit = units("#/per_order_limit", self.per_order_limit, BUYER_LIMIT_MAX);
+        let allocation = units("#/allocation", self.allocation, ALLOCATION_MAX);
+        let hold = units("#/hold_seconds", self.hold_seconds, HOLD_MS_MAX / 1_000);
+        let mut instant = |pointer, at: Option<Timestamp>| at.map(|at| check.instant(pointer, at));
+        let opens_at_ms = instant("#/opens_at", self.opens_at);
+        let closes_at_ms = instant("#/closes_at", self.closes_at);
+        let price = self.price.as_ref();
+        let unit_price = price.and_then(|price| check.price("#/price", price));
+        check.done().map(|()| sales::RoundChange {
+            opens_at_ms,
+            closes_at_ms,
+            unit_price,
+            per_buyer_limit,
+            per_order_limit,
+            hold_ms: hold.map(|seconds| seconds * 1_000),
+            allocation,
+        })
+    }
+}
+
+/// Change a round
+///
+/// One that is made and has not opened: its window, price, limits and units. It may not overlap the
+/// rounds before and after it.
+#[utoipa::path(patch, path = "/v1/sales/{id}/rounds/{round}", tag = "sales",
+    request_body = RoundChange,
+    params(("id" = Uuid, Path), ("round" = u32, Path, minimum = 1, example = 1),
+        ("If-Match" = String, Header, description = "The ETag of the version to change")),
+    responses((status = 200, description = "The round", body = RoundView)))]
+async fn change_round(
+    Operator(operator): Operator,
+    State(shop): State<Arc<Shop>>,
+    Path((id, round)): Path<(Uuid, u32)>,
+    IfMatch(version): IfMatch,
+    Json(change): Json<RoundChange>,
+) -> Result<Response, Problem> {
+    let change = change.check()?;
+    let seq = u64::try_from(version).map_err(|_| stale())?;
+    let changed = shop.change_round(SaleId(id), round, seq, change, operator.user);
+    Ok(shown(changed.await.map_err(Problem::of_making)?))
+}
+
+/// A later end.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Extension {
+    closes_at: Timestamp,
+}
+
+/// Put the end of the present round off
+///
+/// At most until the next one opens. Doing it twice is doing it once.
+#[utoipa::path(post, path = "/v1/sales/{id}/extend", tag = "sales", request_body = Extension,
+    params(("id" = Uuid, Path)),
+    responses((status = 200, description = "The round", body = RoundView)))]
+async fn extend_round(
+    Operator(operator): Operator,
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+    Json(extension): Json<Extension>,
+) -> Result<Response, Problem> {
+    let mut check = Check::new();
+    let closes_at_ms = check.instant("#/closes_at", extension.closes_at);
+    check.done()?;
+    let extended = shop.extend(SaleId(id), closes_at_ms, operator.user);
+    Ok(shown(extended.await.map_err(Problem::of_making)?))
 }

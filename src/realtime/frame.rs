@@ -3,13 +3,14 @@
 use std::{fmt, time::Instant};
 
 use bytes::Bytes;
+use chrono::{DateTime, SecondsFormat};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
     domain::{
         id::{Epoch, SaleId},
-        round::State,
+        round::{State, Window},
     },
     engine::Standing,
 };
@@ -90,6 +91,12 @@ pub struct Stock {
     sold: u64,
     /// The number of the round's last event.
     seq: u64,
+    /// When the round opens.
+    #[schema(value_type = String, format = DateTime, example = "2026-11-27T09:00:00.000Z")]
+    opens_at: String,
+    /// When it closes, if it does by itself.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    closes_at: Option<String>,
     /// When that was so: milliseconds since the Unix epoch by the clock that decides.
     server_time_ms: i64,
 }
@@ -99,14 +106,14 @@ pub struct Stock {
 pub(super) enum Form {
     /// The first that a subscriber gets of a sale.
     Snapshot,
-    /// State, round or `sold_out` changed since the last one.
+    /// State, round, `sold_out` or window changed since the last one.
     State,
     /// Only numbers changed.
     Stock,
 }
 
-/// What makes an event a `state`: round, state, sold out.
-pub(super) type Look = (u32, State, bool);
+/// What makes an event a `state`: round, state, sold out, window.
+pub(super) type Look = (u32, State, bool, Window);
 
 /// A piece of a stream, framed as a chunk of HTTP/1.1, so that it is framed once for everybody.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,6 +162,12 @@ fn chunk(text: &str) -> (String, usize) {
     (format!("{head}{text}{CHUNK_END}"), head.len())
 }
 
+/// As the API writes instants.
+fn instant(ms: i64) -> String {
+    let at = DateTime::from_timestamp_millis(ms).unwrap_or_default();
+    at.to_rfc3339_opts(SecondsFormat::Millis, true)
+}
+
 /// What subscribers of a sale are told, in every form.
 #[derive(Clone, Debug)]
 pub(super) struct Frame {
@@ -176,17 +189,25 @@ impl Frame {
     /// Encodes `standing`.
     pub(super) fn encode(sale: SaleId, standing: &Standing, made_at: Instant) -> Self {
         let (id, counters) = (FrameId::of(standing), standing.counters);
-        let look = (standing.round.round, standing.state, standing.sold_out());
+        let sold_out = standing.sold_out();
+        let look = (
+            standing.round.round,
+            standing.state,
+            sold_out,
+            standing.window,
+        );
         let stock = Stock {
             sale_id: sale,
             round: standing.round.round,
             state: standing.state.as_str(),
-            sold_out: standing.sold_out(),
+            sold_out,
             allocation: counters.allocation,
             remaining: counters.remaining,
             held: counters.held,
             sold: counters.sold,
             seq: counters.seq,
+            opens_at: instant(standing.window.opens_at_ms),
+            closes_at: standing.window.closes_at_ms.map(instant),
             server_time_ms: standing.now_ms,
         };
         // Numbers, words and an id always have a JSON form.
@@ -232,7 +253,7 @@ pub(super) mod tests {
     use super::*;
     use crate::domain::{
         id::{RoundId, SaleNumber},
-        round::{Counters, Intent, Window},
+        round::{Counters, Intent},
     };
 
     pub(in crate::realtime) const SALE: SaleId = SaleId(Uuid::from_u128(0xa));
@@ -324,7 +345,8 @@ pub(super) mod tests {
         let data: serde_json::Value = serde_json::from_str(&data).unwrap();
         let expected = serde_json::json!({
             "sale_id": SALE, "round": 2, "state": "open", "sold_out": true, "allocation": 10,
-            "remaining": 0, "held": 0, "sold": 10, "seq": 10, "server_time_ms": 2_010
+            "remaining": 0, "held": 0, "sold": 10, "seq": 10,
+            "opens_at": "1970-01-01T00:00:01.000Z", "closes_at": null, "server_time_ms": 2_010
         });
         assert_eq!(data, expected);
     }

@@ -1,5 +1,6 @@
 //! What can be done with sales and their orders: the store and the engine together.
 
+mod amend;
 mod archive;
 mod commits;
 mod demand;
@@ -18,6 +19,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use uuid::Uuid;
 
 pub use self::{
+    amend::RoundChange,
     archive::Archive,
     commits::Commits,
     demand::Demand,
@@ -76,6 +78,9 @@ pub enum SaleError {
     /// The rules of a round would contradict each other.
     #[error(transparent)]
     Terms(TermsError),
+    /// A value of the request does not fit what is there: which, and why.
+    #[error("{1}")]
+    Range(&'static str, &'static str),
     /// No window of a schedule opens behind the rounds that are made.
     #[error("no window opens behind the rounds that are made")]
     NoWindow,

@@ -1,18 +1,19 @@
 //! Schedules: which of their windows are rounds, and which were missed.
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, Postgres, Transaction};
+use uuid::Uuid;
 
 use super::{
     Database, StoreError,
-    rounds::{intent, money, window},
+    rounds::{intent, money, policy, window},
     sales::schedule,
     unreadable,
 };
 use crate::domain::{
     id::{Partition, SaleId, SaleNumber},
     money::Money,
-    round::{Counters, Intent, Window},
+    round::{Counters, Intent, Terms, Window},
     schedule::Turn,
 };
 
@@ -77,10 +78,63 @@ pub struct StoredRound {
     pub counters: Counters,
 }
 
+/// A sale whose rounds nobody else makes or changes, until it is dropped. Must not outlive the task
+/// that took it: whoever is cancelled in the middle would leave a connection in doubt.
+#[derive(Debug)]
+pub struct SaleLock {
+    transaction: Transaction<'static, Postgres>,
+    sale: i32,
+    /// The window behind the last round that is made, if the schedule has one.
+    pub upcoming: Option<Window>,
+}
+
+impl SaleLock {
+    /// A round that Redis has, as [`Schedules::round`].
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn round(&mut self, round: u32) -> Result<Option<(Terms, u64)>, StoreError> {
+        stored_round(&mut self.transaction, self.sale, round).await
+    }
+
+    /// Ends it, and notes that `by` has changed a round: nodes look anew, and so does whoever makes
+    /// rounds.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn changed(mut self, by: Uuid, now_ms: i64) -> Result<(), StoreError> {
+        sqlx::query!(
+            "UPDATE sales
+             SET updated_at = now(), updated_by = $2,
+                 plan_at = CASE WHEN schedule IS NOT NULL
+                                THEN least(plan_at, $3::timestamptz) END
+             WHERE number = $1",
+            self.sale,
+            by,
+            instant(now_ms)?
+        )
+        .execute(&mut *self.transaction)
+        .await?;
+        self.transaction.commit().await?;
+        Ok(())
+    }
+}
+
 /// The schedules in PostgreSQL.
 #[derive(Clone, Debug)]
 pub struct Schedules {
     database: Database,
+}
+
+impl From<&Terms> for Making {
+    fn from(terms: &Terms) -> Self {
+        Self {
+            unit_price: terms.unit_price,
+            allocation: terms.allocation,
+            per_buyer_limit: terms.per_buyer_limit,
+            per_order_limit: terms.per_order_limit,
+        }
+    }
 }
 
 impl Schedules {
@@ -122,6 +176,51 @@ impl Schedules {
     pub async fn plan(&self, sale: SaleNumber, now_ms: i64) -> Result<Planned, StoreError> {
         self.database
             .run(async move |pool| plan(pool, sale.0.cast_signed(), now_ms).await)
+            .await
+    }
+
+    /// The rules of a round that Redis has, and the last event of it that is stored: rules that an
+    /// operator has changed are as old as that.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn round(
+        &self,
+        sale: SaleNumber,
+        round: u32,
+    ) -> Result<Option<(Terms, u64)>, StoreError> {
+        let sale = sale.0.cast_signed();
+        self.database
+            .run(async move |pool| {
+                let mut connection = pool.acquire().await?;
+                stored_round(&mut connection, sale, round).await
+            })
+            .await
+    }
+
+    /// Locks a sale: its rounds are changed one after the other, and none is made meanwhile.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn lock(&self, sale: SaleNumber) -> Result<SaleLock, StoreError> {
+        let sale = sale.0.cast_signed();
+        self.database
+            .run(async move |pool| {
+                let mut transaction = pool.begin().await?;
+                let row = sqlx::query!(
+                    "SELECT schedule, planned_until, windows_planned FROM sales
+                     WHERE number = $1 FOR NO KEY UPDATE",
+                    sale
+                )
+                .fetch_one(&mut *transaction)
+                .await?;
+                let planned = schedule(row.schedule, row.planned_until, row.windows_planned)?;
+                Ok(SaleLock {
+                    transaction,
+                    sale,
+                    upcoming: planned.and_then(|(schedule, progress)| schedule.next(progress)),
+                })
+            })
             .await
     }
 
@@ -233,6 +332,34 @@ impl Schedules {
             })
             .await
     }
+}
+
+async fn stored_round(
+    connection: &mut PgConnection,
+    sale: i32,
+    round: u32,
+) -> Result<Option<(Terms, u64)>, StoreError> {
+    let row = sqlx::query!(
+        "SELECT unit_price, currency, initial_allocation, per_buyer_limit, per_order_limit,
+                opens_at, closes_at, hold_ms, limit_scope, ends, waitlist, seq
+         FROM rounds WHERE sale = $1 AND round = $2 AND provisioned_at IS NOT NULL",
+        sale,
+        i32::try_from(round).unwrap_or(i32::MAX)
+    )
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        let terms = Terms {
+            window: window(row.opens_at, row.closes_at),
+            per_buyer_limit: row.per_buyer_limit.cast_unsigned(),
+            per_order_limit: row.per_order_limit.cast_unsigned(),
+            unit_price: money(row.unit_price, &row.currency)?,
+            allocation: row.initial_allocation.cast_unsigned(),
+            policy: policy(row.hold_ms, &row.limit_scope, &row.ends, row.waitlist)?,
+        };
+        Ok((terms, row.seq.cast_unsigned()))
+    })
+    .transpose()
 }
 
 async fn plan(pool: PgPool, sale: i32, now_ms: i64) -> Result<Planned, StoreError> {

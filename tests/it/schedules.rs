@@ -573,9 +573,162 @@ async fn a_sale_that_opened_once_can_open_again() {
     };
     let order = tokio::time::timeout(PATIENCE, open).await.unwrap();
     assert_eq!(order["round"], 2);
-    assert_eq!(app.view(&sale).await["allocation"], 4);
+    // The first node hears of it, too.
+    let path = format!("/v1/sales/{sale}");
+    let view = app
+        .until(&path, |answer| answer.json()["round"] == 2)
+        .await
+        .json();
+    assert_eq!(view["allocation"], 4);
     let replayed = app.buy(&sale, ada, "k", 2).await.expect(201);
     assert_eq!(replayed.json()["round"], 1);
+    other.stop().await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn a_round_that_is_made_changes_until_it_opens() {
+    let app = App::start().await;
+    let window = |opens: i64, closes: i64| json!({ "opens_at": after(opens * 1_000), "closes_at": after(closes * 1_000) });
+    let windows = [window(0, 600), window(3_600, 3_660), window(7_200, 7_260)];
+    let schedule = json!({ "windows": windows });
+    let sale = scheduled(&app, schedule, json!({ "allocation": 5 })).await;
+    let sale = id(&sale).to_owned();
+    until_rounds(&app, &sale, |rounds| {
+        states(rounds) == ["open", "scheduled", "planned"]
+    })
+    .await;
+    let path = |round: u32| format!("/v1/sales/{sale}/rounds/{round}");
+    let change = async |round: u32, change: Value| {
+        let now = app.get(&path(round)).await.expect(200);
+        let request = app
+            .operate(Method::PATCH, &path(round))
+            .header("If-Match", now.header("etag").unwrap());
+        send(request.json(&change)).await
+    };
+    let (opens, closes) = (after(1_800_000), after(5_000_000));
+    let first = app.get(&path(2)).await.expect(200);
+    let changed = change(
+        2,
+        json!({
+            "opens_at": opens, "closes_at": closes, "price": { "amount": 7, "currency": "EUR" },
+            "per_buyer_limit": 3, "per_order_limit": 2, "allocation": 9,
+        }),
+    )
+    .await
+    .expect(200)
+    .json();
+    let expected = json!({
+        "round": 2, "state": "scheduled", "opens_at": opens, "closes_at": closes,
+        "price": { "amount": 7, "currency": "EUR" }, "per_buyer_limit": 3, "per_order_limit": 2,
+        "allocation": 9, "remaining": 9, "held": 0, "sold": 0, "seq": 2,
+    });
+    assert_eq!(changed, expected);
+    assert_eq!(app.get(&path(2)).await.json(), expected);
+    assert_eq!(rounds(&app, &sale).await[1], expected);
+    let fewer = change(2, json!({ "allocation": 4 }))
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(
+        (&fewer["allocation"], &fewer["seq"]),
+        (&json!(4), &json!(3))
+    );
+    for (round, body, status, pointer) in [
+        (2, json!({ "opens_at": after(599_000) }), 422, "#/opens_at"),
+        (
+            2,
+            json!({ "closes_at": after(7_201_000) }),
+            422,
+            "#/closes_at",
+        ),
+        (2, json!({ "closes_at": opens }), 422, "#/closes_at"),
+        (2, json!({ "per_order_limit": 4 }), 422, "#/per_order_limit"),
+        (2, json!({ "allocation": 0 }), 422, "#/allocation"),
+        (2, json!({ "name": "x" }), 400, "#/name"),
+        (1, json!({ "per_buyer_limit": 3 }), 409, ""),
+    ] {
+        let refused = change(round, body.clone()).await.expect(status).json();
+        let found = refused["errors"][0]["pointer"].as_str().unwrap_or_default();
+        assert_eq!(found, pointer, "{body}: {refused}");
+    }
+    let stale = app.operate(Method::PATCH, &path(2));
+    let stale = stale.header("If-Match", first.header("etag").unwrap());
+    send(stale.json(&json!({ "allocation": 5 })))
+        .await
+        .expect(412);
+    app.get(&path(3)).await.expect(404);
+    // It is what comes next.
+    send(app.operate(Method::POST, &format!("/v1/sales/{sale}/close")))
+        .await
+        .expect(200);
+    let next = app.view(&sale).await;
+    assert_eq!(
+        (&next["round"], &next["opens_at"]),
+        (&json!(2), &json!(opens))
+    );
+    assert_eq!(
+        (&next["price"]["amount"], &next["remaining"]),
+        (&json!(7), &json!(4))
+    );
+    let path = format!("/v1/sales/{sale}/audit?round=2");
+    let decided = |answer: &Answer| answer.json()["verdict"] != "pending";
+    let audit = app.until(&path, decided).await.json();
+    assert_eq!(audit["verdict"], "pass", "{audit:#}");
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn the_end_of_the_present_round_is_put_off() {
+    let app = App::start().await;
+    let other = app.node().await;
+    let (end, later, next) = (after(2_500), after(6_000), after(600_000));
+    let schedule = json!({ "windows": [
+        { "opens_at": after(0), "closes_at": end },
+        { "opens_at": next, "closes_at": after(700_000) },
+    ]});
+    let sale = scheduled(&app, schedule, json!({})).await;
+    let sale = id(&sale).to_owned();
+    until_rounds(&app, &sale, |rounds| {
+        states(rounds) == ["open", "scheduled"]
+    })
+    .await;
+    let extend = async |closes_at: &str| {
+        let path = format!("/v1/sales/{sale}/extend");
+        send(
+            app.operate(Method::POST, &path)
+                .json(&json!({ "closes_at": closes_at })),
+        )
+        .await
+    };
+    for bad in [after(1_000), after(600_100)] {
+        let refused = extend(&bad).await.expect(422).json();
+        assert_eq!(refused["errors"][0]["pointer"], "#/closes_at", "{refused}");
+    }
+    for _ in 0..2 {
+        let extended = extend(&later).await.expect(200).json();
+        assert_eq!(
+            (&extended["closes_at"], &extended["seq"]),
+            (&json!(later), &json!(1))
+        );
+    }
+    let instant = |text: &str| DateTime::parse_from_rfc3339(text).unwrap().to_utc();
+    until(instant(&end) + TimeDelta::milliseconds(20)).await;
+    for (number, door) in [app.url.clone(), other.door().borrow().clone()]
+        .iter()
+        .enumerate()
+    {
+        let request = app.purchase(&sale, clock::new_id(), "late", r#"{"quantity": 1}"#);
+        let order = send(redirected(request, door)).await.expect(201).json();
+        assert_eq!(order["round"], 1, "node {number}");
+    }
+    until(instant(&later) + TimeDelta::milliseconds(20)).await;
+    let view = app.view(&sale).await;
+    assert_eq!(
+        (&view["state"], &view["opens_at"]),
+        (&json!("scheduled"), &json!(next))
+    );
+    extend(&later).await.expect(422);
     other.stop().await;
     app.finish().await;
 }

@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::{
-    body::{Json, Path, Raw},
+    body::{Json, Nothing, Path, Raw},
     caller::{Caller, Operator},
     check::{Check, Price, Timestamp, present},
     idempotency::IdempotencyKey,
@@ -50,6 +50,16 @@ pub(super) fn routes() -> Routes {
                 Code::GatewayUnavailable,
                 Code::IdempotencyKeyMissing,
                 Code::IdempotencyKeyMismatch,
+            ],
+        )
+        .add(
+            Access::Caller,
+            routes!(extend),
+            &[
+                Code::NotFound,
+                Code::Conflict,
+                Code::HoldExpired,
+                Code::Validation,
             ],
         )
         .add(
@@ -195,6 +205,22 @@ async fn pay(
     Ok((status, axum::Json(shown(&paid, &shop))).into_response())
 }
 
+/// Extend the hold of an order
+///
+/// For whoever is about to pay: the order is held for as long again, counted from now. Once in its
+/// life; doing it twice is doing it once.
+#[utoipa::path(post, path = "/v1/orders/{id}/extend", tag = "payments", params(("id" = Uuid, Path)),
+    responses((status = 200, description = "The order", body = OrderView)))]
+async fn extend(
+    Caller(caller): Caller,
+    State(shop): State<Arc<Shop>>,
+    Path(id): Path<Uuid>,
+    _: Option<Json<Nothing>>,
+) -> Result<axum::Json<OrderView>, Problem> {
+    let view = shop.extend_hold(OrderId(id), BuyerId(caller.user)).await?;
+    Ok(axum::Json(OrderView::new(&view, &shop.receipts)))
+}
+
 /// The order with its payment.
 fn shown(paid: &Paid, shop: &Shop) -> OrderView {
     OrderView::with_payment(&paid.order, paid.payment.as_ref(), &shop.receipts)
@@ -204,9 +230,9 @@ fn shown(paid: &Paid, shop: &Shop) -> OrderView {
 fn settled(payment: &Payment, paid: &Paid) -> Result<StatusCode, Problem> {
     let lacks = |problem: Problem| {
         let problem = problem.fact("payment_state", payment.course.state.as_str());
-        match hold_until_ms(&paid.order.order) {
+        match paid.order.order.hold_until_ms() {
             Some(until_ms) => problem
-                .fact("hold_until", Timestamp::from_ms(until_ms).to_string())
+                .fact("held_until", Timestamp::from_ms(until_ms).to_string())
                 .fact("order_status", paid.order.order.status.as_str()),
             None => problem,
         }
@@ -238,10 +264,6 @@ fn settled(payment: &Payment, paid: &Paid) -> Result<StatusCode, Problem> {
             Err(lacks(Problem::new(Code::GatewayUnavailable, detail)).after(Duration::from_secs(1)))
         }
     }
-}
-
-fn hold_until_ms(_order: &crate::domain::order::Order) -> Option<i64> {
-    None // CORE
 }
 
 /// The order was not paid in time.

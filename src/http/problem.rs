@@ -174,20 +174,20 @@ codes! {
 
     /// Not paid in time.
     HoldExpired "hold_expired" CONFLICT "The order was not paid in time" Never NotApplied
-        cause "A held order has to be paid before `hold_until`. It was not, and its units are for sale again. Nothing was taken: money that was reserved is let go, and money that came too late buys the units again or goes back."
+        cause "A held order has to be paid before `held_until`. It was not, and its units are for sale again. Nothing was taken: money that was reserved is let go, and money that came too late buys the units again or goes back."
         fix "Buy again, with a new key, and pay sooner."
         curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"quantity\": 1}'"
 
     /// The bank said no.
     PaymentDeclined "payment_declined" PAYMENT_REQUIRED "The bank did not pay" Never NotApplied
-        cause "The bank or the gateway refused this payment; `decline` says why, as far as it tells. Nothing was taken, and the order is still held until `hold_until`."
-        fix "Pay with something else before `hold_until`, with a new key: this key stands for the payment that was declined."
+        cause "The bank or the gateway refused this payment; `decline` says why, as far as it tells. Nothing was taken, and the order is still held until `held_until`."
+        fix "Pay with something else before `held_until`, with a new key: this key stands for the payment that was declined."
         curl "curl -X POST $STOCKADE/v1/orders/$ORDER_ID/pay -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"payment_method\": \"sandbox_ok\"}'"
 
     /// The gateway does not answer.
     GatewayUnavailable "gateway_unavailable" SERVICE_UNAVAILABLE "The payment gateway does not answer" After Unknown
-        cause "The gateway is down, slow, or left alone for a moment because it was. The payment may have been reserved or not; it is found out by itself. The order is still held until `hold_until`, and nothing is taken for an order that is not confirmed."
-        fix "Send the same request with the same key after `Retry-After`, before `hold_until`: it pays once, however often it is sent."
+        cause "The gateway is down, slow, or left alone for a moment because it was. The payment may have been reserved or not; it is found out by itself. The order is still held until `held_until`, and nothing is taken for an order that is not confirmed."
+        fix "Send the same request with the same key after `Retry-After`, before `held_until`: it pays once, however often it is sent."
         curl "curl $STOCKADE/v1/orders/$ORDER_ID -H \"Authorization: Bearer $TOKEN\""
 
     /// Not signed by the gateway.

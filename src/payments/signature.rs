@@ -7,6 +7,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use secrecy::{ExposeSecret, SecretString};
 use sha2::Sha256;
 
+use crate::faults;
+
 /// How far the time of a signature may be from ours, in seconds: older ones may be replays, newer
 /// ones are not from a clock to believe.
 pub const SIGNATURE_TOLERANCE_SECONDS: i64 = 300;
@@ -66,7 +68,7 @@ pub fn verify(
             mac(secret, digits, body).is_some_and(|mac| mac.verify_slice(signature).is_ok())
         })
     });
-    if !right {
+    if !right && !faults::bug("signature_unchecked") {
         return Err(Invalid::Wrong);
     }
     // Whoever signed it is known by now.

@@ -394,7 +394,8 @@ impl Snapshot {
             r#"WITH touched AS (
                    SELECT payment.id, payment.state, payment.updated_at, payment.captured,
                           payment.captured - payment.refunded - payment.refund_due AS kept,
-                          (SELECT coalesce(sum(orders.quantity * orders.unit_price), 0)
+                          (SELECT coalesce(sum((orders.quantity - orders.returned - orders.refunded)
+                                               * orders.unit_price), 0)
                            FROM payment_orders AS paid JOIN orders ON orders.id = paid.order_id
                            WHERE paid.payment_id = payment.id AND paid.fate = 'confirmed'
                              AND orders.status = 'confirmed') AS worth,

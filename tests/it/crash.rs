@@ -284,3 +284,103 @@ async fn a_node_dies_after_every_step_of_the_end_of_a_round() {
     app.finish().await;
     assert!(node.stop().await.success());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_after_every_step_of_a_payment() {
+    let (mut app, mut node, _) = shop_with(&[("STOCKADE_SANDBOX", "on")]).await;
+    let sale = app
+        .sale(json!({
+            "allocation": 100, "per_buyer_limit": 1, "payment": "sandbox", "hold_seconds": 600,
+        }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let mut sold = 0;
+    for (point, asks_again) in [
+        ("pay.after_intent", true),
+        ("pay.after_open", true),
+        ("pay.after_authorise", true),
+        ("pay.after_confirm", true),
+        ("pay.after_capture", true),
+        // Nobody asks again: whoever looks next goes on.
+        ("pay.after_confirm", false),
+        ("pay.after_capture", false),
+    ] {
+        node.stop().await;
+        node.set(FAIL_POINT, Some(point));
+        node.start_again().await;
+        app.speak_to(node.url());
+        let buyer = clock::new_id();
+        let order = app.buy(&sale, buyer, "buy", 1).await.expect(201).json();
+        let path = format!("/v1/orders/{}", id(&order));
+        let paying = |app: &App| {
+            app.request(Method::POST, &format!("{path}/pay"))
+                .bearer_auth(app.token(buyer, stockade::auth::Role::Buyer))
+                .header("Idempotency-Key", "pay")
+                .json(&json!({ "payment_method": "sandbox_ok" }))
+        };
+        let answer = try_send(paying(&app)).await;
+        assert!(answer.is_err(), "{point}: {answer:?}");
+        assert!(!node.ended().await.success());
+        node.set(FAIL_POINT, None);
+        node.start_again().await;
+        app.speak_to(node.url());
+        if asks_again {
+            let paid = send(paying(&app)).await.expect(200).json();
+            assert_eq!(paid["payment"]["state"], "captured", "{point}");
+        }
+        app.until(&path, |answer| {
+            answer.json()["payment"]["state"] == "captured"
+        })
+        .await;
+        sold += 1;
+        assert_eq!(app.view(&sale).await["sold"], sold);
+
+        if point != "pay.after_capture" {
+            continue;
+        }
+        for point in [
+            "pay.after_refund_intent",
+            "pay.after_units_back",
+            "pay.after_refund",
+        ] {
+            node.stop().await;
+            node.set(FAIL_POINT, Some(point));
+            node.start_again().await;
+            app.speak_to(node.url());
+            let buyer = clock::new_id();
+            let order = app.buy(&sale, buyer, "buy", 1).await.expect(201).json();
+            let path = format!("/v1/orders/{}", id(&order));
+            let ask = |app: &App, what: &str, body: serde_json::Value| {
+                app.request(Method::POST, &format!("{path}/{what}"))
+                    .bearer_auth(app.token(buyer, stockade::auth::Role::Buyer))
+                    .header("Idempotency-Key", "pay")
+                    .json(&body)
+            };
+            let body = json!({ "payment_method": "sandbox_ok" });
+            send(ask(&app, "pay", body)).await.expect(200);
+            let answer = try_send(ask(&app, "cancel", json!({}))).await;
+            assert!(answer.is_err(), "{point}: {answer:?}");
+            assert!(!node.ended().await.success());
+            node.set(FAIL_POINT, None);
+            node.start_again().await;
+            app.speak_to(node.url());
+            send(ask(&app, "cancel", json!({}))).await.expect(200);
+            app.until(&path, |answer| {
+                answer.json()["payment"]["state"] == "refunded"
+            })
+            .await;
+            assert_eq!(app.view(&sale).await["sold"], sold);
+        }
+    }
+    let mut sql = sql(&app).await;
+    let (taken, back): (i64, i64) = sqlx::query_as(
+        "SELECT (SELECT sum(captured) FROM sandbox_charges)::bigint,
+                (SELECT sum(amount) FROM sandbox_refunds)::bigint",
+    )
+    .fetch_one(&mut sql)
+    .await
+    .unwrap();
+    assert_eq!(taken - back, sold * 1999);
+    app.finish().await;
+    assert!(node.stop().await.success());
+}

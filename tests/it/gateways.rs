@@ -32,22 +32,22 @@ use tokio::{
     net::TcpListener,
 };
 
-const WEBHOOK_SECRET: &str = "whsec_of_the_tests";
+pub(crate) const WEBHOOK_SECRET: &str = "whsec_of_the_tests";
 
 /// How a played gateway behaves.
 #[derive(Clone, Debug, Default)]
-struct Manner {
+pub(crate) struct Manner {
     /// Replaces members of every answer: pointer and value.
-    lies: Vec<(&'static str, Value)>,
+    pub(crate) lies: Vec<(&'static str, Value)>,
     /// Answers this instead, after doing what it was asked for.
-    answer: Option<(u16, &'static str)>,
+    pub(crate) answer: Option<(u16, &'static str)>,
 }
 
 /// What a played gateway has heard: method and path, idempotency key, body.
-type Heard = Vec<(String, String, String)>;
+pub(crate) type Heard = Vec<(String, String, String)>;
 
 #[derive(Clone, Default)]
-struct Played {
+pub(crate) struct Played {
     manner: Arc<Mutex<Manner>>,
     heard: Arc<Mutex<Heard>>,
     /// What it has of its one payment.
@@ -57,7 +57,7 @@ struct Played {
 }
 
 impl Played {
-    fn behave(&self, manner: Manner) {
+    pub(crate) fn behave(&self, manner: Manner) {
         *self.manner.lock().unwrap() = manner;
     }
 
@@ -69,7 +69,7 @@ impl Played {
         });
     }
 
-    fn heard(&self) -> Heard {
+    pub(crate) fn heard(&self) -> Heard {
         std::mem::take(&mut *self.heard.lock().unwrap())
     }
 
@@ -200,12 +200,19 @@ fn stripe_at(url: String) -> Stripe {
     .unwrap()
 }
 
-async fn stripe() -> (Played, Stripe) {
+/// A played Stripe, and where it is.
+pub(crate) async fn played_stripe() -> (Played, String) {
     let played = Played::default();
     let router = Router::new()
         .route("/v1/{*path}", any(stripe_says))
         .with_state(played.clone());
-    (played, stripe_at(serve(router).await))
+    let url = serve(router).await;
+    (played, url)
+}
+
+async fn stripe() -> (Played, Stripe) {
+    let (played, url) = played_stripe().await;
+    (played, stripe_at(url))
 }
 
 fn charge(method: &str) -> Charge {

@@ -25,6 +25,7 @@ mod losses;
 mod machine;
 mod network;
 mod outage;
+mod payments;
 mod power;
 mod processes;
 mod receipts;

@@ -53,9 +53,13 @@ use crate::{
     payments::{Gateway, Gateways, Paypal, PaypalSettings, Sandbox, Stripe, StripeSettings},
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, BuyerNames, Commits, Demand, OpenSales, Pseudonyms, RoundKeeper, Shop, Till},
+    sales::{
+        Archive, BuyerNames, Checkouts, Commits, Demand, OpenSales, Pseudonyms, RoundKeeper, Shop,
+        Till,
+    },
     store::{
         Database, DatabaseSettings,
+        carts::Carts,
         directory::Directory,
         endings::Endings,
         epochs::Epochs,
@@ -543,6 +547,18 @@ async fn serve(
         Ok(())
     });
 
+    let checkouts = Checkouts {
+        shop: Arc::clone(&shop),
+        carts: Carts::new(database.clone()),
+    };
+    let (worker, stop) = (checkouts.clone(), life.token(Stage::Background));
+    let engines = stores.engines.clone();
+    life.spawn(Stage::Background, "checkouts", async move {
+        let _ = stop.run_until_cancelled(engines.verified()).await;
+        worker.run(stop).await;
+        Ok(())
+    });
+
     let (demand, stop) = (shop.demand.clone(), life.token(Stage::Background));
     life.spawn(Stage::Background, "demand", async move {
         demand.run(stop).await;
@@ -586,6 +602,7 @@ async fn serve(
         ),
         painter: Painter::default(),
         shop: Arc::clone(&shop),
+        checkouts,
         till,
         gateways,
         sandbox,

@@ -306,8 +306,10 @@ impl Engine {
                 "too many purchases at once".to_owned(),
             ));
         }
-        let lane = self.lane(first)?.lane();
-        let answers = lane.decide(purchases, true).await?;
+        // Who waits for replicas waits for all.
+        let replicated = |purchase: &&Purchase| purchase.durability == Durability::Replicated;
+        let lane = self.lane(purchases.iter().find(replicated).unwrap_or(first))?;
+        let answers = lane.lane().decide(purchases, true).await?;
         answers.into_iter().collect()
     }
 

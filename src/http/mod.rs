@@ -8,6 +8,7 @@ mod accounts;
 mod audit;
 mod body;
 mod caller;
+mod cart;
 mod certificates;
 mod check;
 mod docs;
@@ -59,7 +60,7 @@ use crate::{
     payments::{Gateways, Sandbox},
     readiness::Readiness,
     realtime::Hub,
-    sales::{Shop, Till},
+    sales::{Checkouts, Shop, Till},
     store::{endings::Endings, incidents::Incidents, products::Products, reports::Reports},
 };
 use edge::{Edge, EdgeLayer};
@@ -82,6 +83,8 @@ pub struct Parts {
     pub painter: Painter,
     /// Sells.
     pub shop: Arc<Shop>,
+    /// Buys carts.
+    pub checkouts: Checkouts,
     /// Takes payments.
     pub till: Arc<Till>,
     /// Who moves the money.
@@ -124,6 +127,7 @@ macro_rules! parts {
 }
 
 parts! {
+    checkouts: Checkouts,
     tokens: Arc<TokenKeys>,
     accounts: Accounts,
     products: Products,
@@ -178,6 +182,7 @@ fn resources() -> Vec<routes::Routes> {
         leaderboard::routes(),
         reports::routes(),
         waitlist::routes(),
+        cart::routes(),
         events::routes(),
         audit::routes(),
         incidents::routes(),

@@ -126,6 +126,20 @@ pub(super) struct OrderBody {
 }
 
 impl OrderBody {
+    /// As the answer to an acceptance, with its receipt: the same every time.
+    pub(super) fn of_acceptance(
+        order: &Order,
+        sale: &SaleFacts,
+        receipts: &ReceiptKeys,
+    ) -> Result<Self, Problem> {
+        // Without the receipt the bytes would be others: the order is there, and its answer is not.
+        let receipt = receipts.sign(sale.id, order).map_err(|error| {
+            let detail = "The order is there, but the key of its receipt is not.";
+            Problem::unknown(detail, Duration::from_secs(1)).caused_by(error)
+        })?;
+        Ok(Self::new(order, sale, receipt))
+    }
+
     fn new(order: &Order, sale: &SaleFacts, receipt: Option<String>) -> Self {
         Self {
             id: order.id.0,
@@ -152,10 +166,12 @@ impl OrderBody {
 pub(super) struct OrderView {
     #[serde(flatten)]
     body: OrderBody,
-    /// Units that went back on sale.
-    returned: u64,
-    /// Units that were refunded and stay sold.
-    refunded: u64,
+    /// Units that went back on sale, if any did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    returned: Option<u64>,
+    /// Units that were refunded and stay sold, if any were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refunded: Option<u64>,
     /// Whether PostgreSQL has it. Accepted it is either way.
     stored: bool,
     /// How it is paid: the payment that may confirm it or has, else the last try. Absent from lists,
@@ -175,8 +191,8 @@ impl OrderView {
         let receipt = receipts.sign(sale.id, order).unwrap_or_default();
         Self {
             body: OrderBody::new(order, sale, receipt),
-            returned: order.returned,
-            refunded: order.refunded,
+            returned: some(order.returned),
+            refunded: some(order.refunded),
             stored: *stored,
             payment: None,
         }
@@ -193,6 +209,11 @@ impl OrderView {
             ..Self::new(view, receipts)
         }
     }
+}
+
+/// Units, if there are any.
+fn some(units: u64) -> Option<u64> {
+    Some(units).filter(|units| *units > 0)
 }
 
 /// Which orders to list.
@@ -246,18 +267,13 @@ pub(super) fn accepted(
     receipts: &ReceiptKeys,
     replayed: bool,
 ) -> Result<Response, Problem> {
-    // Without the receipt the bytes would be others: the order is there, and its answer is not.
-    let receipt = receipts.sign(sale.id, order).map_err(|error| {
-        let detail = "The order is there, but the key of its receipt is not.";
-        Problem::unknown(detail, Duration::from_secs(1)).caused_by(error)
-    })?;
     let mut body = Vec::with_capacity(BODY_BYTES);
     let told = if faults::bug("replay_tells_present_status") {
         *order
     } else {
         order.as_accepted()
     };
-    let order_body = OrderBody::new(&told, sale, receipt);
+    let order_body = OrderBody::of_acceptance(&told, sale, receipts)?;
     serde_json::to_writer(&mut body, &order_body).map_err(Problem::internal)?;
     // Hexadecimal digits and hyphens are always a header's value.
     let location =
@@ -368,8 +384,8 @@ async fn list(
         .stored_orders(query.sale_id.map(SaleId), filter)
         .await?;
     let view = |(order, sale): (Order, Arc<SaleFacts>)| OrderView {
-        returned: order.returned,
-        refunded: order.refunded,
+        returned: some(order.returned),
+        refunded: some(order.refunded),
         body: OrderBody::new(&order, &sale, None),
         stored: true,
         payment: None,

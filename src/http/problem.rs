@@ -178,6 +178,12 @@ codes! {
         fix "Buy again, with a new key, and pay sooner."
         curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/orders -H \"Authorization: Bearer $TOKEN\" -H \"Idempotency-Key: $(uuidgen)\" -H 'Content-Type: application/json' -d '{\"quantity\": 1}'"
 
+    /// A cart is bought as a whole or not at all.
+    CheckoutFailed "checkout_failed" CONFLICT "The cart was not bought" SameKey NotApplied
+        cause "At least one line of the cart could not be had, so none was bought. `lines` says why, line by line, with the codes of a purchase; `left_out` is a line that could have been had."
+        fix "Change the cart, and check out with a new key. With the same key the answer stays the same if `retry` is `never`; else nothing was held, and it is tried again."
+        curl "curl $STOCKADE/v1/cart -H \"Authorization: Bearer $TOKEN\""
+
     /// The bank said no.
     PaymentDeclined "payment_declined" PAYMENT_REQUIRED "The bank did not pay" Never NotApplied
         cause "The bank or the gateway refused this payment; `decline` says why, as far as it tells. Nothing was taken, and the order is still held until `held_until`."
@@ -467,6 +473,14 @@ impl Problem {
         self
     }
 
+    /// What a part of a larger answer says of it: code, detail and facts.
+    pub(super) fn brief(&self) -> Value {
+        let mut brief = self.0.facts.clone();
+        brief.insert("code".to_owned(), self.0.code.meaning().word.into());
+        brief.insert("detail".to_owned(), self.0.detail.as_ref().into());
+        Value::Object(brief)
+    }
+
     /// As the answer to a request that only reads: it cannot have changed anything.
     #[must_use]
     pub(super) fn of_reading(mut self) -> Self {
@@ -631,6 +645,10 @@ impl From<SaleError> for Problem {
             SaleError::HoldExpired => super::payments::expired(),
             SaleError::NoPayment => super::payments::method("this sale takes no payment"),
             SaleError::NoMethod => super::payments::method("is needed: this sale takes money"),
+            SaleError::Busy => {
+                let detail = "Another attempt with this key is under way.";
+                Self::unknown(detail, Duration::from_secs(1))
+            }
             SaleError::Refused(refusal, now_ms) => {
                 let decision = Decision::Refused(refusal);
                 let answer = Answer {

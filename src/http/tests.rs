@@ -46,10 +46,10 @@ use crate::{
     payments::Gateways,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, BuyerNames, Commits, Demand, OpenSales, Pseudonyms, Shop, Till},
+    sales::{Archive, BuyerNames, Checkouts, Commits, Demand, OpenSales, Pseudonyms, Shop, Till},
     store::{
-        Database, DatabaseSettings, directory::Directory, endings::Endings, epochs::Epochs,
-        images::Images, incidents::Incidents, journal::Positions, orders::Orders,
+        Database, DatabaseSettings, carts::Carts, directory::Directory, endings::Endings,
+        epochs::Epochs, images::Images, incidents::Incidents, journal::Positions, orders::Orders,
         payments::Payments, products::Products, profiles::Profiles, refusals::Refusals,
         reports::Reports, rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions,
         users::Users,
@@ -176,6 +176,10 @@ fn app(listener: Listener) -> Router {
         ),
         painter: Painter::default(),
         shop: Arc::new(closed_shop(database.clone())),
+        checkouts: Checkouts {
+            shop: Arc::new(closed_shop(database.clone())),
+            carts: Carts::new(database.clone()),
+        },
         till: Arc::new(Till {
             shop: Arc::new(closed_shop(database.clone())),
             payments: Payments::new(database.clone()),

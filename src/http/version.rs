@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use axum::{
-    extract::FromRequestParts,
+    extract::{FromRequestParts, OptionalFromRequestParts},
     http::{
         HeaderMap, HeaderValue,
         header::{IF_MATCH, IF_NONE_MATCH},
@@ -92,6 +92,22 @@ pub(super) fn stale() -> Problem {
     )
 }
 
+impl<S: Sync> OptionalFromRequestParts<S> for IfMatch {
+    type Rejection = Problem;
+
+    async fn from_request_parts(
+        parts: &mut request::Parts,
+        state: &S,
+    ) -> Result<Option<Self>, Problem> {
+        if !parts.headers.contains_key(IF_MATCH) {
+            return Ok(None);
+        }
+        <Self as FromRequestParts<S>>::from_request_parts(parts, state)
+            .await
+            .map(Some)
+    }
+}
+
 impl<S: Sync> FromRequestParts<S> for IfMatch {
     type Rejection = Problem;
 
@@ -143,7 +159,7 @@ mod tests {
                     .insert(IF_MATCH, HeaderValue::from_static(value));
             }
             let (mut parts, ()) = request.into_parts();
-            let read = IfMatch::from_request_parts(&mut parts, &()).await;
+            let read = <IfMatch as FromRequestParts<()>>::from_request_parts(&mut parts, &()).await;
             assert_eq!(
                 read.map(|read| read.0).map_err(|problem| problem.code()),
                 expected,

@@ -2,6 +2,7 @@
 
 mod amend;
 mod archive;
+mod checkout;
 mod commits;
 mod demand;
 mod line;
@@ -21,6 +22,7 @@ use uuid::Uuid;
 pub use self::{
     amend::RoundChange,
     archive::Archive,
+    checkout::{CheckedOut, Checkouts, LineAnswer},
     commits::Commits,
     demand::Demand,
     line::{LineView, Odds},
@@ -94,6 +96,9 @@ pub enum SaleError {
     /// milliseconds since the Unix epoch.
     #[error("refused")]
     Refused(Refusal, i64),
+    /// Another attempt with the same key is under way.
+    #[error("another attempt is under way")]
+    Busy,
     /// The allocation would leave its bounds.
     #[error("the allocation would leave its bounds")]
     TooMany,

@@ -1,6 +1,7 @@
 //! The only SQL code: one file per noun, each a handle on the shared [`Database`].
 
 pub mod audit;
+pub mod carts;
 pub mod directory;
 pub mod endings;
 pub mod epochs;

@@ -8,6 +8,7 @@
 
 mod accounts;
 mod audit;
+mod carts;
 mod catalogue;
 #[cfg(feature = "faults")]
 mod crash;
@@ -19,6 +20,7 @@ mod events;
 mod faults;
 mod fence;
 mod gateways;
+mod holds;
 mod idempotency;
 mod layers;
 mod losses;

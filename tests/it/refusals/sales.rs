@@ -61,9 +61,12 @@ async fn a_sale_that_makes_no_sense_is_not_made() {
         ),
         ("opens_at", json!("1969-12-31T23:59:59Z"), 422, "#/opens_at"),
         ("product_id", json!(Uuid::from_u128(7)), 422, "#/product_id"),
-        // What is not built yet.
-        ("hold_seconds", json!(60), 422, "#/hold_seconds"),
-        ("hold_seconds", json!(null), 422, "#/hold_seconds"),
+        ("hold_seconds", json!(0), 422, "#/hold_seconds"),
+        ("hold_seconds", json!(86_401), 422, "#/hold_seconds"),
+        ("hold_seconds", json!(null), 400, "#/hold_seconds"),
+        ("waitlist", json!(true), 422, "#/waitlist"),
+        ("limit_scope", json!("shop"), 422, "#/limit_scope"),
+        ("ends", json!("never"), 422, "#/ends"),
         ("payment", json!("cash"), 422, "#/payment"),
         ("payment", json!("sandbox"), 422, "#/hold_seconds"),
         // What an order can say, and what a sale can ask for, are not the same words.

@@ -214,7 +214,7 @@ impl Checkouts {
                 }
             }
             if !accepted {
-                let reasons = self.reasons(&checkout, &answers);
+                let reasons = reasons(&checkout, &answers);
                 if !held {
                     self.carts.forget(checkout.id).await?;
                     return Ok(CheckedOut::Refused(reasons));
@@ -285,16 +285,6 @@ impl Checkouts {
             return Ok(answers);
         }
         Err(SaleError::Busy)
-    }
-
-    fn reasons(&self, checkout: &Checkout, answers: &[Option<Answer>]) -> Vec<LineAnswer> {
-        let lines = checkout.lines.iter().zip(answers);
-        lines
-            .map(|(ordered, answer)| LineAnswer {
-                line: ordered.line,
-                answer: *answer,
-            })
-            .collect()
     }
 
     /// Takes back every order of a checkout that is there; whether there was one.
@@ -383,6 +373,23 @@ impl Checkouts {
         }
         Ok(())
     }
+}
+
+/// What is said of a line that nobody asked for any more, because another could not be had.
+const NOT_ASKED: Answer = Answer {
+    decision: Decision::Refused(Refusal::LeftOut),
+    looked_up: false,
+    now_ms: 0,
+};
+
+/// What was decided on each line; those behind the partition that refused were not asked about.
+fn reasons(checkout: &Checkout, answers: &[Option<Answer>]) -> Vec<LineAnswer> {
+    let lines = checkout.lines.iter().zip(answers);
+    let answered = lines.map(|(ordered, answer)| LineAnswer {
+        line: ordered.line,
+        answer: Some(answer.unwrap_or(NOT_ASKED)),
+    });
+    answered.collect()
 }
 
 /// Whether the order of a line is there, and was not withdrawn.

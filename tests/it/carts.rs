@@ -132,6 +132,18 @@ async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
     assert_eq!(problem["lines"][0]["code"], "buyer_limit");
     assert_eq!(problem["lines"][1]["code"], "left_out");
     assert_eq!(units(&app, low).await, (json!(100), json!(0), json!(0)));
+    // The first partition refuses: the others are not even asked.
+    let other = Uuid::new_v4();
+    app.buy(id(low), other, "before", 1).await.expect(201);
+    fill(&app, other, &[(high, 1), (low, 1)]).await;
+    let none = refused(
+        &send(checkout(&app, other, "c")).await,
+        409,
+        "checkout_failed",
+    );
+    assert_eq!(none["lines"][0]["code"], "left_out");
+    assert_eq!(none["lines"][1]["code"], "buyer_limit");
+    assert_ne!(none["retry"], "never");
     // The tombstone stays, whatever can be had by now.
     fill(&app, buyer, &[(low, 1)]).await;
     let again = refused(
@@ -153,7 +165,7 @@ async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
     let answers = crowd(buyers.iter().map(|buyer| checkout(&app, *buyer, "c"))).await;
     let bought = answers.iter().filter(|answer| answer.status == 201).count();
     assert_eq!(bought, 60);
-    assert_eq!(units(&app, low).await, (json!(39), json!(0), json!(61)));
+    assert_eq!(units(&app, low).await, (json!(38), json!(0), json!(62)));
     assert_eq!(units(&app, high).await, (json!(39), json!(0), json!(61)));
     app.finish().await;
 }

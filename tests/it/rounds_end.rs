@@ -23,7 +23,9 @@ pub(crate) const AT_ONCE: [(&str, &str); 2] = [
 const HASH: &str = "SELECT encode(sha256(convert_to(coalesce(string_agg(concat_ws(' ',
         id, buyer_id, epoch, seq, pseq, quantity, unit_price, currency, status, accepted_as,
         durability, receipt_key, (extract(epoch FROM accepted_at) * 1000)::bigint,
-        encode(fingerprint, 'hex')) || E'\\n', '' ORDER BY epoch, seq), ''), 'UTF8')), 'hex')
+        encode(fingerprint, 'hex'),
+        CASE WHEN hold_ms > 0 OR refunded > 0 OR returned > 0 AND status <> 'cancelled'
+             THEN concat_ws(' ', hold_ms, extended_ms, returned, refunded) END) || E'\\n', '' ORDER BY epoch, seq), ''), 'UTF8')), 'hex')
     FROM orders WHERE sale = $1 AND round = $2";
 
 /// A year in seconds: no test is that patient.

@@ -65,6 +65,19 @@ fn line(order: &Order) -> String {
     for byte in order.fingerprint.0 {
         let _ = write!(line, "{byte:02x}");
     }
+    let Order {
+        hold_ms,
+        extended_ms,
+        returned,
+        refunded,
+        ..
+    } = order;
+    // A plain order has none of these; the line of one that went back as a whole says so already.
+    let partly = *returned > 0 && order.status != Status::Cancelled;
+    if *hold_ms > 0 || *refunded > 0 || partly {
+        // Writing into a string cannot fail.
+        let _ = write!(line, " {hold_ms} {extended_ms} {returned} {refunded}");
+    }
     line.push('\n');
     line
 }

@@ -33,8 +33,8 @@ use clap::{Parser, Subcommand};
 
 use crate::report::{CompareArgs, Document, End, Output, PlotArgs, ReportArgs, Run, Suite};
 use crate::scenarios::{
-    baselines, canonical, drain, drop, herd, ladder, many_sales, retry_storm, scale, soak, soldout,
-    sse as live, suite,
+    baselines, canonical, drain, drop, herd, hold_pay_expire, ladder, many_sales, retry_storm,
+    scale, soak, soldout, sse as live, suite,
 };
 
 const UNUSABLE: u8 = 1;
@@ -66,6 +66,8 @@ enum Command {
     Drop(Box<Scenario<drop::Args>>),
     /// Everybody at the instant of the opening, for a small stock.
     Herd(Box<Scenario<herd::Args>>),
+    /// Orders that wait for their payment: a third is never paid, and in the end all is sold.
+    HoldPayExpire(Box<Scenario<hold_pay_expire::Args>>),
     /// Refusals per second once everything is sold, and every retry of an order still its 201.
     Soldout(Box<Scenario<soldout::Args>>),
     /// Every purchase several times at once with one key, and connections that are cut.
@@ -154,6 +156,7 @@ fn run(command: Command) -> Result<End> {
         Command::Canonical(scenario) => scenario.run(canonical::run),
         Command::Drop(scenario) => scenario.run(drop::run),
         Command::Herd(scenario) => scenario.run(herd::run),
+        Command::HoldPayExpire(scenario) => scenario.run(hold_pay_expire::run),
         Command::Soldout(scenario) => scenario.run(soldout::run),
         Command::RetryStorm(scenario) => scenario.run(retry_storm::run),
         Command::ManySales(scenario) => scenario.run(many_sales::run),

@@ -58,6 +58,16 @@ pub(crate) struct Terms {
     pub(crate) allocation: u64,
     pub(crate) per_buyer_limit: u64,
     pub(crate) opens_at: DateTime<Utc>,
+    /// None: orders are confirmed at once.
+    pub(crate) hold: Option<Hold>,
+}
+
+/// How orders wait for their payment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hold {
+    pub(crate) seconds: u64,
+    /// Who takes the money.
+    pub(crate) payment: &'static str,
 }
 
 /// The server's own audit of a sale.
@@ -151,13 +161,17 @@ impl Operator {
         terms: &Terms,
         key: &str,
     ) -> Result<Sale> {
-        let sale = json!({
+        let mut sale = json!({
             "product_id": product,
             "name": terms.name,
             "allocation": terms.allocation,
             "per_buyer_limit": terms.per_buyer_limit,
             "opens_at": terms.opens_at.to_rfc3339_opts(SecondsFormat::Millis, true),
         });
+        if let Some(Hold { seconds, payment }) = terms.hold {
+            sale["hold_seconds"] = seconds.into();
+            sale["payment"] = payment.into();
+        }
         self.ask(&Method::POST, "/v1/sales", Some(key), Some(sale))
             .await
             .context("the sale was not made")

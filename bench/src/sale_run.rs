@@ -260,6 +260,7 @@ impl SaleRun {
             allocation: wish.stock,
             per_buyer_limit: wish.limit,
             opens_at,
+            hold: None,
         };
         let mut sales = Vec::with_capacity(crowd.sales);
         for n in 0..crowd.sales {

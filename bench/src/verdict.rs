@@ -3,6 +3,8 @@
 //! Pure, and fast enough for every run: sorting is the most expensive step. Each check holds both
 //! numbers, and when it fails the first few events that prove it.
 
+pub(crate) mod holds;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -701,28 +703,6 @@ impl<'a> Facts<'a> {
             broken.into_lines(),
         )
     }
-
-    /// The server's own audit agrees.
-    fn audit(&self) -> Check {
-        const NAME: &str = "the server's audit";
-        let audit = match &self.history.audit {
-            Ok(audit) => audit,
-            Err(error) => return Check::unseen(NAME, "pass", error),
-        };
-        let mut broken = Broken::default();
-        if audit.verdict != "pass" {
-            broken.add(|| format!("its verdict is {}", audit.verdict));
-            for check in audit.checks.iter().filter(|check| check.status != "pass") {
-                broken.add(|| {
-                    format!(
-                        "{}: {}, expected {}, actual {}",
-                        check.name, check.status, check.expected, check.actual
-                    )
-                });
-            }
-        }
-        Check::of(NAME, "pass", &audit.verdict, broken.into_lines())
-    }
 }
 
 /// Looks at every promise.
@@ -743,7 +723,7 @@ pub(crate) fn check(history: &History) -> Vec<Check> {
         facts.live_stock(),
         facts.closed(),
         facts.replays(),
-        facts.audit(),
+        audit(&history.audit),
     ]
 }
 
@@ -783,6 +763,28 @@ fn order_of(id: &str) -> Option<Vec<u128>> {
     id.split(|char: char| !char.is_ascii_digit())
         .map(|number| number.parse().ok())
         .collect()
+}
+
+/// The server's own audit agrees.
+fn audit(audit: &Result<Audit, String>) -> Check {
+    const NAME: &str = "the server's audit";
+    let audit = match audit {
+        Ok(audit) => audit,
+        Err(error) => return Check::unseen(NAME, "pass", error),
+    };
+    let mut broken = Broken::default();
+    if audit.verdict != "pass" {
+        broken.add(|| format!("its verdict is {}", audit.verdict));
+        for check in audit.checks.iter().filter(|check| check.status != "pass") {
+            broken.add(|| {
+                format!(
+                    "{}: {}, expected {}, actual {}",
+                    check.name, check.status, check.expected, check.actual
+                )
+            });
+        }
+    }
+    Check::of(NAME, "pass", &audit.verdict, broken.into_lines())
 }
 
 /// A number that PostgreSQL stores with a sign; below zero no promise can hold.

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use sqlx::{Connection, PgConnection};
+use chrono::{DateTime, Utc};
+use sqlx::postgres::PgRow;
+use sqlx::{Connection, FromRow, PgConnection};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -20,6 +22,16 @@ pub(crate) struct Row {
     pub(crate) quantity: i64,
     pub(crate) seq: i64,
     pub(crate) status: String,
+}
+
+/// How a hold ended, as PostgreSQL has it.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub(crate) struct End {
+    pub(crate) order_id: Uuid,
+    /// `confirm`, `cancel` or `expire`.
+    pub(crate) kind: String,
+    /// By the clock of the store that decides.
+    pub(crate) at: DateTime<Utc>,
 }
 
 /// Looks again and again at what PostgreSQL has of some sales.
@@ -70,9 +82,40 @@ pub(crate) async fn version(backstage: &Backstage) -> Option<String> {
 ///
 /// No known database has the sale, or none can be read.
 pub(crate) async fn orders(backstage: &Backstage, sale: Uuid) -> Result<Vec<Row>> {
+    of_sale(
+        backstage,
+        sale,
+        "SELECT orders.id, buyer_id, quantity, seq, orders.status
+         FROM orders JOIN sales ON sales.number = orders.sale
+         WHERE sales.id = $1 ORDER BY epoch, seq",
+    )
+    .await
+}
+
+/// Every end of a hold of a sale.
+///
+/// # Errors
+///
+/// No known database has the sale, or none can be read.
+pub(crate) async fn ends(backstage: &Backstage, sale: Uuid) -> Result<Vec<End>> {
+    of_sale(
+        backstage,
+        sale,
+        "SELECT order_id, kind, at
+         FROM round_events JOIN sales ON sales.number = round_events.sale
+         WHERE sales.id = $1 AND kind IN ('confirm', 'cancel', 'expire') ORDER BY epoch, seq",
+    )
+    .await
+}
+
+/// What a query finds about a sale, in the database that has it.
+async fn of_sale<T>(backstage: &Backstage, sale: Uuid, query: &'static str) -> Result<Vec<T>>
+where
+    T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+{
     let mut trouble = None;
     for database in backstage.databases() {
-        match timeout(LOOK_MAX, read(&database, sale)).await {
+        match timeout(LOOK_MAX, read(&database, sale, query)).await {
             Ok(Ok(Some(rows))) => return Ok(rows),
             Ok(Ok(None)) => trouble = trouble.or(Some("it does not have the sale".to_owned())),
             Ok(Err(error)) => trouble = Some(format!("{error:#}")),
@@ -88,8 +131,11 @@ pub(crate) async fn orders(backstage: &Backstage, sale: Uuid) -> Result<Vec<Row>
     }
 }
 
-/// The orders, or nothing if this is another server's database.
-async fn read(database: &str, sale: Uuid) -> Result<Option<Vec<Row>>> {
+/// The rows, or nothing if this is another server's database.
+async fn read<T>(database: &str, sale: Uuid, query: &'static str) -> Result<Option<Vec<T>>>
+where
+    T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+{
     let mut connection = PgConnection::connect(database)
         .await
         .context("not connected")?;
@@ -100,14 +146,8 @@ async fn read(database: &str, sale: Uuid) -> Result<Option<Vec<Row>>> {
     if !known {
         return Ok(None);
     }
-    let rows = sqlx::query_as(
-        "SELECT orders.id, buyer_id, quantity, seq, orders.status
-         FROM orders JOIN sales ON sales.number = orders.sale
-         WHERE sales.id = $1 ORDER BY epoch, seq",
-    )
-    .bind(sale)
-    .fetch_all(&mut connection)
-    .await?;
+    let rows = sqlx::query_as(query).bind(sale);
+    let rows = rows.fetch_all(&mut connection).await?;
     connection.close().await?;
     Ok(Some(rows))
 }

@@ -6,6 +6,7 @@ pub(crate) mod drain;
 pub(crate) mod drop;
 pub(crate) mod floor;
 pub(crate) mod herd;
+pub(crate) mod hold_pay_expire;
 pub(crate) mod ladder;
 pub(crate) mod many_sales;
 pub(crate) mod outage;

@@ -141,21 +141,27 @@ impl BareRedis {
     }
 
     /// Makes a round with this many units, the first of a sale of its own.
-    fn provision(&mut self, units: usize) -> Result<[String; 7]> {
+    fn provision(&mut self, units: usize) -> Result<[String; 9]> {
         self.sales += 1;
         let sale = self.sales;
-        let round = format!("round:{sale}.1");
+        let (round, sale_key) = (format!("round:{sale}.1"), format!("sale:{sale}"));
+        let name = |owner: &str, part: &str| key(&format!("{owner}{part}"));
         let keys = [
             key("meta"),
             key("journal"),
-            key(&round),
-            key(&format!("{round}:buyers")),
-            key(&format!("{round}:board")),
-            key(&format!("sale:{sale}")),
-            key(&format!("sale:{sale}:orders")),
+            name(&round, ""),
+            name(&round, ":buyers"),
+            name(&round, ":board"),
+            name(&round, ":holds"),
+            name(&sale_key, ""),
+            name(&sale_key, ":orders"),
+            name(&sale_key, ":buyers"),
         ];
-        let mut with_ops = keys.to_vec();
-        with_ops.push(key(&format!("sale:{sale}:ops")));
+        // In the order of `lua/shared/change.lua`.
+        let mut all = keys[..6].to_vec();
+        all.extend([name(&round, ":line"), name(&round, ":wishes")]);
+        all.extend_from_slice(&keys[6..]);
+        all.push(name(&sale_key, ":ops"));
         let mut price = 1999_u64.to_be_bytes().to_vec();
         price.extend(b"EUR");
         let text = |text: String| text.into_bytes();
@@ -168,9 +174,12 @@ impl BareRedis {
             text("1".to_owned()),
             text("1".to_owned()),
             price,
+            // No holds, no policy.
+            text("0".to_owned()),
+            text("0".to_owned()),
             text(units.to_string()),
         ];
-        self.run(script!("provision"), &with_ops, &arguments, "ok")?;
+        self.run(script!("provision"), &all, &arguments, "ok")?;
         Ok(keys)
     }
 

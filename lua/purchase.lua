@@ -68,7 +68,7 @@ for base = 3, #KEYS, 7 do
     round.board_key, round.holds_key = KEYS[base + 2], KEYS[base + 3]
     round.sale = sale
     -- Places of confirmed orders, and deadlines of held ones.
-    round.places, round.deadlines = {}, {}
+    round.places, round.deadlines, round.holds = {}, {}, round.hold_ms > 0
     round.state = state_of(round, partition.now_ms)
     if has(round.policy, LIMIT_OVER_SALE) then
       sale.members = sale.members or members_of(sale, KEYS[base + 6])
@@ -127,8 +127,6 @@ end
 local LIMIT = '>I6I6'
 local pseq, receipt_key = partition.pseq + 1, tonumber(ARGV[2])
 local pack = struct.pack
--- What records begin with, by round number and durability.
-local heads = {}
 -- For each acceptance: its round (its index in the entry, once that is known), id and record.
 local journal, life = {}, false
 
@@ -182,9 +180,8 @@ local function decide(i)
     return 'insufficient', whole(remaining)
   end
 
-  local seq, hold_ms = round.seq + 1, round.hold_ms
-  local held = hold_ms > 0
-  round.seq, round.remaining, round.changed = seq, remaining - quantity, true
+  local seq, held = round.seq + 1, round.holds
+  round.seq, round.remaining = seq, remaining - quantity
   if held then
     round.held = round.held + quantity
   else
@@ -199,19 +196,18 @@ local function decide(i)
   members.units[buyer], members.acceptances[buyer] = units + quantity, acceptances + 1
 
   local durability = durabilities[i]
-  local kind = (round.number * 256 + durability) * 2 + (held and 1 or 0)
-  local head = heads[kind]
-  if not head then
+  local head = round.head
+  if round.head_of ~= durability then
     local status = held and STATUS.held or STATUS.confirmed
     head = pack(RECORD_HEAD, held and VERSION_RECORD_LIFE or VERSION, status, status, durability,
       receipt_key, round.number, partition.epoch)
-    heads[kind] = head
+    round.head, round.head_of = head, durability
   end
   local middle = round.middle
-  if not middle or round.middle_of ~= quantity then
+  if round.middle_of ~= quantity then
     middle = pack(RECORD_MIDDLE, pseq, quantity, round.price, partition.now_ms)
     if held then
-      middle = middle .. pack(RECORD_LIFE, hold_ms, 0, 0, 0)
+      middle = middle .. pack(RECORD_LIFE, round.hold_ms, 0, 0, 0)
     end
     round.middle, round.middle_of = middle, quantity
   end
@@ -223,7 +219,7 @@ local function decide(i)
   if held then
     local deadlines = round.deadlines
     at = #deadlines
-    deadlines[at + 1], deadlines[at + 2] = whole(partition.now_ms + hold_ms), id
+    deadlines[at + 1], deadlines[at + 2] = whole(partition.now_ms + round.hold_ms), id
     life = true
   else
     local places = round.places
@@ -235,31 +231,38 @@ local function decide(i)
   return 'accepted', record
 end
 
-local together, refused, before = ARGV[4] == 'all', false, {}
-for i, round in ipairs(rounds) do
-  if together then
-    before[i] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
-  end
-end
 local reply = { 'ok', whole(partition.now_ms), '', whole(#rounds) }
 local replied = 4 + #rounds
-for i = 1, n_items do
-  local word, facts = decide(i)
-  reply[replied + 1], reply[replied + 2] = word, facts
-  replied = replied + 2
-  refused = refused or word ~= 'accepted' and word ~= 'replayed'
+
+-- The standings that the reply tells.
+local function tell_standings()
+  for i, round in ipairs(rounds) do
+    reply[4 + i] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
+  end
 end
-if together and refused then
+
+local together = ARGV[4] == 'all'
+if together then
+  tell_standings()
+end
+for i = 1, n_items do
+  reply[replied + 1], reply[replied + 2] = decide(i)
+  replied = replied + 2
+end
+if together then
+  local refused = false
   for at = 5 + #rounds, #reply, 2 do
-    if reply[at] == 'accepted' then
-      reply[at], reply[at + 1] = 'left_out', ''
+    refused = refused or reply[at] ~= 'accepted' and reply[at] ~= 'replayed'
+  end
+  if refused then
+    for at = 5 + #rounds, #reply, 2 do
+      if reply[at] == 'accepted' then
+        reply[at], reply[at + 1] = 'left_out', ''
+      end
     end
+    reply[3] = whole(partition.pseq)
+    return reply
   end
-  reply[3] = whole(partition.pseq)
-  for i = 1, #rounds do
-    reply[4 + i] = before[i]
-  end
-  return reply
 end
 
 -- Write --------------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ end
 if #journal > 0 then
   local counters, events = {}, {}
   for _, round in ipairs(rounds) do
-    if round.changed then
+    if not round.damage and #round.places + #round.deadlines > 0 then
       local index = #counters
       round.index = string.char(index)
       round.n_board = round.n_board + #round.places / 2
@@ -320,7 +323,5 @@ if #journal > 0 then
 end
 
 reply[3] = whole(partition.pseq)
-for i, round in ipairs(rounds) do
-  reply[4 + i] = round.damage and '' or pack_standing(round, round.sale, partition.now_ms)
-end
+tell_standings()
 return reply

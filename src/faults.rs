@@ -448,7 +448,7 @@ mod imp {
         (
             "cart_in_parts",
             &["purchase"],
-            &[("if together and refused then", "if false then")],
+            &[("if refused then", "if false then")],
         ),
         (
             "limit_over_sale_forgotten",

@@ -2,6 +2,7 @@
 
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
+use stockade::clock;
 use uuid::Uuid;
 
 use super::{
@@ -37,7 +38,7 @@ async fn a_cart_is_bought_as_a_whole_once_for_its_key() {
     let app = App::start().await;
     let held = json!({ "allocation": 5, "hold_seconds": 3_600 });
     let (lamp, chair) = (app.sale(held).await, app.sale(json!({})).await);
-    let buyer = Uuid::new_v4();
+    let buyer = clock::new_id();
     let cart = fill(&app, buyer, &[(&lamp, 1), (&chair, 1), (&lamp, 1)]).await;
     assert_eq!(cart["lines"].as_array().unwrap().len(), 2, "{cart}");
     assert_eq!(cart["lines"][0]["quantity"], 2);
@@ -80,9 +81,9 @@ async fn a_cart_that_cannot_be_had_as_a_whole_leaves_nothing_behind() {
     let closed = app
         .sale(json!({ "closes_at": "2021-01-01T00:00:00Z" }))
         .await;
-    let buyer = Uuid::new_v4();
+    let buyer = clock::new_id();
     refused(&send(checkout(&app, buyer, "c")).await, 409, "conflict");
-    app.buy(id(&empty), Uuid::new_v4(), "k", 1)
+    app.buy(id(&empty), clock::new_id(), "k", 1)
         .await
         .expect(201);
     fill(&app, buyer, &[(&full, 1), (&empty, 1), (&closed, 1)]).await;
@@ -122,7 +123,7 @@ async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
         "twelve ids on one of four partitions"
     );
 
-    let buyer = Uuid::new_v4();
+    let buyer = clock::new_id();
     // The second partition refuses: this buyer has as many as may be had.
     app.buy(id(high), buyer, "before", 1).await.expect(201);
     fill(&app, buyer, &[(high, 1), (low, 1)]).await;
@@ -133,7 +134,7 @@ async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
     assert_eq!(problem["lines"][1]["code"], "left_out");
     assert_eq!(units(&app, low).await, (json!(100), json!(0), json!(0)));
     // The first partition refuses: the others are not even asked.
-    let other = Uuid::new_v4();
+    let other = clock::new_id();
     app.buy(id(low), other, "before", 1).await.expect(201);
     fill(&app, other, &[(high, 1), (low, 1)]).await;
     let none = refused(
@@ -158,7 +159,7 @@ async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
     send(checkout(&app, buyer, "d")).await.expect(201);
 
     // Crowds with carts over both: each whole, or not at all.
-    let buyers: Vec<_> = (0..60).map(|_| Uuid::new_v4()).collect();
+    let buyers: Vec<_> = (0..60).map(|_| clock::new_id()).collect();
     for buyer in &buyers {
         fill(&app, *buyer, &[(low, 1), (high, 1)]).await;
     }
@@ -174,9 +175,9 @@ async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
 async fn carts_beyond_their_limits_are_refused_at_their_place() {
     let app = App::start().await;
     let sale = app.sale(json!({})).await;
-    let buyer = Uuid::new_v4();
+    let buyer = clock::new_id();
     let line = |quantity: i64| json!({ "sale_id": sale["id"], "quantity": quantity });
-    let nowhere = json!({ "sale_id": Uuid::new_v4(), "quantity": 1 });
+    let nowhere = json!({ "sale_id": clock::new_id(), "quantity": 1 });
     for (lines, status, pointer) in [
         (json!([line(0)]), 422, "#/lines/0/quantity"),
         (json!([line(1), line(1_000_000)]), 422, "#/lines/1/quantity"),
@@ -194,7 +195,7 @@ async fn carts_beyond_their_limits_are_refused_at_their_place() {
         (
             Value::Array(
                 (0..17)
-                    .map(|_| json!({ "sale_id": Uuid::new_v4(), "quantity": 1 }))
+                    .map(|_| json!({ "sale_id": clock::new_id(), "quantity": 1 }))
                     .collect(),
             ),
             422,

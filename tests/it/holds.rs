@@ -2,6 +2,7 @@
 
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
+use stockade::clock;
 use uuid::Uuid;
 
 use super::{
@@ -46,14 +47,14 @@ async fn what_nobody_pays_for_is_for_sale_again_when_its_time_is_over() {
     let terms = json!({ "allocation": 3, "per_buyer_limit": 3, "hold_seconds": 1 });
     let sale = app.sale(terms).await;
     let sale = id(&sale);
-    let buyer = Uuid::new_v4();
+    let buyer = clock::new_id();
     let first = app.buy(sale, buyer, "k", 3).await.expect(201);
     let bought = first.json();
     assert_eq!(bought["status"], "held");
     let view = app.view(sale).await;
     assert_eq!((&view["held"], &view["remaining"]), (&json!(3), &json!(0)));
     refused(
-        &app.buy(sale, Uuid::new_v4(), "k", 1).await,
+        &app.buy(sale, clock::new_id(), "k", 1).await,
         409,
         "sold_out",
     );
@@ -80,7 +81,7 @@ async fn what_nobody_pays_for_is_for_sale_again_when_its_time_is_over() {
     // The key still tells what was accepted, and others buy.
     let again = app.buy(sale, buyer, "k", 3).await;
     assert_replays(&again, &first);
-    app.buy(sale, Uuid::new_v4(), "k", 3).await.expect(201);
+    app.buy(sale, clock::new_id(), "k", 3).await.expect(201);
     app.finish().await;
 }
 
@@ -114,14 +115,14 @@ async fn what_comes_back_goes_to_whoever_waits_longest() {
     });
     let sale = app.sale(terms).await;
     let sale = id(&sale);
-    let [first, second, third, public] = [0; 4].map(|_| Uuid::new_v4());
+    let [first, second, third, public] = [0; 4].map(|_| clock::new_id());
     // There is nothing to wait for.
     refused(
         &send(join(&app, first, sale, 1, "w")).await,
         409,
         "conflict",
     );
-    let owners = [0; 2].map(|_| Uuid::new_v4());
+    let owners = [0; 2].map(|_| clock::new_id());
     let mut orders = Vec::new();
     for owner in owners {
         let bought = app.buy(sale, owner, "k", 2).await.expect(201);
@@ -188,7 +189,7 @@ async fn an_emptied_redis_brings_holds_and_the_line_back() {
     });
     let sale = app.sale(terms).await;
     let sale = id(&sale);
-    let [first, second, waits, next] = [0; 4].map(|_| Uuid::new_v4());
+    let [first, second, waits, next] = [0; 4].map(|_| clock::new_id());
     let bought = app.buy(sale, first, "k", 1).await.expect(201);
     app.buy(sale, second, "k", 1).await.expect(201);
     send(join(&app, waits, sale, 1, "w")).await.expect(200);
@@ -227,7 +228,7 @@ async fn operators_take_out_only_what_remains() {
             .header("Idempotency-Key", key)
             .json(&json!({ "units": units }))
     };
-    app.buy(sale, Uuid::new_v4(), "k", 2).await.expect(201);
+    app.buy(sale, clock::new_id(), "k", 2).await.expect(201);
     let problem = refused(&send(reduce(9, "a")).await, 409, "insufficient");
     assert_eq!(problem["remaining"], 8);
     for again in [false, true] {
@@ -245,7 +246,7 @@ async fn a_round_that_ends_with_its_last_unit_closes_when_it_is_paid() {
     let app = App::start().await;
     let terms = json!({ "allocation": 2, "per_buyer_limit": 1, "ends": "sold_out" });
     let at_once = app.sale(terms.clone()).await;
-    let buyers = [0; 2].map(|_| Uuid::new_v4());
+    let buyers = [0; 2].map(|_| clock::new_id());
     for buyer in buyers {
         app.buy(id(&at_once), buyer, "k", 1).await.expect(201);
     }

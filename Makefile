@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage
+.PHONY: help run example test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -15,6 +15,11 @@ run: ## Build and serve, with a Redis and a PostgreSQL of its own below .stockad
 	@.ci/install
 	cargo build --release --locked
 	@exec $(TARGET_DIR)/release/stockade serve --demo $(ARGS)
+
+example: ## Play the whole life of a sale on a server of its own (examples/whole_life.py), some 20 seconds
+	@.ci/install
+	@command -v python3 >/dev/null || .ci/install python3
+	.ci/example
 
 drop: ## Send a crowd at the running server and print the audit's verdict (ARGS="drop's options")
 	@.ci/install

@@ -42,11 +42,11 @@ pub const LINE_MAX: u64 = 100_000;
 /// Buyers in line that are offered units in one call, beside whatever else it does.
 pub const OFFERS_MAX: u64 = 16;
 
-/// Holds that one sweep ends: about a millisecond of Redis.
-pub const SWEEP_HOLDS_MAX: u64 = 64;
+/// Holds that one sweep ends: a good millisecond of Redis, ten microseconds each.
+pub const SWEEP_HOLDS_MAX: u64 = 128;
 
 /// Buyers in line that one sweep offers units to.
-pub const SWEEP_OFFERS_MAX: u64 = 64;
+pub const SWEEP_OFFERS_MAX: u64 = 32;
 
 /// The longest `Idempotency-Key`, in characters.
 pub const IDEMPOTENCY_KEY_MAX: usize = 255;

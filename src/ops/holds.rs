@@ -31,7 +31,7 @@ const AT_REST: Duration = Duration::from_secs(30);
 /// How long a round is left alone after a call that did not answer.
 const LATER: Duration = Duration::from_millis(500);
 /// The pause between two calls for a round that has more to do: purchases go first.
-const PAUSE: Duration = Duration::from_millis(2);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Ends holds.
 #[derive(Debug)]

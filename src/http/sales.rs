@@ -358,6 +358,18 @@ struct SaleChange {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = i64, required = false, minimum = 1, maximum = 1_000_000)]
     per_order_limit: Option<i64>,
+    /// Seconds that orders of the next rounds may wait for their payment.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 86_400)]
+    hold_seconds: Option<i64>,
+    /// What ends the next rounds beside their window: `time` or `sold_out`.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = String, required = false, pattern = "^(time|sold_out)$")]
+    ends: Option<String>,
+    /// Whether buyers may wait in line in the next rounds.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = bool, required = false)]
+    waitlist: Option<bool>,
     /// When rounds open behind those that are made; `null` makes no more of them.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<ScheduleBody>, required = false)]
@@ -378,6 +390,12 @@ impl SaleChange {
         let allocation = units("#/allocation", self.allocation, ALLOCATION_MAX);
         let per_buyer_limit = units("#/per_buyer_limit", self.per_buyer_limit, BUYER_LIMIT_MAX);
         let per_order_limit = units("#/per_order_limit", self.per_order_limit, BUYER_LIMIT_MAX);
+        let hold_ms = units("#/hold_seconds", self.hold_seconds, HOLD_MS_MAX / 1_000);
+        let hold_ms = hold_ms.map(|seconds| seconds * 1_000);
+        let ends = self.ends.as_deref().map(Ends::parse);
+        if ends == Some(None) {
+            check.refuse("#/ends", "must be time or sold_out");
+        }
         let mut text = |pointer, text: &Option<String>, characters| {
             let text = text.as_ref();
             text.map(|text| check.text(pointer, text, characters))
@@ -397,6 +415,9 @@ impl SaleChange {
             allocation,
             per_buyer_limit,
             per_order_limit,
+            hold_ms,
+            ends: ends.flatten(),
+            waitlist: self.waitlist,
             schedule,
             by,
         })
@@ -405,8 +426,8 @@ impl SaleChange {
 
 /// Change a sale
 ///
-/// Its name and its small print; price, units, limits and schedule of the rounds that are not made
-/// yet. Rounds that are made keep what they have.
+/// Its name and its small print; price, units, limits, holds, end, waitlist and schedule of the rounds
+/// that are not made yet. Rounds that are made keep what they have.
 #[utoipa::path(patch, path = "/v1/sales/{id}", tag = "sales", request_body = SaleChange,
     params(("id" = Uuid, Path), ("If-Match" = String, Header, description = "The ETag of the version to change")),
     responses((status = 200, description = "The sale", body = SaleView)))]

@@ -16,7 +16,7 @@ use crate::domain::{
     money::Money,
     order::Mode,
     payment::Gateway,
-    round::{Counters, Intent, State, Terms, TermsError, Window},
+    round::{Counters, Ends, Intent, State, Terms, TermsError, Window},
     schedule::{Progress, Schedule},
 };
 
@@ -173,6 +173,12 @@ pub struct SaleChange {
     pub per_buyer_limit: Option<u64>,
     /// Units that one order may ask for.
     pub per_order_limit: Option<u64>,
+    /// How long their orders may wait for their payment, in milliseconds.
+    pub hold_ms: Option<u64>,
+    /// What ends them, beside their window and the operator.
+    pub ends: Option<Ends>,
+    /// Whether buyers may wait in line.
+    pub waitlist: Option<bool>,
     /// When they open; `Some(None)` makes no more of them.
     pub schedule: Option<Option<Schedule>>,
     /// Who asks.
@@ -186,6 +192,9 @@ impl SaleChange {
             || self.allocation.is_some()
             || self.per_buyer_limit.is_some()
             || self.per_order_limit.is_some()
+            || self.hold_ms.is_some()
+            || self.ends.is_some()
+            || self.waitlist.is_some()
     }
 }
 
@@ -784,6 +793,11 @@ async fn change_sale(
         row.allocation = given(change.allocation, row.allocation);
         row.per_buyer_limit = given(change.per_buyer_limit, row.per_buyer_limit);
         row.per_order_limit = given(change.per_order_limit, row.per_order_limit);
+        row.hold_ms = change.hold_ms.map(u64::cast_signed).or(row.hold_ms);
+        if let Some(ends) = change.ends {
+            ends.as_str().clone_into(&mut row.ends);
+        }
+        row.waitlist = change.waitlist.unwrap_or(row.waitlist);
         let terms = Terms {
             window: Window {
                 opens_at_ms: now_ms,
@@ -804,7 +818,8 @@ async fn change_sale(
          SET name = coalesce($2, name), terms = coalesce($3, terms), price_amount = $4,
              price_currency = $5, allocation = $6, per_buyer_limit = $7, per_order_limit = $8,
              schedule = $9, planned_until = $10, windows_planned = $11, plan_at = $12,
-             version = version + 1, updated_at = now(), updated_by = $13
+             hold_ms = $14, ends = $15, waitlist = $16, version = version + 1,
+             updated_at = now(), updated_by = $13
          WHERE id = $1",
         id.0,
         change.name,
@@ -818,7 +833,10 @@ async fn change_sale(
         row.planned_until,
         row.windows_planned,
         row.plan_at,
-        change.by
+        change.by,
+        row.hold_ms,
+        row.ends,
+        row.waitlist
     )
     .execute(&mut *transaction)
     .await?;

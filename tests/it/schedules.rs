@@ -490,6 +490,9 @@ async fn a_change_is_for_the_rounds_that_are_not_made_yet() {
     for (body, status, pointer) in [
         (json!({ "allocation": 0 }), 422, "#/allocation"),
         (json!({ "per_order_limit": 5 }), 422, "#/per_order_limit"),
+        (json!({ "hold_seconds": 0 }), 422, "#/hold_seconds"),
+        (json!({ "waitlist": true }), 422, "#/waitlist"),
+        (json!({ "ends": "never" }), 422, "#/ends"),
         (
             json!({ "schedule": { "cron": "0 9 * * MON" } }),
             422,

@@ -287,7 +287,8 @@ async fn a_snapshot_is_the_sale_and_whoever_does_not_read_misses_steps_but_not_t
         assert_eq!(value, expected, "{name}");
     }
     let names: BTreeSet<_> = snapshot.data.as_object().unwrap().keys().collect();
-    let expected = "allocation held remaining round sale_id seq server_time_ms sold sold_out state";
+    let expected = "allocation closes_at held opens_at remaining round sale_id seq server_time_ms \
+                    sold sold_out state";
     assert!(names.into_iter().eq(expected.split(' ')));
 
     let mut left = 27;

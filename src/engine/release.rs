@@ -6,10 +6,13 @@ use uuid::Uuid;
 use super::{
     Engine, Shared, call::Called, error::EngineError, packed, packed::Standing, script::Script,
 };
-use crate::domain::{
-    id::{OrderId, RoundId},
-    model::{Confirmed, Extended, Operation, Release, Released},
-    order::{Durability, Order},
+use crate::{
+    domain::{
+        id::{OrderId, RoundId},
+        model::{Confirmed, Extended, Operation, Release, Released},
+        order::{Durability, Order},
+    },
+    faults,
 };
 
 impl Engine {
@@ -78,12 +81,14 @@ impl Engine {
     ) -> Result<(Confirmed, Standing), EngineError> {
         let confirm = &self.shared.scripts.confirm;
         let arguments = by(order, actor);
+        faults::point("confirm.before_script");
         let Changed {
             called,
             standing,
             word,
             record,
         } = self.change_order(confirm, round, order, arguments).await?;
+        faults::point("confirm.after_script");
         let outcome = match (word.as_str(), record) {
             ("done", Some(order)) => Confirmed::Done(order),
             ("already", Some(order)) => Confirmed::Already(order),

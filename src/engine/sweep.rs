@@ -3,7 +3,10 @@
 use bytes::Bytes;
 
 use super::{Engine, Shared, error::EngineError, packed, packed::Standing};
-use crate::domain::{id::RoundId, model::Swept, order::Durability};
+use crate::{
+    domain::{id::RoundId, model::Swept, order::Durability},
+    faults,
+};
 
 impl Engine {
     /// Ends at most `holds` holds of a round whose time is over, and offers what remains to at most
@@ -35,9 +38,16 @@ impl Engine {
             )
             .await?;
         let standing = self.shared.learn_next(&mut called)?;
+        let (expired, offered) = (called.reply.number()?, called.reply.number()?);
+        if expired > 0 {
+            faults::point("sweep.after_expiry");
+        }
+        if offered > 0 {
+            faults::point("sweep.after_offer");
+        }
         let swept = Swept {
-            expired: called.reply.number()?,
-            offered: called.reply.number()?,
+            expired,
+            offered,
             next_ms: match called.reply.text()?.as_str() {
                 "" => None,
                 text => Some(text.parse().map_err(|_| called.reply.unexpected(text))?),

@@ -19,7 +19,11 @@ use super::{
     selling::{assert_replays, strangers},
     support::{
         app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
+        history::assert_kept,
+        market::Market,
         process::Served,
+        seed,
+        wire::Wire,
     },
 };
 
@@ -283,6 +287,70 @@ async fn a_node_dies_after_every_step_of_the_end_of_a_round() {
     assert_eq!(counts, (1, 1, 1));
     app.finish().await;
     assert!(node.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_hold_ends_once_whoever_dies() {
+    let seed = seed();
+    println!("repeat with STOCKADE_TEST_SEED={seed}");
+    let mut app = App::without_node(&[("STOCKADE_GRACE_SECONDS", "0")]).await;
+    let stays = Served::start(&app).await;
+    let mut dies = Served::start(&app).await;
+    app.speak_to(stays.url());
+    let market = Market::found(&app, 1, vec![stays.door(), dies.door()]).await;
+    let bustle = market.open(BUYERS, seed);
+    dies.stop().await;
+    for point in [
+        "sweep.after_expiry",
+        "sweep.after_offer",
+        "confirm.before_script",
+        "confirm.after_script",
+    ] {
+        for pass in 1..=3 {
+            dies.set(FAIL_POINT, Some(&format!("{point}:{pass}")));
+            dies.start_to_die().await;
+        }
+        app.redis.server.kill().await;
+        app.redis.server.restart().await.unwrap();
+    }
+    dies.set(FAIL_POINT, None);
+    dies.start_again().await;
+
+    // Everything that anybody was told is stored, and orders are held.
+    let path = format!("/v1/sales/{}", market.sales[0]);
+    let mut wire = Wire::connect(&app.redis).await;
+    let emptying = async {
+        loop {
+            let silence = market.silence().await;
+            if market.sells().await {
+                assert_eq!(app.audit(&market.sales[0]).await["verdict"], "pass");
+                if app.view(&market.sales[0]).await["held"] != 0 {
+                    assert_eq!(wire.run(&["FLUSHALL"]).await, "OK");
+                    return silence;
+                }
+            }
+        }
+    };
+    let silence = timeout(PATIENCE, emptying).await.unwrap();
+    market.sells_again(&app).await;
+    drop(silence);
+    app.until(&path, |answer| answer.json()["held"] != 0).await;
+
+    bustle.close().await;
+    market.settle(&app).await;
+    let sales = &market.sales;
+    assert_eq!(app.audit(&sales[0]).await["verdict"], "pass");
+    let ends = "SELECT array_agg(DISTINCT status) FROM orders WHERE accepted_as = 'held'";
+    let mut sql = sql(&app).await;
+    let mut ends: Vec<String> = sqlx::query_scalar(ends).fetch_one(&mut sql).await.unwrap();
+    ends.sort();
+    assert_eq!(ends, ["cancelled", "confirmed", "expired"]);
+    let repeat = format!("STOCKADE_TEST_SEED={seed}");
+    assert_kept(&market.recorder, &app, sales, &repeat).await;
+    app.finish().await;
+    for mut node in [stays, dies] {
+        assert!(node.stop().await.success());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

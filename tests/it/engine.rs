@@ -14,6 +14,7 @@ use stockade::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, RoundId,
             SaleNumber,
         },
+        journal::EventKind,
         model::{
             Allocated, Amended, Command, Confirmed, Extended, Joined, Model, Operation,
             Provisioned, Release, Released, Reply, Wish,
@@ -454,7 +455,6 @@ impl Conformance {
                 let reply = self.engine.sweep(round, *holds, *offers, durability).await;
                 let (reply, standing) = reply.unwrap();
                 self.saw("a hold ran out", reply.expired > 0);
-                self.saw("somebody in line got units", reply.offered > 0);
                 let command = Command::Sweep {
                     round,
                     holds: *holds,
@@ -744,7 +744,15 @@ impl Conformance {
             Some(now_ms) => now_ms,
             None => self.engine.dump(&[]).await.unwrap().last_ms,
         };
+        let known = self.model.pseq;
         let expected = self.model.apply(now_ms, &command);
+        let new = self.model.journal.last();
+        let new = new.filter(|entry| entry.id.pseq > known);
+        let served = new.is_some_and(|entry| {
+            let mut events = entry.events.iter();
+            events.any(|event| event.kind == EventKind::Leave && event.units > 0)
+        });
+        self.saw("somebody in line got units", served);
         match (&expected, &reply) {
             (Some(Reply::Decided(expected)), Reply::Decided(real)) => {
                 for (at, pair) in expected.iter().zip(real).enumerate() {
@@ -905,7 +913,14 @@ async fn scripts_do_what_the_model_says() {
                 per_order_limit: 2,
                 opens_in_ms: -1,
                 closes_in_ms: None,
-                policy: Policy::default(),
+                policy: Policy {
+                    ends: if case % 3 == 1 {
+                        Ends::SoldOut
+                    } else {
+                        Ends::Time
+                    },
+                    ..Policy::default()
+                },
             },
         };
         both.run(&provision).await;

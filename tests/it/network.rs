@@ -568,7 +568,7 @@ async fn a_network_that_changes_all_the_time_loses_nothing() {
     };
     timeout(PATIENCE, selling).await.unwrap();
     bustle.close().await;
-    market.settle().await;
+    market.settle(&app).await;
     for sale in &market.sales {
         stored(&app, sale).await;
     }

@@ -18,7 +18,7 @@ use super::{
         app::{App, PATIENCE, sql},
         history::assert_kept,
         market::{Bustle, Market},
-        process::{Served, stockade},
+        process::Served,
         proxy::{BadWeather, Proxy},
         seed,
         shim::Shim,
@@ -178,6 +178,7 @@ impl World {
             Fault::RedisEmptied => {
                 // Once everything is stored: what is not would be lost, as it must be.
                 let silence = timeout(PATIENCE, self.market().silence()).await.unwrap();
+                self.market().calm(&self.app).await;
                 for sale in &self.market().sales {
                     self.app.audit(sale).await;
                 }
@@ -187,12 +188,7 @@ impl World {
                 // A node that was killed can no longer say how far it has seen: then an operator
                 // decides. Nothing is missing, as the judge will see.
                 if self.killed.is_some_and(|at| at.elapsed() < FORGOTTEN) {
-                    let deciding = async {
-                        while !self.market().sells().await {
-                            stockade(&self.app, &[], &["rebuild", "--accept-loss"]).await;
-                        }
-                    };
-                    timeout(PATIENCE, deciding).await.unwrap();
+                    self.market().sells_again(&self.app).await;
                 }
             }
             Fault::RedisRestarted => self.app.redis.server.restart().await.unwrap(),
@@ -298,7 +294,7 @@ impl World {
     async fn judge(mut self) -> (usize, u64) {
         let market = Arc::clone(self.market());
         self.bustle.close().await;
-        market.settle().await;
+        market.settle(&self.app).await;
         for sale in &market.sales {
             let audit = self.app.audit(sale).await;
             assert_eq!(audit["verdict"], "pass", "{audit:#}");

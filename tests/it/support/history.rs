@@ -2,6 +2,7 @@
 //! the end: all that [`judge`] needs to say whether the promises were kept.
 
 mod checker;
+mod course;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +27,12 @@ pub(crate) use checker::judge;
 pub(crate) enum Kind {
     Purchase { quantity: u64 },
     Cancel { order: Uuid },
+    Pay { order: Uuid },
+    Extend { order: Uuid },
+    Join { quantity: u64 },
+    Leave,
     Restock { units: u64 },
+    Reduce { units: u64 },
     Pause,
     Resume,
     Close,
@@ -171,6 +177,11 @@ pub(crate) struct Order {
     pub(crate) unit_price: i64,
     pub(crate) accepted_at: DateTime<Utc>,
     pub(crate) status: String,
+    pub(crate) accepted_as: String,
+    pub(crate) hold_ms: i64,
+    pub(crate) extended_ms: i64,
+    pub(crate) returned: i64,
+    pub(crate) refunded: i64,
 }
 
 /// Another event of the round as PostgreSQL has it; the provisioning left out.
@@ -183,6 +194,7 @@ pub(crate) struct Event {
     pub(crate) order: Option<Uuid>,
     pub(crate) actor: Option<Uuid>,
     pub(crate) at: DateTime<Utc>,
+    pub(crate) from_held: bool,
 }
 
 /// Where the units are.
@@ -275,6 +287,11 @@ impl Sale {
                     unit_price: row.get("unit_price"),
                     accepted_at: row.get("accepted_at"),
                     status: row.get("status"),
+                    accepted_as: row.get("accepted_as"),
+                    hold_ms: row.get("hold_ms"),
+                    extended_ms: row.get("extended_ms"),
+                    returned: row.get("returned"),
+                    refunded: row.get("refunded"),
                 })
                 .collect(),
             events: events
@@ -287,6 +304,7 @@ impl Sale {
                     order: row.get("order_id"),
                     actor: row.get("actor"),
                     at: row.get("at"),
+                    from_held: row.get("from_held"),
                 })
                 .collect(),
             board: app.pages(&format!("/v1/sales/{sale}/leaderboard")).await,
@@ -296,6 +314,11 @@ impl Sale {
     /// The id of the order that this buyer's key makes.
     fn order_id(&self, buyer: Uuid, key: &str) -> Uuid {
         OrderId::derive(SaleNumber(self.number), BuyerId(buyer), key).0
+    }
+
+    /// The id of the order that this buyer's place in line becomes.
+    fn wish_id(&self, buyer: Uuid, key: &str) -> Uuid {
+        self.order_id(buyer, &format!("\u{1}waitlist {key}"))
     }
 }
 

@@ -6,12 +6,12 @@ use std::{
     time::Duration,
 };
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
-use stockade::domain::limits::{MEMORY_MS, SPARE_ACCEPTANCES};
+use stockade::domain::limits::MEMORY_MS;
 use uuid::Uuid;
 
-use super::{Attempt, Counters, Event, History, Kind, Order, Outcome, Sale};
+use super::{Attempt, Event, History, Kind, Order, Outcome, Sale, course::Course};
 
 /// How long a node may refuse from memory what another one has changed.
 const MEMORY: Duration = Duration::from_millis(MEMORY_MS.unsigned_abs());
@@ -43,8 +43,11 @@ pub(crate) enum Rule {
     RealTime,
     /// Sold out is said only when nothing is left, and `insufficient` only of what is left.
     SoldOut,
-    /// Cancelled is what one event cancelled, all of it, and nothing else.
+    /// A hold is paid before its deadline, or expires behind it, or is given back: one of them, once.
+    /// Units go back once, and an order is what its events make of it.
     Lifecycle,
+    /// What comes back goes to whoever waits longest, and to nobody else as long as anybody waits.
+    Line,
 }
 
 /// A broken promise, and the events around the first place where it shows.
@@ -105,13 +108,13 @@ impl Found {
 
 /// An event of the round, whatever its table.
 #[derive(Clone, Copy, Debug)]
-enum Step<'a> {
+pub(super) enum Step<'a> {
     Order(&'a Order),
     Event(&'a Event),
 }
 
 impl Step<'_> {
-    fn place(&self) -> (i32, i64) {
+    pub(super) fn place(&self) -> (i32, i64) {
         match self {
             Step::Order(order) => (order.epoch, order.seq),
             Step::Event(event) => (event.epoch, event.seq),
@@ -173,6 +176,9 @@ struct Effect {
     confirmed: Option<Duration>,
 }
 
+/// What happened, and to which order or by whom.
+type Place<'a> = (&'a str, Uuid);
+
 struct Facts<'a> {
     sale: &'a Sale,
     settled: Duration,
@@ -184,8 +190,7 @@ struct Facts<'a> {
     purchases: BTreeMap<Uuid, Vec<&'a Attempt>>,
     /// All other attempts, in the order of sending.
     others: Vec<&'a Attempt>,
-    /// Units remaining before each step and after the last.
-    remaining: Vec<i64>,
+    course: Course,
 }
 
 impl<'a> Facts<'a> {
@@ -215,42 +220,33 @@ impl<'a> Facts<'a> {
                 others.push(attempt);
             }
         }
-        let mut facts = Self {
+        let course = Course::new(sale, &steps);
+        Self {
             sale,
             settled: history.settled,
             steps,
             orders,
             purchases,
             others,
-            remaining: Vec::new(),
-        };
-        let mut remaining = sale.initial_allocation;
-        facts.remaining = vec![remaining];
-        for step in &facts.steps {
-            remaining += facts.returned(step);
-            facts.remaining.push(remaining);
-        }
-        facts
-    }
-
-    /// The units that a step makes available; negative when it takes some.
-    fn returned(&self, step: &Step) -> i64 {
-        match step {
-            Step::Order(order) => -order.quantity,
-            Step::Event(event) => match event.kind.as_str() {
-                "restock" => event.units,
-                "cancel" => self.cancelled(event).map_or(0, |order| order.quantity),
-                _ => 0,
-            },
+            course,
         }
     }
 
-    /// The order that an event cancels.
-    fn cancelled(&self, event: &Event) -> Option<&'a Order> {
+    /// The order that an event changes.
+    fn changed(&self, event: &Event) -> Option<&'a Order> {
         let step = *self.orders.get(&event.order?)?;
         match self.steps[step] {
             Step::Order(order) => Some(order),
             Step::Event(_) => None,
+        }
+    }
+
+    /// What an attempt is about: an order, or who asks.
+    fn about(&self, attempt: &Attempt) -> Uuid {
+        match attempt.kind {
+            Kind::Cancel { order } | Kind::Pay { order } | Kind::Extend { order } => order,
+            Kind::Join { .. } => self.sale.wish_id(attempt.who, &attempt.key),
+            _ => attempt.who,
         }
     }
 
@@ -289,66 +285,15 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// `Oversell`, `Limit`, `Lifecycle`, `Conservation`.
+    /// `Oversell`, `Limit`, `Lifecycle`, `Line`, `Conservation`.
     fn units(&self, found: &mut Found) {
-        let mut buyers: HashMap<Uuid, (i64, i64)> = HashMap::new();
-        let mut cancels: HashMap<Uuid, usize> = HashMap::new();
-        let limit = self.sale.per_buyer_limit;
-        let acceptances_max = limit + i64::try_from(SPARE_ACCEPTANCES).unwrap();
-        for (step, event) in self.steps.iter().enumerate() {
-            if self.remaining[step + 1] < 0 {
-                let what = format!("{} units too many are sold", -self.remaining[step + 1]);
-                found.add(Rule::Oversell, what, || self.around(step));
-            }
-            match event {
-                Step::Order(order) => {
-                    let (units, acceptances) = buyers.entry(order.buyer).or_default();
-                    *units += order.quantity;
-                    *acceptances += 1;
-                    if *units > limit || *acceptances > acceptances_max {
-                        let what = format!("{units} units, {acceptances} acceptances");
-                        found.add(Rule::Limit, what, || self.history_of(order.buyer));
-                    }
-                }
-                Step::Event(event) if event.kind == "cancel" => {
-                    let order = self.cancelled(event);
-                    if let Some(order) = order {
-                        buyers.entry(order.buyer).or_default().0 -= order.quantity;
-                        *cancels.entry(order.id).or_default() += 1;
-                    }
-                    let whole = order.is_some_and(|order| {
-                        let before = (order.epoch, order.seq) < (event.epoch, event.seq);
-                        before && order.quantity == event.units && cancels[&order.id] == 1
-                    });
-                    if !whole {
-                        let what = "a cancellation of nothing, of a part, or again".to_owned();
-                        found.add(Rule::Lifecycle, what, || self.around(step));
-                    }
-                }
-                Step::Event(_) => {}
-            }
+        for (rule, step, what) in &self.course.broken {
+            found.add(*rule, what.clone(), || match self.steps.get(*step) {
+                Some(Step::Order(order)) if *rule == Rule::Limit => self.history_of(order.buyer),
+                _ => self.around(*step),
+            });
         }
-        for order in &self.sale.orders {
-            let cancelled = cancels.contains_key(&order.id);
-            let status = if cancelled { "cancelled" } else { "confirmed" };
-            if order.status != status {
-                let what = format!("{} must be {status}", order.id);
-                let step = self.orders[&order.id];
-                found.add(Rule::Lifecycle, what, || self.around(step));
-            }
-        }
-        let restocked = |event: &&Event| event.kind == "restock";
-        let restocks = self.sale.events.iter().filter(restocked);
-        let allocation =
-            self.sale.initial_allocation + restocks.map(|event| event.units).sum::<i64>();
-        let remaining = self.remaining.last().copied().unwrap_or_default();
-        let expected = Counters {
-            allocation,
-            remaining,
-            held: 0,
-            sold: allocation - remaining,
-            seq: self.steps.last().map_or(0, |step| step.place().1),
-        };
+        let expected = self.course.counters;
         for (whose, counters) in [("PostgreSQL", self.sale.stored), ("Redis", self.sale.live)] {
             if counters != expected {
                 let what = format!("{whose} has {counters:?}, its events lead to {expected:?}");
@@ -362,7 +307,7 @@ impl<'a> Facts<'a> {
     fn history_of(&self, buyer: Uuid) -> Vec<String> {
         let own = |step: &&Step| match step {
             Step::Order(order) => order.buyer == buyer,
-            Step::Event(event) => self.cancelled(event).is_some_and(|o| o.buyer == buyer),
+            Step::Event(event) => self.changed(event).is_some_and(|o| o.buyer == buyer),
         };
         let steps = self.steps.iter().filter(own);
         steps.map(ToString::to_string).collect()
@@ -532,11 +477,24 @@ impl<'a> Facts<'a> {
             }
         }
         for (id, step) in &self.orders {
-            if !self.purchases.contains_key(id) {
+            if !self.purchases.contains_key(id) && !self.waited_for(*step) {
                 let what = format!("{id} is stored, and nobody asked for it");
                 found.add(Rule::Phantom, what, || self.around(*step));
             }
         }
+    }
+
+    /// Whether somebody waited in line for this order.
+    fn waited_for(&self, step: usize) -> bool {
+        let Step::Order(order) = self.steps[step] else {
+            return false;
+        };
+        self.others.iter().any(|attempt| {
+            matches!(attempt.kind, Kind::Join { quantity }
+                if i64::try_from(quantity).is_ok_and(|most| order.quantity <= most))
+                && may_have_run(attempt)
+                && self.about(attempt) == order.id
+        })
     }
 
     /// Whether a 201 is about what was asked for.
@@ -553,7 +511,19 @@ impl<'a> Facts<'a> {
 
     /// `Lost`, `Phantom`, `Once`, of what is not a purchase.
     fn operations(&self, found: &mut Found) {
-        let mut restocks: HashMap<Uuid, BTreeMap<&str, (bool, usize)>> = HashMap::new();
+        let happened = self.happened();
+        for attempt in &self.others {
+            // Either it was paid in time, or its buyer hears that it was not.
+            if let (Kind::Pay { order }, Outcome::Refused { code, .. }) =
+                (attempt.kind, &attempt.outcome)
+                && code == "hold_expired"
+                && happened.contains_key(&("confirm", order))
+            {
+                let what = format!("{order} is paid, and its buyer was told that it expired");
+                found.add(Rule::Lifecycle, what, || vec![attempt.to_string()]);
+            }
+        }
+        let mut moves: BTreeMap<Place<'_>, BTreeMap<&str, (bool, usize)>> = BTreeMap::new();
         for attempt in self.others.iter().filter(|attempt| may_have_run(attempt)) {
             let ok = match &attempt.outcome {
                 Outcome::Ok { replayed, .. } => Some(*replayed),
@@ -569,56 +539,93 @@ impl<'a> Facts<'a> {
                         found.add(Rule::Lost, what, || vec![attempt.to_string()]);
                     }
                 }
-                Kind::Restock { .. } => {
-                    let keys = restocks.entry(attempt.who).or_default();
+                Kind::Pay { .. } | Kind::Extend { .. } => {
+                    let place = (word(attempt.kind), self.about(attempt));
+                    if ok.is_some() && !happened.contains_key(&place) {
+                        let what = format!("{place:?} was told, and is not stored");
+                        found.add(Rule::Lost, what, || vec![attempt.to_string()]);
+                    }
+                }
+                Kind::Join { quantity } => {
+                    if let Outcome::Ok { body, .. } = &attempt.outcome
+                        && !self.in_line_or_served(attempt, quantity, body)
+                    {
+                        let what = "neither in line nor served, as it was told".to_owned();
+                        found.add(Rule::Lost, what, || vec![attempt.to_string()]);
+                    }
+                }
+                Kind::Restock { .. } | Kind::Reduce { .. } => {
+                    let place = (word(attempt.kind), attempt.who);
+                    let keys = moves.entry(place).or_default();
                     let (told, fresh) = keys.entry(&attempt.key).or_default();
                     *told |= ok.is_some();
                     *fresh += usize::from(ok == Some(false));
                     if *fresh > 1 {
-                        let what = "a restock twice without the header".to_owned();
+                        let what = format!("{place:?} twice without the header");
                         found.add(Rule::Replay, what, || vec![attempt.to_string()]);
                     }
                 }
-                Kind::Purchase { .. } | Kind::Pause | Kind::Resume | Kind::Close => {}
+                Kind::Purchase { .. } | Kind::Leave | Kind::Pause | Kind::Resume | Kind::Close => {}
             }
         }
-        let mut events: HashMap<Uuid, usize> = HashMap::new();
-        for event in self.sale.events.iter().filter(|e| e.kind == "restock") {
-            *events.entry(event.actor.unwrap_or_default()).or_default() += 1;
-        }
-        for (actor, keys) in &restocks {
-            let done = events.get(actor).copied().unwrap_or_default();
+        for (place, keys) in &moves {
+            let done = happened.get(place).map_or(0, Vec::len);
             let told = keys.values().filter(|(told, _)| *told).count();
             if done < told {
-                let what = format!("{told} restocks of {actor}, stored are {done}");
-                found.add(Rule::Lost, what, || self.attempts_of(*actor));
+                let what = format!("{told} of {place:?}, stored are {done}");
+                found.add(Rule::Lost, what, || self.attempts_of(place.1));
             }
             if done > keys.len() {
-                let what = format!("{} restocks of {actor}, stored are {done}", keys.len());
-                found.add(Rule::Once, what, || self.attempts_of(*actor));
+                let what = format!("{} of {place:?}, stored are {done}", keys.len());
+                found.add(Rule::Once, what, || self.attempts_of(place.1));
             }
         }
-        let mut asked = HashSet::new();
-        for attempt in self.others.iter().filter(|attempt| may_have_run(attempt)) {
-            let about = match attempt.kind {
-                Kind::Cancel { order } => order,
-                _ => attempt.who,
-            };
-            asked.insert((word(attempt.kind), about));
-        }
-        for (step, event) in self.steps.iter().enumerate() {
-            if let Step::Event(event) = event {
-                let about = if event.kind == "cancel" {
-                    event.order
-                } else {
-                    event.actor
-                };
-                if !asked.contains(&(event.kind.as_str(), about.unwrap_or_default())) {
-                    let what = format!("nobody asked for a {} of {about:?}", event.kind);
-                    found.add(Rule::Phantom, what, || self.around(step));
+        let ran = self.others.iter().filter(|attempt| may_have_run(attempt));
+        let asked: HashSet<_> = ran
+            .map(|attempt| (word(attempt.kind), self.about(attempt)))
+            .collect();
+        for (place, steps) in &happened {
+            for step in steps {
+                // Time asks, and the line does.
+                let by_itself = place.0 == "expire" || self.course.satisfied.contains(step);
+                if !by_itself && !asked.contains(place) {
+                    let what = format!("nobody asked for a {} of {}", place.0, place.1);
+                    found.add(Rule::Phantom, what, || self.around(*step));
                 }
             }
         }
+    }
+
+    /// The steps of events, by what happened and to what; without those that served the line.
+    fn happened(&self) -> BTreeMap<Place<'a>, Vec<usize>> {
+        let mut happened: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (step, event) in self.steps.iter().enumerate() {
+            let Step::Event(event) = event else { continue };
+            let about = match event.kind.as_str() {
+                "leave" if event.units > 0 => continue,
+                "leave" => event.actor,
+                _ => event.order.or(event.actor),
+            };
+            let place = (event.kind.as_str(), about.unwrap_or_default());
+            happened.entry(place).or_default().push(step);
+        }
+        happened
+    }
+
+    /// Whether a buyer who was told of a place in line has had one, and who was told of the order
+    /// that it became has that.
+    fn in_line_or_served(&self, attempt: &Attempt, quantity: u64, body: &str) -> bool {
+        let told: Value = serde_json::from_str(body).unwrap_or_default();
+        if told["position"].is_number() {
+            let mut joins = self.sale.events.iter().filter(|event| event.kind == "join");
+            return joins.any(|event| event.actor == Some(attempt.who));
+        }
+        let id = self.about(attempt);
+        let row = self.orders.get(&id).map(|step| &self.steps[*step]);
+        row.is_some_and(|row| told_as_stored(body, row))
+            && told["quantity"]
+                .as_u64()
+                .is_some_and(|units| units <= quantity)
     }
 
     fn attempts_of(&self, who: Uuid) -> Vec<String> {
@@ -634,37 +641,24 @@ impl<'a> Facts<'a> {
         effects.collect()
     }
 
-    /// Purchases and cancellations, and what an operator did who did nothing else.
+    /// Purchases, what was done to orders, and what an operator did who did nothing else.
     fn effects(&self) -> Vec<Effect> {
         let mut effects = self.effects_of_purchases();
-        let mut asked: HashMap<(&str, Uuid), Vec<&Attempt>> = HashMap::new();
+        let mut asked: HashMap<Place<'_>, Vec<&Attempt>> = HashMap::new();
         for attempt in &self.others {
-            let about = match attempt.kind {
-                Kind::Cancel { order } => order,
-                _ => attempt.who,
+            let place = (word(attempt.kind), self.about(attempt));
+            asked.entry(place).or_default().push(attempt);
+        }
+        for (place, steps) in self.happened() {
+            let attempts = asked.get(&place).into_iter().flatten().copied();
+            let certain = match place.0 {
+                "cancel" | "confirm" | "extend" | "restock" | "reduce" => true,
+                // Its answer may be about a place that the buyer had by another key, or had left.
+                "join" | "leave" => false,
+                // To pause may have been done before, by somebody else: then its answer says nothing
+                // about its own event.
+                _ => attempts.clone().count() == 1,
             };
-            asked
-                .entry((word(attempt.kind), about))
-                .or_default()
-                .push(attempt);
-        }
-        let mut done: HashMap<(&str, Uuid), Vec<usize>> = HashMap::new();
-        for (step, event) in self.steps.iter().enumerate() {
-            if let Step::Event(event) = event {
-                let about = if event.kind == "cancel" {
-                    event.order
-                } else {
-                    event.actor
-                };
-                let about = about.unwrap_or_default();
-                done.entry((&event.kind, about)).or_default().push(step);
-            }
-        }
-        for (what, steps) in done {
-            let attempts = asked.get(&what).into_iter().flatten().copied();
-            // To pause may have been done before, by somebody else: then its answer says nothing
-            // about its own event.
-            let certain = ["cancel", "restock"].contains(&what.0) || attempts.clone().count() == 1;
             if let [step] = steps[..]
                 && certain
             {
@@ -708,8 +702,12 @@ impl<'a> Facts<'a> {
         }
         // At which steps so many units remained; only those that somebody was told are asked for.
         let mut at: HashMap<i64, Vec<usize>> = HashMap::new();
-        for (step, remaining) in self.remaining.iter().enumerate() {
+        for (step, remaining) in self.course.remaining.iter().enumerate() {
             at.entry(*remaining).or_default().push(step);
+            // What is there is for the line alone.
+            if *remaining > 0 && self.course.waiting[step] > 0 {
+                at.entry(0).or_default().push(step);
+            }
         }
         for attempt in self.purchases.values().flatten() {
             let Outcome::Refused {
@@ -787,13 +785,18 @@ fn told_as_stored(body: &str, step: &Step) -> bool {
         return false;
     };
     let body: Value = serde_json::from_str(body).unwrap_or_default();
-    let at = body["accepted_at"].as_str().and_then(|at| at.parse().ok());
+    let instant = |member: &str| body[member].as_str().and_then(|at| at.parse().ok());
+    let (at, until): (Option<DateTime<Utc>>, Option<DateTime<Utc>>) =
+        (instant("accepted_at"), instant("held_until"));
+    let held = order.accepted_as == "held";
     body["id"] == json!(order.id)
         && body["seq"] == json!(order.seq)
         && body["buyer_id"] == json!(order.buyer)
         && body["quantity"] == json!(order.quantity)
         && body["unit_price"]["amount"] == json!(order.unit_price)
+        && body["status"] == json!(order.accepted_as)
         && at == Some(order.accepted_at)
+        && until == held.then(|| order.accepted_at + TimeDelta::milliseconds(order.hold_ms))
 }
 
 /// As `round_events` calls it.
@@ -801,7 +804,12 @@ fn word(kind: Kind) -> &'static str {
     match kind {
         Kind::Purchase { .. } => "purchase",
         Kind::Cancel { .. } => "cancel",
+        Kind::Pay { .. } => "confirm",
+        Kind::Extend { .. } => "extend",
+        Kind::Join { .. } => "join",
+        Kind::Leave => "leave",
         Kind::Restock { .. } => "restock",
+        Kind::Reduce { .. } => "reduce",
         Kind::Pause => "pause",
         Kind::Resume => "resume",
         Kind::Close => "close",

@@ -1,6 +1,6 @@
 //! Each rule finds what breaks it, and only that; what broke nothing is let pass.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
@@ -11,10 +11,13 @@ use super::{Attempt, Counters, Event, History, Kind, Order, Outcome, Sale, check
 const SALE: Uuid = Uuid::from_u128(1);
 
 /// A run, written one attempt after the other; what the shop did is as if it had done right.
+#[derive(Clone)]
 struct Play {
     history: History,
     sale: Sale,
     now: Duration,
+    /// How long what is bought waits for its payment.
+    hold_ms: i64,
 }
 
 fn who(name: char) -> Uuid {
@@ -53,6 +56,7 @@ impl Play {
                 board: Vec::new(),
             },
             now: Duration::ZERO,
+            hold_ms: 0,
         }
     }
 
@@ -76,11 +80,12 @@ impl Play {
         self.history.attempts.last_mut().unwrap()
     }
 
-    fn moved(&mut self, allocation: i64, remaining: i64) -> i64 {
+    fn moved(&mut self, allocation: i64, remaining: i64, held: i64) -> i64 {
         let counters = &mut self.sale.stored;
         counters.allocation += allocation;
         counters.remaining += remaining;
-        counters.sold = counters.allocation - counters.remaining;
+        counters.held += held;
+        counters.sold = counters.allocation - counters.remaining - counters.held;
         counters.seq += 1;
         self.sale.live = *counters;
         counters.seq
@@ -88,36 +93,125 @@ impl Play {
 
     /// The store accepts; gives the body.
     fn accept(&mut self, name: char, key: &str, quantity: u64) -> String {
+        let id = self.sale.order_id(who(name), key);
+        self.accept_as(id, name, quantity)
+    }
+
+    fn accept_as(&mut self, id: Uuid, name: char, quantity: u64) -> String {
         let units = i64::try_from(quantity).unwrap();
+        let held = self.hold_ms > 0;
+        let status = if held { "held" } else { "confirmed" };
         let order = Order {
             epoch: 1,
-            seq: self.moved(0, -units),
-            id: self.sale.order_id(who(name), key),
+            seq: self.moved(0, -units, if held { units } else { 0 }),
+            id,
             buyer: who(name),
             quantity: units,
             unit_price: 1999,
             accepted_at: self.at(),
-            status: "confirmed".to_owned(),
+            status: status.to_owned(),
+            accepted_as: status.to_owned(),
+            hold_ms: self.hold_ms,
+            extended_ms: 0,
+            returned: 0,
+            refunded: 0,
         };
-        let body = json!({
+        let mut body = json!({
             "id": order.id, "sale_id": SALE, "buyer_id": order.buyer, "quantity": quantity,
             "seq": order.seq, "unit_price": { "amount": 1999 }, "accepted_at": order.accepted_at,
+            "status": status,
         });
+        if held {
+            body["held_until"] = json!(order.accepted_at + TimeDelta::milliseconds(self.hold_ms));
+        }
         self.sale.orders.push(order);
         body.to_string()
     }
 
     fn event(&mut self, kind: &str, name: char, allocation: i64, units: i64, order: Option<Uuid>) {
+        let seq = self.moved(allocation, units, 0);
+        self.note(seq, kind, Some(who(name)), units, order);
+    }
+
+    fn note(&mut self, seq: i64, kind: &str, actor: Option<Uuid>, units: i64, order: Option<Uuid>) {
+        let known = self.sale.orders.iter().find(|o| Some(o.id) == order);
         let event = Event {
             epoch: 1,
-            seq: self.moved(allocation, units),
+            seq,
             kind: kind.to_owned(),
             units,
             order,
-            actor: Some(who(name)),
+            actor,
             at: self.at(),
+            from_held: known.is_some_and(|order| order.status == "held"),
         };
         self.sale.events.push(event);
+    }
+
+    fn order(&mut self, id: Uuid) -> &mut Order {
+        let mut orders = self.sale.orders.iter_mut();
+        orders.find(|order| order.id == id).unwrap()
+    }
+
+    /// A held order is paid.
+    fn pays(&mut self, name: char, order: Uuid) {
+        let units = self.order(order).quantity;
+        let seq = self.moved(0, 0, -units);
+        self.note(seq, "confirm", Some(who(name)), units, Some(order));
+        self.order(order).status = "confirmed".to_owned();
+        self.done(Kind::Pay { order }, name);
+    }
+
+    fn extends(&mut self, name: char, order: Uuid) {
+        let ms = self.at() - self.order(order).accepted_at;
+        let ms = ms.num_milliseconds();
+        let seq = self.moved(0, 0, 0);
+        self.note(seq, "extend", Some(who(name)), ms, Some(order));
+        self.order(order).extended_ms = ms;
+        self.done(Kind::Extend { order }, name);
+    }
+
+    /// A held order expires or is cancelled: all of its units go back.
+    fn ends(&mut self, kind: &str, status: &str, actor: Option<char>, order: Uuid) {
+        let units = self.order(order).quantity;
+        let seq = self.moved(0, units, -units);
+        self.note(seq, kind, actor.map(who), units, Some(order));
+        let row = self.order(order);
+        (row.status, row.returned) = (status.to_owned(), units);
+    }
+
+    /// Joins the line, and hears so.
+    fn joins(&mut self, name: char, quantity: u64) {
+        let id = self.sale.wish_id(who(name), "w");
+        let seq = self.moved(0, 0, 0);
+        let units = i64::try_from(quantity).unwrap();
+        self.note(seq, "join", Some(who(name)), units, Some(id));
+        let body = json!({ "position": 1 }).to_string();
+        self.in_line(name, quantity, &body);
+    }
+
+    fn in_line(&mut self, name: char, quantity: u64, body: &str) {
+        let outcome = Outcome::Ok {
+            body: body.to_owned(),
+            replayed: false,
+        };
+        self.attempt(Kind::Join { quantity }, name, "w", outcome);
+    }
+
+    fn leaves(&mut self, name: char) {
+        let id = self.sale.wish_id(who(name), "w");
+        let seq = self.moved(0, 0, 0);
+        self.note(seq, "leave", Some(who(name)), 0, Some(id));
+        self.done(Kind::Leave, name);
+    }
+
+    /// Who is next gets units; gives the order and its body.
+    fn serves(&mut self, name: char, units: u64) -> (Uuid, String) {
+        let id = self.sale.wish_id(who(name), "w");
+        let seq = self.moved(0, 0, 0);
+        let given = i64::try_from(units).unwrap();
+        self.note(seq, "leave", Some(who(name)), given, Some(id));
+        (id, self.accept_as(id, name, units))
     }
 
     fn buys(&mut self, name: char, key: &str, quantity: u64) -> String {
@@ -162,8 +256,8 @@ impl Play {
         let id = self.sale.order_id(who(name), key);
         let order = self.sale.orders.iter_mut().find(|order| order.id == id);
         let order = order.unwrap();
-        order.status = "cancelled".to_owned();
         let units = order.quantity;
+        (order.status, order.returned) = ("cancelled".to_owned(), units);
         self.event("cancel", name, 0, units, Some(id));
         self.done(Kind::Cancel { order: id }, name);
     }
@@ -172,6 +266,13 @@ impl Play {
         self.event("restock", name, units, units, None);
         let units = units.try_into().unwrap();
         self.done(Kind::Restock { units }, name);
+    }
+
+    fn reduces(&mut self, name: char, units: i64) {
+        let seq = self.moved(-units, -units, 0);
+        self.note(seq, "reduce", Some(who(name)), units, None);
+        let units = units.try_into().unwrap();
+        self.done(Kind::Reduce { units }, name);
     }
 
     /// The leaderboard, as it must be.
@@ -216,7 +317,8 @@ fn clean() -> Play {
     // Nobody ever hears of this one.
     play.accept('d', "3", 1);
     play.hears_nothing('d', "3", 1);
-    play.restocks('x', 2);
+    play.restocks('x', 3);
+    play.reduces('x', 1);
     play.event("pause", 'y', 0, 0, None);
     play.done(Kind::Pause, 'y');
     play.refused('e', "1", 1, json!({"code": "paused"}));
@@ -234,16 +336,167 @@ fn clean() -> Play {
     play.rank()
 }
 
+/// Holds and a line, with all that may become of them. `keeps` says whether the public waits, too.
+fn line(keeps: bool) -> Play {
+    let mut play = Play::new(3);
+    play.hold_ms = 60_000;
+    let first = play.buys('a', "1", 2);
+    play.buys('b', "1", 1);
+    let [a, b] = ['a', 'b'].map(|name| play.sale.order_id(who(name), "1"));
+    play.refused('c', "1", 1, json!({"code": "sold_out"}));
+    play.joins('c', 1);
+    play.joins('d', 2);
+    play.joins('e', 1);
+    if keeps {
+        play.leaves('e');
+    }
+    play.pays('b', b);
+    play.now += Duration::from_mins(1);
+    play.ends("expire", "expired", None, a);
+    let (c, served) = play.serves('c', 1);
+    // Fewer than hoped for.
+    let (d, _) = play.serves('d', 1);
+    let expired = json!({"code": "hold_expired"});
+    play.refused('a', "pay", 1, expired).kind = Kind::Pay { order: a };
+    play.told('a', "1", 2, &first, true);
+    play.in_line('c', 1, &served);
+    play.extends('c', c);
+    play.now += Duration::from_secs(55);
+    play.pays('c', c);
+    play.ends("cancel", "cancelled", Some('d'), d);
+    play.done(Kind::Cancel { order: d }, 'd');
+    if keeps {
+        play.buys('f', "1", 1);
+        play.joins('g', 1);
+        // What comes back is not for the public, also before the line has it.
+        play.restocks('x', 2);
+        play.refused('h', "1", 1, json!({"code": "sold_out"}));
+        play.serves('g', 1);
+    }
+    play.buys('i', "1", 1);
+    play.rank()
+}
+
 #[test]
 fn a_clean_history_passes() {
-    let clean = clean();
-    let found = judge(&clean.history, &clean.sale);
-    assert!(found.is_empty(), "{found:#?}");
+    for clean in [clean(), line(true)] {
+        let found = judge(&clean.history, &clean.sale);
+        assert!(found.is_empty(), "{found:#?}");
+    }
+}
+
+/// Another time for the hold of a buyer, as everybody was told.
+fn hold(play: &mut Play, name: char, ms: i64) {
+    let id = play.sale.order_id(who(name), "1");
+    let order = play.order(id);
+    order.hold_ms = ms;
+    let until = json!(order.accepted_at + TimeDelta::milliseconds(ms));
+    for attempt in &mut play.history.attempts {
+        if let Outcome::Ok { body, .. } = &mut attempt.outcome
+            && body.contains(&id.to_string())
+        {
+            let mut told: Value = serde_json::from_str(body).unwrap();
+            told["held_until"] = until.clone();
+            *body = told.to_string();
+        }
+    }
 }
 
 #[test]
 fn each_rule_finds_what_breaks_it_and_only_that() {
     type Corruption = fn(&mut Play);
+    let of_holds: &[(Rule, &str, Corruption)] = &[
+        (Rule::Lifecycle, "paid after its deadline", |play| {
+            hold(play, 'b', 1);
+        }),
+        (Rule::Lifecycle, "expired before its deadline", |play| {
+            hold(play, 'a', 3_600_000);
+        }),
+        (
+            Rule::Lifecycle,
+            "paid although it was extended once",
+            |play| {
+                let c = play.sale.wish_id(who('c'), "w");
+                play.order(c).extended_ms = 0;
+                let extend = play.sale.events.iter_mut().find(|e| e.kind == "extend");
+                extend.unwrap().units = 0;
+            },
+        ),
+        (Rule::Lifecycle, "expired and paid", |play| {
+            let a = play.sale.order_id(who('a'), "1");
+            play.now += Duration::from_mins(5);
+            let seq = play.moved(0, 0, 0);
+            play.note(seq, "expire", None, 2, Some(a));
+        }),
+        (Rule::Lifecycle, "paid, and told that it was late", |play| {
+            let b = play.sale.order_id(who('b'), "1");
+            let expired = json!({"code": "hold_expired"});
+            play.refused('b', "pay", 1, expired).kind = Kind::Pay { order: b };
+        }),
+        (Rule::Lifecycle, "its row says something else", |play| {
+            let b = play.sale.order_id(who('b'), "1");
+            play.order(b).returned = 1;
+        }),
+        (Rule::Conservation, "a unit stays held", |play| {
+            play.sale.live.held += 1;
+            play.sale.live.sold -= 1;
+        }),
+        (Rule::Lost, "a payment that was told", |play| {
+            let order = play.sale.order_id(who('f'), "1");
+            play.done(Kind::Pay { order }, 'f');
+        }),
+        (Rule::Lost, "more time that was told", |play| {
+            let order = play.sale.order_id(who('f'), "1");
+            play.done(Kind::Extend { order }, 'f');
+        }),
+        (Rule::Lost, "a place in line that was told", |play| {
+            play.in_line('z', 1, &json!({ "position": 1 }).to_string());
+        }),
+        (Rule::Lost, "a place told as another order", |play| {
+            let id = play.sale.order_id(who('f'), "1");
+            play.in_line('f', 1, &json!({ "id": id, "quantity": 1 }).to_string());
+        }),
+        (Rule::Phantom, "nobody paid", |play| {
+            let b = play.sale.order_id(who('b'), "1");
+            let pays = |attempt: &Attempt| attempt.kind == Kind::Pay { order: b };
+            play.history.attempts.retain(|attempt| !pays(attempt));
+        }),
+        (Rule::Phantom, "nobody waited", |play| {
+            let joins = |attempt: &Attempt| {
+                attempt.who == who('g') && matches!(attempt.kind, Kind::Join { .. })
+            };
+            play.history.attempts.retain(|attempt| !joins(attempt));
+        }),
+        (Rule::Phantom, "nobody left", |play| {
+            let left = |attempt: &Attempt| attempt.kind == Kind::Leave;
+            play.history.attempts.retain(|attempt| !left(attempt));
+        }),
+        (Rule::Line, "the second is served first", |play| {
+            let events = &mut play.sale.events;
+            let mut joins = events.iter_mut().filter(|event| event.kind == "join");
+            let (c, d) = (joins.next().unwrap(), joins.next().unwrap());
+            std::mem::swap(&mut c.actor, &mut d.actor);
+            std::mem::swap(&mut c.order, &mut d.order);
+            std::mem::swap(&mut c.units, &mut d.units);
+        }),
+        (Rule::Line, "more than waited for", |play| {
+            let mut joins = play.sale.events.iter_mut();
+            joins.find(|event| event.kind == "join").unwrap().units = 0;
+        }),
+        (Rule::Line, "called, and not served", |play| {
+            let mut left = play.sale.events.iter_mut();
+            left.find(|event| event.kind == "leave" && event.units == 1)
+                .unwrap()
+                .order = None;
+        }),
+        (Rule::Line, "the public is served", |play| {
+            *play = line(false);
+        }),
+        (Rule::SoldOut, "while one is left", |play| {
+            play.restocks('y', 1);
+            play.refused('k', "1", 1, json!({"code": "sold_out"}));
+        }),
+    ];
     let corruptions: &[(Rule, &str, Corruption)] = &[
         (Rule::Conservation, "a unit vanished from Redis", |play| {
             play.sale.live.remaining -= 1;
@@ -280,6 +533,11 @@ fn each_rule_finds_what_breaks_it_and_only_that() {
         }),
         (Rule::Lost, "a restock that was told", |play| {
             play.done(Kind::Restock { units: 1 }, 'w');
+        }),
+        (Rule::Lost, "a reduction that was told", |play| {
+            play.done(Kind::Reduce { units: 1 }, 'x');
+            let again = play.history.attempts.last_mut().unwrap();
+            again.key = "another".to_owned();
         }),
         (Rule::Phantom, "nobody asked for it", |play| {
             let asked = play.sale.order_id(who('d'), "3");
@@ -495,13 +753,15 @@ fn each_rule_finds_what_breaks_it_and_only_that() {
             play.sale.board.pop();
         }),
     ];
-    for (rule, what, corrupt) in corruptions {
-        let mut play = clean();
-        corrupt(&mut play);
-        let found = judge(&play.history, &play.sale);
-        assert_eq!(play.broken(), [*rule], "{what}: {found:#?}");
+    for (clean, corruptions) in [(clean(), corruptions), (line(true), of_holds)] {
+        for (rule, what, corrupt) in corruptions {
+            let mut play = clean.clone();
+            corrupt(&mut play);
+            let found = judge(&play.history, &play.sale);
+            assert_eq!(play.broken(), [*rule], "{what}: {found:#?}");
+        }
     }
-    let mut rules: Vec<_> = corruptions.iter().map(|(rule, ..)| *rule).collect();
-    rules.dedup();
-    assert_eq!(rules.len(), 13, "a corruption for each rule, side by side");
+    let all = corruptions.iter().chain(of_holds);
+    let rules: BTreeSet<_> = all.map(|(rule, ..)| *rule).collect();
+    assert_eq!(rules.len(), 14, "a corruption for each rule");
 }

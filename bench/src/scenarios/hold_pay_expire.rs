@@ -32,6 +32,9 @@ const CONNECTIONS: usize = 512;
 /// Connections of those who pay late or cancel.
 const FEW: usize = 64;
 
+/// Units of the sale that is only for warming up.
+const WARM_UP: u64 = 1000;
+
 /// Around the deadline: from so long before it to so long after it some pay.
 const BEFORE: TimeDelta = TimeDelta::milliseconds(150);
 const AROUND: Duration = Duration::from_millis(500);
@@ -46,7 +49,7 @@ const LATE: f64 = 0.1;
 const CANCEL: f64 = 0.1;
 
 /// How often those who pay at once come for what is left.
-const LAST_CROWDS: usize = 10;
+const LAST_CROWDS: usize = 20;
 
 /// How long a buyer tries again, and holds may take to end and to be stored.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -65,7 +68,7 @@ const THINKS: Duration = Duration::from_millis(100);
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) common: Common,
-    /// Units for sale.
+    /// Units for sale; fewer where so many cannot be bought and paid while the first are held.
     #[arg(long, default_value_t = 20_000)]
     pub(crate) stock: u64,
     /// How long an order waits for its payment.
@@ -104,11 +107,12 @@ pub(crate) fn run(args: &Args) -> Result<Run> {
 }
 
 async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
-    let stock = if args.short {
+    let most = if args.short {
         args.stock.min(1000)
     } else {
         args.stock
     };
+    let stock = most.min(affordable(bench, args).await?).max(1);
     let crowds = if args.short { 2 } else { args.crowds };
     bench.set("stock", stock);
     bench.set("hold_seconds", args.hold_seconds);
@@ -147,6 +151,23 @@ async fn steps(bench: &mut Bench, args: &Args) -> Result<()> {
         held = stand.bought("last crowd", posted)?;
     }
     stand.judge(bench).await
+}
+
+/// Units that a crowd can buy and pay before the first hold ends: at most those that it buys in a part
+/// of the hold. A small crowd at a sale of its own says how fast that is, and warms everything up.
+async fn affordable(bench: &mut Bench, args: &Args) -> Result<u64> {
+    let stand = Stand::open(bench, args, WARM_UP).await?;
+    let crowd = bench.crowd(usize::try_from(WARM_UP)?, Arrivals::Burst);
+    let records = stand.send(crowd).await?.posted.records;
+    let last = records.iter().map(|record| record.finished).max();
+    let part = match args.payment {
+        Payment::None => stand.hold / 4,
+        // Several steps, each of which PostgreSQL has to keep.
+        Payment::Sandbox => stand.hold / 50,
+    };
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+    let rate = WARM_UP as f64 / last.unwrap_or_default().as_secs_f64().max(1e-3);
+    Ok(trial::requests(rate, part) as u64)
 }
 
 /// From now until an instant.

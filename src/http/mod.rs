@@ -11,6 +11,7 @@ mod caller;
 mod cart;
 mod certificates;
 mod check;
+mod checkouts;
 mod docs;
 mod edge;
 mod events;
@@ -183,6 +184,7 @@ fn resources() -> Vec<routes::Routes> {
         reports::routes(),
         waitlist::routes(),
         cart::routes(),
+        checkouts::routes(),
         events::routes(),
         audit::routes(),
         incidents::routes(),

@@ -1,6 +1,6 @@
 //! Paying for orders, giving money back, and what gateways have to say.
 
-use std::{sync::Arc, time::Duration};
+use std::{slice, sync::Arc, time::Duration};
 
 use axum::{
     extract::State,
@@ -30,7 +30,7 @@ use crate::{
         payment::{Action, Decline, Gateway, State as PaymentState},
     },
     payments::{Sandbox, Unverified},
-    sales::{Paid, Shop, Till},
+    sales::{self, Paid, Shop, Till},
     store::payments::Payment,
 };
 
@@ -83,12 +83,29 @@ pub(super) fn routes() -> Routes {
 /// How to pay.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct PayRequest {
+pub(super) struct PayRequest {
     /// The gateway's token of what the buyer pays with (Stripe: `pm_…`; PayPal: `paypal`; the
     /// sandbox: one of its magic words). Absent where no money is asked for.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = String, required = false, min_length = 1, max_length = 255, example = "sandbox_ok")]
     payment_method: Option<String>,
+}
+
+impl PayRequest {
+    /// What the buyer pays with, if it can be any.
+    pub(super) fn method(self) -> Result<Option<String>, Problem> {
+        let mut check = Check::new();
+        if let Some(method) = &self.payment_method {
+            let plain = method.bytes().all(|byte| byte.is_ascii_graphic());
+            if !plain || !METHOD_BYTES.contains(&method.len()) {
+                check.refuse(
+                    "#/payment_method",
+                    "must be 1 to 255 visible ASCII characters",
+                );
+            }
+        }
+        check.done().map(|()| self.payment_method)
+    }
 }
 
 /// What to give back.
@@ -179,27 +196,16 @@ async fn pay(
     key: IdempotencyKey,
     Json(request): Json<PayRequest>,
 ) -> Result<Response, Problem> {
-    let mut check = Check::new();
-    if let Some(method) = &request.payment_method {
-        let plain = method.bytes().all(|byte| byte.is_ascii_graphic());
-        if !plain || !METHOD_BYTES.contains(&method.len()) {
-            check.refuse(
-                "#/payment_method",
-                "must be 1 to 255 visible ASCII characters",
-            );
-        }
-    }
-    check.done()?;
+    let method = request.method()?;
     let paid = till
-        .pay(
-            OrderId(id),
-            BuyerId(caller.user),
-            &key.0,
-            request.payment_method,
-        )
+        .pay(OrderId(id), BuyerId(caller.user), &key.0, method)
         .await?;
+    let lapsed = match paid.order.order.status {
+        Status::Expired => vec![OrderId(id)],
+        _ => vec![],
+    };
     let status = match &paid.payment {
-        Some(payment) => settled(payment, &paid)?,
+        Some(payment) => settled(payment, slice::from_ref(&paid.order), &lapsed)?,
         None => StatusCode::OK,
     };
     Ok((status, axum::Json(shown(&paid, &shop))).into_response())
@@ -226,15 +232,22 @@ fn shown(paid: &Paid, shop: &Shop) -> OrderView {
     OrderView::with_payment(&paid.order, paid.payment.as_ref(), &shop.receipts)
 }
 
-/// What an answer about this payment says.
-fn settled(payment: &Payment, paid: &Paid) -> Result<StatusCode, Problem> {
+/// What an answer about this payment of these orders says; some may have expired.
+pub(super) fn settled(
+    payment: &Payment,
+    orders: &[sales::OrderView],
+    lapsed: &[OrderId],
+) -> Result<StatusCode, Problem> {
+    let held = |view: &&sales::OrderView| view.order.status == Status::Held;
     let lacks = |problem: Problem| {
-        let problem = problem.fact("payment_state", payment.course.state.as_str());
-        match paid.order.order.hold_until_ms() {
-            Some(until_ms) => problem
-                .fact("held_until", Timestamp::from_ms(until_ms).to_string())
-                .fact("order_status", paid.order.order.status.as_str()),
-            None => problem,
+        let mut problem = problem.fact("payment_state", payment.course.state.as_str());
+        let held = orders.iter().filter(held);
+        if let Some(until_ms) = held.filter_map(|view| view.order.hold_until_ms()).min() {
+            problem = problem.fact("held_until", Timestamp::from_ms(until_ms).to_string());
+        }
+        match orders {
+            [view] => problem.fact("order_status", view.order.status.as_str()),
+            _ => problem,
         }
     };
     match payment.course.state {
@@ -250,12 +263,12 @@ fn settled(payment: &Payment, paid: &Paid) -> Result<StatusCode, Problem> {
                 let detail = "The bank did not pay. Nothing was taken.";
                 lacks(Problem::new(Code::PaymentDeclined, detail)).fact("decline", why.as_str())
             }
-            None if paid.order.order.status == Status::Held => {
+            None if !lapsed.is_empty() => lacks(expired(lapsed)),
+            None if orders.iter().any(|view| held(&view)) => {
                 let detail =
                     "The gateway's answer is not to be believed, and the payment was let go.";
                 lacks(Problem::new(Code::PaymentDeclined, detail))
             }
-            None if paid.order.order.status == Status::Expired => lacks(expired()),
             None => lacks(Problem::new(Code::Conflict, "The order was given back.")),
         }),
         PaymentState::Created | PaymentState::Authorised => {
@@ -266,10 +279,12 @@ fn settled(payment: &Payment, paid: &Paid) -> Result<StatusCode, Problem> {
     }
 }
 
-/// The order was not paid in time.
-pub(super) fn expired() -> Problem {
-    let detail = "The order was not paid in time, and its units went back. Nothing was taken.";
-    Problem::new(Code::HoldExpired, detail)
+/// These orders were not paid in time.
+pub(super) fn expired(orders: &[OrderId]) -> Problem {
+    let detail = "What `order_ids` names was not paid in time, and its units went back. Nothing was \
+                  taken.";
+    let ids: Vec<_> = orders.iter().map(|OrderId(id)| id.to_string()).collect();
+    Problem::new(Code::HoldExpired, detail).fact("order_ids", ids)
 }
 
 /// Refund an order

@@ -642,7 +642,8 @@ impl From<SaleError> for Problem {
             }
             SaleError::Stale => super::version::stale(),
             SaleError::Conflict(detail) => Self::new(Code::Conflict, detail),
-            SaleError::HoldExpired => super::payments::expired(),
+            SaleError::HoldExpired(orders) => super::payments::expired(&orders),
+            SaleError::Unlike(orders) => super::checkouts::unlike(&orders),
             SaleError::NoPayment => super::payments::method("this sale takes no payment"),
             SaleError::NoMethod => super::payments::method("is needed: this sale takes money"),
             SaleError::Busy => {
@@ -736,6 +737,7 @@ mod tests {
         ("receipt_invalid", 422),
         ("not_redeemable", 409),
         ("hold_expired", 409),
+        ("checkout_failed", 409),
         ("payment_declined", 402),
         ("gateway_unavailable", 503),
         ("webhook_invalid", 400),

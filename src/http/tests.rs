@@ -223,6 +223,7 @@ fn all_operations() -> Vec<(Method, String, Access)> {
                 .replace("{file}", &format!("{}.jpg", "0".repeat(64)));
             for (method, operation) in [
                 (Method::GET, &item.get),
+                (Method::PUT, &item.put),
                 (Method::POST, &item.post),
                 (Method::PATCH, &item.patch),
                 (Method::DELETE, &item.delete),

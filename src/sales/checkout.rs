@@ -10,7 +10,7 @@ use chrono::TimeDelta;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{SaleError, Shop};
+use super::{OrderView, SaleError, Shop};
 use crate::{
     clock,
     domain::{
@@ -61,6 +61,15 @@ pub struct LineAnswer {
     pub line: Line,
     /// `None` for a sale that there is not.
     pub answer: Option<Answer>,
+}
+
+/// A checkout as it stands.
+#[derive(Clone, Debug)]
+pub struct CheckoutView {
+    /// The checkout.
+    pub checkout: Checkout,
+    /// The orders of one that was accepted, as they are now, in order of the lines.
+    pub orders: Vec<OrderView>,
 }
 
 /// Buys carts.
@@ -312,6 +321,23 @@ impl Checkouts {
             faults::point("checkout.after_withdrawal");
         }
         Ok(any)
+    }
+
+    /// The checkout with this id, if it is `buyer`'s; `None` may see every checkout.
+    ///
+    /// # Errors
+    /// [`SaleError`]. Somebody else's checkout is not found.
+    pub async fn view(&self, id: Uuid, buyer: Option<BuyerId>) -> Result<CheckoutView, SaleError> {
+        let checkout = self.carts.checkout(id).await?;
+        let checkout = checkout.filter(|known| buyer.is_none_or(|buyer| known.buyer == buyer));
+        let checkout = checkout.ok_or(SaleError::NotFound)?;
+        let mut orders = Vec::new();
+        if checkout.state == CheckoutState::Accepted {
+            for ordered in &checkout.lines {
+                orders.push(self.shop.order(ordered.order, None).await?);
+            }
+        }
+        Ok(CheckoutView { checkout, orders })
     }
 
     /// The orders of an accepted checkout.

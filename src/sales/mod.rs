@@ -22,7 +22,7 @@ use uuid::Uuid;
 pub use self::{
     amend::RoundChange,
     archive::Archive,
-    checkout::{CheckedOut, Checkouts, LineAnswer},
+    checkout::{CheckedOut, CheckoutView, Checkouts, LineAnswer},
     commits::Commits,
     demand::Demand,
     line::{LineView, Odds},
@@ -31,7 +31,7 @@ pub use self::{
     pseudonym::Pseudonyms,
     receipts::{Redemption, StoredReplay},
     rounds::RoundKeeper,
-    till::{Paid, Till},
+    till::{Paid, PaidCheckout, Till},
     windows::{RoundState, RoundView},
 };
 use crate::{
@@ -102,9 +102,12 @@ pub enum SaleError {
     /// The allocation would leave its bounds.
     #[error("the allocation would leave its bounds")]
     TooMany,
-    /// The units of the order went back before it was paid.
+    /// The units of these orders went back before they were paid.
     #[error("the hold has expired")]
-    HoldExpired,
+    HoldExpired(Vec<OrderId>),
+    /// One payment cannot pay for all of these orders.
+    #[error("the orders are not paid the same way")]
+    Unlike(Vec<OrderView>),
     /// The sale takes no money, and a payment method was given.
     #[error("the sale takes no payment")]
     NoPayment,

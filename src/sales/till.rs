@@ -11,7 +11,7 @@ use futures::{StreamExt, stream};
 use reqwest::header::HeaderMap;
 use tokio::{
     sync::Notify,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -22,6 +22,7 @@ use crate::{
     domain::{
         id::{BuyerId, Fingerprint, OperationId, OrderId, PaymentId},
         model::{Confirmed, Extended, Operation, Release, Released},
+        money::Money,
         order::{Decision, Order, Status},
         payment::{Charge, Decline, Fact, Gateway as Name, Seen, State, Todo},
     },
@@ -40,6 +41,8 @@ use crate::{
 const LEASE: Duration = Duration::from_secs(20);
 /// The time between two looks for payments with something left to do.
 const PERIOD: Duration = Duration::from_millis(500);
+/// The time between two looks at a payment that another request works on.
+const GLANCE: Duration = Duration::from_millis(50);
 /// Payments of one look, and at the same time.
 const TAKEN_MAX: i64 = 32;
 const AT_ONCE: usize = 8;
@@ -58,6 +61,17 @@ pub struct Paid {
     pub order: OrderView,
     /// The payment; `None` when no money is asked for.
     pub payment: Option<Payment>,
+}
+
+/// What came of asking for the payment of a checkout.
+#[derive(Clone, Debug)]
+pub struct PaidCheckout {
+    /// Its orders as they are now, in order of the lines.
+    pub orders: Vec<OrderView>,
+    /// The payment; `None` when no money is asked for.
+    pub payment: Option<Payment>,
+    /// Orders that expired before they were paid: because of them nothing is.
+    pub lapsed: Vec<OrderId>,
 }
 
 /// Takes payments, for all sales.
@@ -148,9 +162,7 @@ impl Till {
         method: Option<String>,
     ) -> Result<Paid, SaleError> {
         let view = self.shop.order(id, Some(buyer)).await?;
-        let total = view.order.total();
-        let gateway = view.sale.payment.filter(|_| total.amount > 0);
-        let Some(gateway) = gateway else {
+        if takes_money(&view).is_none() {
             if method.is_some() {
                 return Err(SaleError::NoPayment);
             }
@@ -159,45 +171,147 @@ impl Till {
                 order: OrderView { order, ..view },
                 payment: None,
             });
-        };
-        let method = method.ok_or(SaleError::NoMethod)?;
+        }
         let payment = PaymentId::derive(&format!("order {id}"), buyer, key);
-        let fingerprint = Fingerprint::of(&[b"pay", method.as_bytes()]);
-        let known = self.payments.by_id(payment).await?;
-        if known
-            .as_ref()
-            .is_some_and(|known| known.fingerprint != fingerprint)
-        {
-            return Err(SaleError::Mismatch);
-        }
-        if known.is_none() {
-            payable(&view.order)?;
-        }
-        let new = NewPayment {
-            id: payment,
-            gateway,
-            buyer,
-            method,
-            fingerprint,
-            money: total,
-            orders: vec![PaidOrder {
-                order: id,
-                round: view.order.round,
-                quantity: view.order.quantity,
-                amount: total.amount,
-                fate: Fate::Asked,
-            }],
-        };
-        let payment = self.take_up(new).await?;
+        let due = payable(&view.order).and_then(|()| Due::of(&[&view]));
+        let payment = self.charge(payment, buyer, method, due).await?;
         Ok(Paid {
             order: self.shop.order(id, Some(buyer)).await?,
             payment: Some(payment),
         })
     }
 
-    /// Begins a payment or finds it, and works on it for as long as a request may take.
-    async fn take_up(self: &Arc<Self>, new: NewPayment) -> Result<Payment, SaleError> {
-        let id = new.id;
+    /// Pays for all orders of a checkout that wait for it, with one payment, once for its key: all
+    /// of them or none.
+    ///
+    /// # Errors
+    /// [`SaleError`].
+    pub async fn pay_checkout(
+        self: &Arc<Self>,
+        id: Uuid,
+        orders: &[OrderView],
+        buyer: BuyerId,
+        key: &str,
+        method: Option<String>,
+    ) -> Result<PaidCheckout, SaleError> {
+        let due = self.held(orders);
+        let payment = if orders.iter().any(|view| takes_money(view).is_some()) {
+            let payment = PaymentId::derive(&format!("checkout {id}"), buyer, key);
+            let due = due.and_then(|held| Due::of(&held));
+            Some(self.charge(payment, buyer, method, due).await?)
+        } else if method.is_some() {
+            return Err(SaleError::NoPayment);
+        } else {
+            for view in due? {
+                self.confirmed(&view.order, buyer.0).await?;
+            }
+            None
+        };
+        let mut now = Vec::with_capacity(orders.len());
+        for view in orders {
+            now.push(self.shop.order(view.order.id, Some(buyer)).await?);
+        }
+        let mut lapsed = Vec::new();
+        if let Some(payment) = &payment {
+            for paid in self.payments.orders(payment.id).await? {
+                let view = now.iter().find(|view| view.order.id == paid.order);
+                let late = match view.map(|view| view.order.status) {
+                    Some(Status::Expired) => true,
+                    Some(Status::Held) => paid.fate == Fate::Gone,
+                    _ => false,
+                };
+                if late {
+                    lapsed.push(paid.order);
+                }
+            }
+        }
+        Ok(PaidCheckout {
+            orders: now,
+            payment,
+            lapsed,
+        })
+    }
+
+    /// Those of a checkout's orders that wait for their payment.
+    fn held<'a>(&self, orders: &'a [OrderView]) -> Result<Vec<&'a OrderView>, SaleError> {
+        let lapsed = |view: &OrderView| match view.order.status {
+            Status::Expired => true,
+            // The sweeper has not come by yet.
+            Status::Held => {
+                let until_ms = view.order.hold_until_ms();
+                until_ms.is_some_and(|until_ms| until_ms <= self.shop.now_ms(view.sale.partition))
+            }
+            _ => false,
+        };
+        let lapsed: Vec<_> = orders.iter().filter(|view| lapsed(view)).collect();
+        if lapsed.is_empty() {
+            let held = |view: &&OrderView| view.order.status == Status::Held;
+            return Ok(orders.iter().filter(held).collect());
+        }
+        let lapsed = lapsed.iter().map(|view| view.order.id).collect();
+        Err(SaleError::HoldExpired(lapsed))
+    }
+
+    /// Begins a payment, or goes on with the one that has this id. What is due matters only to one
+    /// that begins.
+    async fn charge(
+        self: &Arc<Self>,
+        id: PaymentId,
+        buyer: BuyerId,
+        method: Option<String>,
+        due: Result<Due, SaleError>,
+    ) -> Result<Payment, SaleError> {
+        let method = method.ok_or(SaleError::NoMethod)?;
+        let fingerprint = Fingerprint::of(&[b"pay", method.as_bytes()]);
+        let payment = match self.payments.by_id(id).await? {
+            Some(known) => (known, false),
+            None => {
+                let due = due?;
+                let new = NewPayment {
+                    id,
+                    gateway: due.gateway,
+                    buyer,
+                    method,
+                    fingerprint,
+                    money: due.money,
+                    orders: due.orders,
+                };
+                self.begin(new).await?
+            }
+        };
+        let (payment, fresh) = payment;
+        if payment.fingerprint != fingerprint {
+            return Err(SaleError::Mismatch);
+        }
+        // Over: only the gateway could say otherwise, and it does so by itself.
+        if !fresh && payment.course.next() == Todo::Nothing {
+            return Ok(payment);
+        }
+        // It goes on when the client leaves, and when it takes too long to wait for.
+        let till = Arc::clone(self);
+        let work = tokio::spawn(async move { till.work(payment, fresh).await });
+        let settled = async {
+            let mut payment = match work.await {
+                Ok(worked) => worked?,
+                Err(_) => self.present(id).await?,
+            };
+            // Another attempt with the same key works on it, and knows more in a moment.
+            while !matches!(payment.course.next(), Todo::Nothing | Todo::Wait)
+                && payment.trouble.is_none()
+            {
+                sleep(GLANCE).await;
+                payment = self.present(id).await?;
+            }
+            Ok(payment)
+        };
+        match timeout(self.patience, settled).await {
+            Ok(settled) => settled,
+            Err(_) => self.present(id).await,
+        }
+    }
+
+    /// Writes a payment down, or finds it; whether it is new.
+    async fn begin(&self, new: NewPayment) -> Result<(Payment, bool), SaleError> {
         let begun = match self.payments.begin(new.clone(), LEASE).await? {
             Begun::Busy(other) => {
                 self.give_up(other).await?;
@@ -206,22 +320,10 @@ impl Till {
             begun => begun,
         };
         faults::point("pay.after_intent");
-        let (payment, fresh) = match begun {
-            Begun::New(payment) => (payment, true),
-            // Over: only the gateway could say otherwise, and it does so by itself.
-            Begun::Known(payment) if payment.course.next() == Todo::Nothing => return Ok(payment),
-            Begun::Known(payment) => (payment, false),
-            Begun::Busy(_) => return Err(SaleError::Conflict(BUSY)),
-        };
-        // It goes on when the client leaves, and when it takes too long to wait for.
-        let till = Arc::clone(self);
-        let work = tokio::spawn(async move { till.work(payment, fresh).await });
-        match timeout(self.patience, work).await {
-            Ok(Ok(worked)) => worked,
-            Ok(Err(_)) | Err(_) => {
-                let payment = self.payments.by_id(id).await?;
-                payment.ok_or(SaleError::NotFound)
-            }
+        match begun {
+            Begun::New(payment) => Ok((payment, true)),
+            Begun::Known(payment) => Ok((payment, false)),
+            Begun::Busy(_) => Err(SaleError::Conflict(BUSY)),
         }
     }
 
@@ -243,7 +345,7 @@ impl Till {
             Some(order) if order.status == Status::Confirmed => Ok(order),
             Some(order) => {
                 payable(&order)?;
-                Err(SaleError::HoldExpired)
+                Err(SaleError::HoldExpired(vec![order.id]))
             }
             None => Err(SaleError::NotFound),
         }
@@ -298,9 +400,20 @@ impl Till {
     async fn go_on(self: &Arc<Self>, id: PaymentId) -> Result<Payment, SaleError> {
         let till = Arc::clone(self);
         let work = tokio::spawn(async move {
-            let payment = till.present(id).await?;
-            let fresh = payment.course.state.is_final();
-            till.work(payment, fresh).await
+            loop {
+                let payment = till.present(id).await?;
+                let fresh = payment.course.state.is_final();
+                let payment = till.work(payment, fresh).await?;
+                let refunds = till.payments.refunds(id).await?;
+                let mut refunds = refunds.into_iter();
+                let asked = refunds.any(|refund| refund.state == RefundState::Asked);
+                // Else somebody was faster, who may not have heard of it.
+                let waits = asked && payment.course.next() == Todo::Nothing;
+                if !waits || payment.trouble.is_some() {
+                    return Ok::<_, SaleError>(());
+                }
+                sleep(GLANCE).await;
+            }
         });
         let _ = timeout(self.patience, work).await;
         self.present(id).await
@@ -602,45 +715,67 @@ impl Till {
         }
     }
 
-    /// Whether none of the orders can be confirmed any more.
+    /// Whether there is nothing to pay for any more: one of the orders has expired, or all of them
+    /// were given back.
     async fn gone(&self, payment: &Payment) -> Result<bool, SaleError> {
+        let mut held = false;
         for paid in self.payments.orders(payment.id).await? {
             if paid.fate != Fate::Asked {
                 continue;
             }
             match self.shop.order(paid.order, None).await {
-                Ok(view) if view.order.status == Status::Held => return Ok(false),
+                Ok(view) if view.order.status == Status::Held => held = true,
+                Ok(view) if view.order.status == Status::Expired => return Ok(true),
                 Ok(_) | Err(SaleError::NotFound) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(true)
+        Ok(!held)
     }
 
-    /// Confirms what is still held.
+    /// Confirms the orders: all that were not given back meanwhile, or none if one has expired.
     async fn confirm(&self, payment: &Payment) -> Result<Learnt, SaleError> {
-        let mut learnt = Learnt::default();
-        let mut worth = 0;
+        let mut asked = Vec::new();
         for paid in self.payments.orders(payment.id).await? {
             let order = match paid.fate {
                 Fate::Asked | Fate::Confirmed => self.shop.order(paid.order, None).await,
                 Fate::Gone | Fate::Replaced => continue,
             };
-            let order = match order {
-                Ok(view) => self.shop.confirm(&view.order, payment.buyer.0).await?,
-                Err(SaleError::NotFound) => None,
+            match order {
+                Ok(view) => asked.push((paid, Some(view.order))),
+                Err(SaleError::NotFound) => asked.push((paid, None)),
                 Err(error) => return Err(error),
-            };
-            let confirmed = order.is_some_and(|order| order.status == Status::Confirmed);
-            let fate = if confirmed {
-                Fate::Confirmed
-            } else {
-                Fate::Gone
-            };
-            if confirmed {
-                worth += paid.amount;
             }
-            learnt.fates.push((paid.order, fate));
+        }
+        let is = |order: &Option<Order>, statuses: &[Status]| {
+            order.is_some_and(|order| statuses.contains(&order.status))
+        };
+        let expired = |(_, order): &(PaidOrder, Option<Order>)| is(order, &[Status::Expired]);
+        let mut lapsed = asked.iter().any(expired);
+        let mut late = None;
+        for (paid, order) in &mut asked {
+            if let Some(held) = order.filter(|_| !lapsed) {
+                *order = self.shop.confirm(&held, payment.buyer.0).await?;
+                if is(order, &[Status::Held, Status::Expired]) {
+                    lapsed = true;
+                    late = Some(paid.order);
+                }
+            }
+        }
+        let mut learnt = Learnt::default();
+        let mut worth = 0;
+        for (paid, order) in asked {
+            let confirmed = is(&order, &[Status::Confirmed]);
+            if confirmed && lapsed {
+                // Another one expired between the two.
+                self.shop.cancel(paid.order, None, payment.buyer.0).await?;
+            }
+            if confirmed && !lapsed {
+                worth += paid.amount;
+                learnt.fates.push((paid.order, Fate::Confirmed));
+            } else if late == Some(paid.order) || !is(&order, &[Status::Held]) {
+                learnt.fates.push((paid.order, Fate::Gone));
+            }
         }
         learnt.fact = Some(if worth > 0 {
             Fact::Confirmed(worth)
@@ -767,7 +902,10 @@ impl Till {
         let id = asked.id;
         let order = asked.order.ok_or(SaleError::NotFound)?;
         let paid = self.payments.orders(payment.id).await?;
-        let worth = paid.iter().find(|paid| paid.order == order);
+        // What was given back before it was confirmed was never taken.
+        let worth = paid
+            .iter()
+            .find(|paid| paid.order == order && paid.fate == Fate::Confirmed);
         let gone: i64 = refunds
             .iter()
             .filter(|refund| refund.order == Some(order))
@@ -910,9 +1048,9 @@ impl Shop {
             Extended::Done(order) | Extended::Before(order) => order,
             Extended::Already(order) => {
                 payable(&order)?;
-                return Err(SaleError::HoldExpired);
+                return Err(SaleError::HoldExpired(vec![id]));
             }
-            Extended::Late(_) => return Err(SaleError::HoldExpired),
+            Extended::Late(_) => return Err(SaleError::HoldExpired(vec![id])),
             Extended::Unknown => return Err(SaleError::NotFound),
         };
         Ok(OrderView { order, ..view })
@@ -979,13 +1117,59 @@ impl Shop {
     }
 }
 
+/// What a payment is to be begun for.
+struct Due {
+    gateway: Name,
+    money: Money,
+    orders: Vec<PaidOrder>,
+}
+
+impl Due {
+    /// For held orders, which must all be paid the same way.
+    fn of(views: &[&OrderView]) -> Result<Self, SaleError> {
+        let unlike = || SaleError::Unlike(views.iter().copied().cloned().collect());
+        let first = *views.first().ok_or(SaleError::Conflict(NONE_WAITS))?;
+        let (gateway, currency) = (takes_money(first), first.order.unit_price.currency);
+        let gateway = gateway.ok_or_else(unlike)?;
+        let mut amount: i64 = 0;
+        let mut orders = Vec::with_capacity(views.len());
+        for view in views {
+            let total = view.order.total();
+            if takes_money(view) != Some(gateway) || total.currency != currency {
+                return Err(unlike());
+            }
+            amount = amount.saturating_add(total.amount);
+            orders.push(PaidOrder {
+                order: view.order.id,
+                round: view.order.round,
+                quantity: view.order.quantity,
+                amount: total.amount,
+                fate: Fate::Asked,
+            });
+        }
+        // Always in the same order, so that two at a time do not wait for each other.
+        orders.sort_by_key(|paid| paid.order);
+        Ok(Self {
+            gateway,
+            money: Money::new(amount, currency).map_err(|_| unlike())?,
+            orders,
+        })
+    }
+}
+
+/// Who takes the money of an order, if any is asked for.
+fn takes_money(view: &OrderView) -> Option<Name> {
+    view.sale.payment.filter(|_| view.order.total().amount > 0)
+}
+
+const NONE_WAITS: &str = "No order of this checkout waits for its payment.";
 const BUSY: &str = "Another payment of this order is under way, or it is paid.";
 
 /// Whether an order waits for its payment.
 fn payable(order: &Order) -> Result<(), SaleError> {
     match order.status {
         Status::Held => Ok(()),
-        Status::Expired => Err(SaleError::HoldExpired),
+        Status::Expired => Err(SaleError::HoldExpired(vec![order.id])),
         Status::Confirmed => Err(SaleError::Conflict("The order is paid.")),
         _ => Err(SaleError::Conflict("The order was given back.")),
     }

@@ -2,18 +2,20 @@
 
 use std::{
     collections::HashMap,
+    io,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use axum::{
     Json, Router,
-    body::Bytes,
+    body::{Body, Bytes},
     extract::{Path, State},
     http::{HeaderMap, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::any,
 };
+use futures::stream;
 use serde_json::{Value, json};
 use stockade::{
     clock,
@@ -41,6 +43,10 @@ pub(crate) struct Manner {
     pub(crate) lies: Vec<(&'static str, Value)>,
     /// Answers this instead, after doing what it was asked for.
     pub(crate) answer: Option<(u16, &'static str)>,
+    /// Dies in the middle of every answer, after doing what it was asked for.
+    pub(crate) dies: bool,
+    /// Takes so long to hear.
+    pub(crate) slow: Duration,
 }
 
 /// What a played gateway has heard: method and path, idempotency key, body.
@@ -78,6 +84,10 @@ impl Played {
         if let Some((status, text)) = manner.answer {
             return (StatusCode::from_u16(status).unwrap(), text).into_response();
         }
+        if manner.dies {
+            let half = [Ok("{\"id\": \"pi_"), Err(io::Error::other("dead"))];
+            return Body::from_stream(stream::iter(half)).into_response();
+        }
         for (pointer, value) in manner.lies {
             if let Some(member) = body.pointer_mut(pointer) {
                 *member = value;
@@ -109,6 +119,8 @@ async fn stripe_says(
             .map_or("", |value| value.to_str().unwrap())
     };
     assert_eq!(header("authorization"), "Bearer sk_test_of_the_tests");
+    let slow = played.manner.lock().unwrap().slow;
+    tokio::time::sleep(slow).await;
     let (key, path) = (header("idempotency-key").to_owned(), uri.path());
     let asked = format!("{method} {path}");
     played
@@ -131,8 +143,11 @@ async fn stripe_says(
     let amount = |name: &str| form[name].parse::<i64>().unwrap();
     match path.rsplit('/').next().unwrap() {
         "payment_intents" => {
+            // Their names count; only the last one is kept.
+            let last = intent["id"].as_str().map_or("0", |id| &id["pi_".len()..]);
+            let id = format!("pi_{}", last.parse::<u32>().unwrap() + 1);
             *intent = json!({
-                "id": "pi_1", "object": "payment_intent", "amount": amount("amount"),
+                "id": id, "object": "payment_intent", "amount": amount("amount"),
                 "currency": form["currency"], "status": "requires_payment_method",
                 "capture_method": form["capture_method"], "client_secret": "pi_1_secret_2",
                 "metadata": { "stockade_payment": form["metadata[stockade_payment]"] },

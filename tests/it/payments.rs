@@ -1,7 +1,7 @@
 //! Paying for held orders, with the sandbox and with a Stripe that is played: whatever goes wrong,
 //! what is kept is what was sold.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
@@ -10,7 +10,10 @@ use stockade::{auth::Role, clock, payments::sign};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use super::support::app::{Answer, App, crowd, id, redirected, send, sql};
+use super::{
+    gateways::{Manner, WEBHOOK_SECRET, played_stripe},
+    support::app::{Answer, App, PATIENCE, crowd, id, redirected, send, sql},
+};
 
 const PRICE: i64 = 1999;
 
@@ -94,6 +97,11 @@ async fn kept(app: &App) -> (i64, i64) {
 
 /// The end: nothing is left to do, and the money is what was sold.
 async fn balance(app: &App, sale: &str, sold: i64) {
+    balance_of(app, &[(sale, sold)]).await;
+}
+
+/// The same over several sales.
+async fn balance_of(app: &App, sales: &[(&str, i64)]) {
     let mut sql = sql(app).await;
     let settled = async {
         loop {
@@ -114,10 +122,13 @@ async fn balance(app: &App, sale: &str, sold: i64) {
         .await
         .unwrap();
     sql.close().await.unwrap();
-    assert_eq!(app.view(sale).await["sold"], sold);
-    assert_eq!(kept(app).await, (sold * PRICE, sold * PRICE));
-    let audit = app.audit(sale).await;
-    assert_eq!(audit["verdict"], "pass", "{audit:#}");
+    let all: i64 = sales.iter().map(|(_, sold)| sold).sum();
+    assert_eq!(kept(app).await, (all * PRICE, all * PRICE));
+    for (sale, sold) in sales {
+        assert_eq!(app.view(sale).await["sold"], *sold);
+        let audit = app.audit(sale).await;
+        assert_eq!(audit["verdict"], "pass", "{audit:#}");
+    }
 }
 
 #[tokio::test]
@@ -448,9 +459,11 @@ async fn money_that_comes_too_late_buys_again_or_goes_back() {
     let lucky = expired(2).await;
     let reference = bank_takes(&app, &lucky.order).await;
     // A thousand times, in any order, from everywhere.
-    let webhooks = (0..1000).map(|n| webhook(&app, &format!("evt_{}", n % 10), &reference));
-    for answer in crowd(webhooks).await {
-        answer.expect(204);
+    for _ in 0..10 {
+        let webhooks = (0..100).map(|n| webhook(&app, &format!("evt_{}", n % 10), &reference));
+        for answer in crowd(webhooks).await {
+            answer.expect(204);
+        }
     }
     let order = lucky.until(&app, "expired", "captured").await;
     assert_eq!(order["payment"]["refund_due"], 0);
@@ -714,4 +727,380 @@ async fn a_hold_is_extended_once() {
     send(extend()).await.expect(409);
     balance(&app, &sale, 1).await;
     app.finish().await;
+}
+
+/// Somebody with an accepted checkout of some sales.
+struct Customer {
+    user: Uuid,
+    checkout: String,
+    orders: Vec<String>,
+}
+
+impl Customer {
+    async fn with(app: &App, lines: &[(&str, u64)]) -> Self {
+        let user = clock::new_id();
+        let ask = |method, path| {
+            app.request(method, path)
+                .bearer_auth(app.token(user, Role::Buyer))
+        };
+        let lines = lines.iter();
+        let lines = lines.map(|(sale, quantity)| json!({ "sale_id": sale, "quantity": quantity }));
+        let cart = json!({ "lines": lines.collect::<Vec<_>>() });
+        send(ask(Method::PUT, "/v1/cart").json(&cart))
+            .await
+            .expect(200);
+        let checkout = ask(Method::POST, "/v1/cart/checkout").header("Idempotency-Key", "buy");
+        let checkout = send(checkout).await.expect(201).json();
+        let orders = checkout["orders"].as_array().unwrap().iter();
+        Self {
+            user,
+            checkout: id(&checkout).to_owned(),
+            orders: orders.map(|order| id(order).to_owned()).collect(),
+        }
+    }
+
+    fn ask(&self, app: &App, method: Method, rest: &str) -> RequestBuilder {
+        app.request(method, &format!("/v1/checkouts/{}{rest}", self.checkout))
+            .bearer_auth(app.token(self.user, Role::Buyer))
+    }
+
+    fn paying(&self, app: &App, key: &str, method: &str) -> RequestBuilder {
+        self.ask(app, Method::POST, "/pay")
+            .header("Idempotency-Key", key)
+            .json(&json!({ "payment_method": method }))
+    }
+
+    async fn pay(&self, app: &App, key: &str, method: &str) -> Answer {
+        send(self.paying(app, key, method)).await
+    }
+
+    async fn view(&self, app: &App) -> Value {
+        send(self.ask(app, Method::GET, ""))
+            .await
+            .expect(200)
+            .json()
+    }
+
+    /// One of its orders by itself.
+    fn one(&self, at: usize) -> Buyer {
+        Buyer {
+            user: self.user,
+            order: self.orders[at].clone(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_checkout_is_paid_with_one_payment_and_refunded_order_by_order() {
+    let app = App::start().await;
+    let (lamp, chair) = (
+        sale(&app, 600, json!({})).await,
+        sale(&app, 600, json!({})).await,
+    );
+    // Sold without a hold: it is no part of the payment.
+    let free = app.sale(json!({})).await;
+    let free = id(&free);
+    let customer = Customer::with(&app, &[(&lamp, 2), (free, 1), (&chair, 3)]).await;
+    let before = customer.view(&app).await;
+    assert_eq!(
+        (&before["state"], &before["payment"]),
+        (&json!("accepted"), &Value::Null)
+    );
+
+    // A bank that says no leaves all of it to the buyer.
+    for _ in 0..2 {
+        let declined = customer.pay(&app, "no", "sandbox_insufficient_funds").await;
+        let declined = declined.expect(402).json();
+        assert_eq!(declined["decline"], "insufficient_funds");
+        assert!(declined["held_until"].is_string(), "{declined}");
+    }
+    assert_eq!(kept(&app).await, (0, 0));
+
+    let again = (0..8).map(|_| customer.paying(&app, "pay", "sandbox_ok"));
+    for answer in crowd(again).await {
+        let paid = answer.expect(200).json();
+        assert_eq!(paid["payment"]["state"], "captured", "{paid}");
+        assert_eq!(paid["payment"]["captured"], 5 * PRICE);
+        for at in 0..3 {
+            assert_eq!(paid["orders"][at]["status"], "confirmed");
+        }
+    }
+    let paid = customer.view(&app).await;
+    assert_eq!(paid["orders"][0]["payment"]["id"], paid["payment"]["id"]);
+    assert_eq!(paid["orders"][1]["payment"], Value::Null);
+    let bare = customer
+        .ask(&app, Method::POST, "/pay")
+        .header("Idempotency-Key", "pay");
+    let mismatch = send(bare.json(&json!({ "payment_method": "sandbox_slow" }))).await;
+    assert_eq!(
+        mismatch.expect(422).json()["code"],
+        "idempotency_key_mismatch"
+    );
+    for refused in [
+        customer.pay(&app, "pay-2", "sandbox_ok").await,
+        customer.one(0).pay(&app, "pay-2", "sandbox_ok").await,
+    ] {
+        assert_eq!(refused.expect(409).json()["code"], "conflict");
+    }
+    // It is nobody else's to see or to pay.
+    let stranger = Customer {
+        user: clock::new_id(),
+        checkout: customer.checkout.clone(),
+        orders: vec![],
+    };
+    send(stranger.ask(&app, Method::GET, "")).await.expect(404);
+    stranger.pay(&app, "pay", "sandbox_ok").await.expect(404);
+
+    // A unit of the one, then all of the other.
+    let refund = app
+        .operate(
+            Method::POST,
+            &format!("/v1/orders/{}/refund", customer.orders[0]),
+        )
+        .header("Idempotency-Key", "some")
+        .json(&json!({ "quantity": 1 }));
+    send(refund).await.expect(200);
+    let books = [(lamp.as_str(), 1), (chair.as_str(), 3)];
+    balance_of(&app, &books).await;
+    let cancel = customer.one(2).ask(&app, Method::POST, "/cancel");
+    send(cancel).await.expect(200);
+    balance_of(&app, &[(&lamp, 1), (&chair, 0)]).await;
+    let after = customer.view(&app).await;
+    assert_eq!(after["payment"]["refunded"], 4 * PRICE, "{after}");
+    assert_eq!(after["payment"]["state"], "captured");
+    let cancel = customer.one(0).ask(&app, Method::POST, "/cancel");
+    send(cancel).await.expect(200);
+    balance_of(&app, &[(&lamp, 0), (&chair, 0)]).await;
+    let after = customer.view(&app).await;
+    assert_eq!(after["payment"]["state"], "refunded", "{after}");
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn a_checkout_of_which_an_order_has_expired_is_not_paid() {
+    let app = App::start().await;
+    let (long, short) = (
+        sale(&app, 600, json!({})).await,
+        sale(&app, 2, json!({})).await,
+    );
+    let customer = Customer::with(&app, &[(&long, 1), (&short, 2)]).await;
+    let asked = customer.pay(&app, "pay", "sandbox_requires_action").await;
+    let asked = asked.expect(202).json();
+    let url = asked["payment"]["action"]["redirect_url"].as_str().unwrap();
+    let path = format!("/v1/orders/{}", customer.orders[1]);
+    app.until(&path, |answer| answer.json()["status"] == "expired")
+        .await;
+    // Too late, or just not heard.
+    let approve = app
+        .request(Method::POST, url)
+        .bearer_auth(app.token(customer.user, Role::Buyer));
+    send(approve.json(&json!({ "approve": true }))).await;
+    customer.one(0).until(&app, "held", "voided").await;
+    for key in ["pay", "pay", "another"] {
+        let refused = customer.pay(&app, key, "sandbox_requires_action").await;
+        let refused = refused.expect(409).json();
+        assert_eq!(refused["code"], "hold_expired", "{refused}");
+        assert_eq!(refused["order_ids"], json!([customer.orders[1]]));
+    }
+    assert_eq!(kept(&app).await, (0, 0));
+    // What is still held can be paid by itself.
+    let paid = customer.one(0).pay(&app, "alone", "sandbox_ok").await;
+    paid.expect(200);
+    balance_of(&app, &[(&long, 1), (&short, 0)]).await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn an_order_that_is_given_back_meanwhile_is_not_paid_with_its_checkout() {
+    let app = App::start().await;
+    let (lamp, chair) = (
+        sale(&app, 600, json!({})).await,
+        sale(&app, 600, json!({})).await,
+    );
+    for method in ["sandbox_requires_action", "sandbox_captures_at_once"] {
+        let customer = Customer::with(&app, &[(&lamp, 1), (&chair, 2)]).await;
+        let asks = method == "sandbox_requires_action";
+        let first = if asks {
+            customer.pay(&app, "pay", method).await
+        } else {
+            let cancel = customer.one(1).ask(&app, Method::POST, "/cancel");
+            send(cancel).await.expect(200);
+            customer.pay(&app, "pay", method).await
+        };
+        if asks {
+            let cancel = customer.one(1).ask(&app, Method::POST, "/cancel");
+            send(cancel).await.expect(200);
+            let asked = first.expect(202).json();
+            let url = asked["payment"]["action"]["redirect_url"].as_str().unwrap();
+            let approve = app
+                .request(Method::POST, url)
+                .bearer_auth(app.token(customer.user, Role::Buyer));
+            send(approve.json(&json!({ "approve": true })))
+                .await
+                .expect(204);
+        }
+        customer.one(0).until(&app, "confirmed", "captured").await;
+        let paid = customer.pay(&app, "pay", method).await.expect(200).json();
+        assert_eq!(paid["orders"][1]["status"], "cancelled", "{paid}");
+    }
+    balance_of(&app, &[(&lamp, 2), (&chair, 0)]).await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn a_checkout_that_one_payment_cannot_pay_says_which_lines() {
+    let app = App::start().await;
+    let paid = sale(&app, 600, json!({})).await;
+    let dollars = json!({ "price": { "amount": PRICE, "currency": "USD" } });
+    let dollars = sale(&app, 600, dollars).await;
+    let free = app.sale(json!({ "hold_seconds": 600 })).await;
+    for (other, payment, currency) in [
+        (dollars.as_str(), "sandbox", "USD"),
+        (id(&free), "none", "EUR"),
+    ] {
+        let customer = Customer::with(&app, &[(&paid, 1), (other, 1)]).await;
+        let refused = customer.pay(&app, "pay", "sandbox_ok").await;
+        let refused = refused.expect(409).json();
+        assert_eq!(refused["code"], "conflict");
+        assert_eq!(
+            refused["lines"],
+            json!([
+                { "order_id": customer.orders[0], "sale_id": paid, "payment": "sandbox", "currency": "EUR" },
+                { "order_id": customer.orders[1], "sale_id": other, "payment": payment, "currency": currency },
+            ])
+        );
+    }
+    // Without any money, paying confirms.
+    let customer = Customer::with(&app, &[(id(&free), 1)]).await;
+    customer.pay(&app, "pay", "sandbox_ok").await.expect(422);
+    for _ in 0..2 {
+        let confirm = customer
+            .ask(&app, Method::POST, "/pay")
+            .header("Idempotency-Key", "free");
+        let confirmed = send(confirm.json(&json!({}))).await.expect(200).json();
+        assert_eq!(confirmed["orders"][0]["status"], "confirmed");
+    }
+    app.finish().await;
+}
+
+/// Sends the same payment again until it is done: the breaker may stand in between.
+async fn insists(app: &App, buyer: &Buyer, key: &str) -> Value {
+    let paid = async {
+        loop {
+            let answer = buyer.pay(app, key, "pm_card_visa").await;
+            if answer.status == 200 {
+                return answer.json();
+            }
+            assert!([202, 503].contains(&answer.status.as_u16()), "{answer:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, paid).await.unwrap()
+}
+
+#[tokio::test]
+async fn stripe_is_paid_once_though_it_fails_in_every_way() {
+    let (played, url) = played_stripe().await;
+    let app = App::start_with(&[
+        ("STOCKADE_STRIPE_URL", &url),
+        ("STOCKADE_STRIPE_SECRET_KEY", "sk_test_of_the_tests"),
+        ("STOCKADE_STRIPE_WEBHOOK_SECRET", WEBHOOK_SECRET),
+        ("STOCKADE_REQUEST_TIMEOUT_MS", "3000"),
+    ])
+    .await;
+    let sale = sale(&app, 600, json!({ "payment": "stripe" })).await;
+    // It does what it is asked for, and nobody hears of it.
+    let silent = [
+        Manner {
+            answer: Some((500, "oops")),
+            ..Manner::default()
+        },
+        Manner {
+            dies: true,
+            ..Manner::default()
+        },
+    ];
+    for manner in silent {
+        let buyer = Buyer::with(&app, &sale, 1).await;
+        played.behave(manner);
+        for _ in 0..8 {
+            let down = buyer.pay(&app, "pay", "pm_card_visa").await.expect(503);
+            assert!(down.header("retry-after").is_some());
+            let down = down.json();
+            assert_eq!(down["code"], "gateway_unavailable");
+            assert_eq!(down["outcome"], "unknown");
+            assert_eq!(down["order_status"], "held");
+            assert!(down["held_until"].is_string());
+        }
+        let calls = played.heard().len();
+        assert!(
+            calls < 8,
+            "the breaker keeps {calls} calls from a gateway that is down"
+        );
+        played.behave(Manner::default());
+        insists(&app, &buyer, "pay").await;
+        let order = buyer.until(&app, "confirmed", "captured").await;
+        assert_eq!(order["payment"]["captured"], PRICE, "{order}");
+        once_each(&played.heard());
+    }
+    // It asks for another amount than it was told: nothing is paid, and nothing is lost.
+    let buyer = Buyer::with(&app, &sale, 2).await;
+    played.behave(Manner {
+        lies: vec![("/amount", json!(1))],
+        ..Manner::default()
+    });
+    let lied = buyer.pay(&app, "lied", "pm_card_visa").await.expect(402);
+    assert_eq!(lied.json()["order_status"], "held");
+    let asked = |(asked, ..): &(String, String, String)| asked.ends_with("/capture");
+    assert!(!played.heard().iter().any(asked));
+    // Slower than anybody waits.
+    played.behave(Manner {
+        slow: Duration::from_millis(1_200),
+        ..Manner::default()
+    });
+    insists(&app, &buyer, "pay").await;
+    let order = buyer.until(&app, "confirmed", "captured").await;
+    assert_eq!(order["payment"]["captured"], 2 * PRICE);
+    played.behave(Manner::default());
+
+    // A webhook only has it asked again.
+    let body = json!({ "id": "evt_1", "type": "payment_intent.canceled",
+        "data": { "object": { "object": "payment_intent", "id": "pi_4" } } })
+    .to_string();
+    let header = sign(
+        &WEBHOOK_SECRET.into(),
+        body.as_bytes(),
+        clock::now().timestamp(),
+    );
+    for _ in 0..3 {
+        let webhook = app
+            .request(Method::POST, "/v1/webhooks/stripe")
+            .header("Stripe-Signature", &header)
+            .body(body.clone());
+        send(webhook).await.expect(204);
+    }
+    let refund = app
+        .operate(Method::POST, &format!("/v1/orders/{}/refund", buyer.order))
+        .header("Idempotency-Key", "back")
+        .json(&json!({ "quantity": 1 }));
+    send(refund).await.expect(200);
+    let path = format!("/v1/orders/{}", buyer.order);
+    app.until(&path, |answer| {
+        answer.json()["payment"]["refunded"] == PRICE
+    })
+    .await;
+    once_each(&played.heard());
+    assert_eq!(app.view(&sale).await["sold"], 3);
+    let audit = app.audit(&sale).await;
+    assert_eq!(audit["verdict"], "pass", "{audit:#}");
+    app.finish().await;
+}
+
+/// Whatever was asked how often: each step of money had one idempotency key.
+fn once_each(heard: &[(String, String, String)]) {
+    for step in ["/confirm", "/capture", "/refunds"] {
+        let keys = heard.iter().filter(|(asked, ..)| asked.ends_with(step));
+        let keys: HashSet<_> = keys.map(|(_, key, _)| key).collect();
+        assert!(keys.len() <= 1, "{step}: {heard:?}");
+    }
 }

@@ -663,7 +663,7 @@ async fn a_bank_that_lies_fails_or_is_closed_leaves_the_order_to_its_buyer() {
 async fn a_crowd_of_payers_on_two_nodes_keeps_what_it_sold() {
     let app = Arc::new(App::start().await);
     let other = app.node().await;
-    let sale = sale(&app, 3, json!({ "allocation": 40 })).await;
+    let sale = sale(&app, 10, json!({ "allocation": 40 })).await;
     let methods = [
         "sandbox_ok",
         "sandbox_lost_answer",

@@ -547,9 +547,10 @@ async fn a_sale_that_opened_once_can_open_again() {
         send(other.ask(request)).await
     };
     assert_eq!(elsewhere("a").await.expect(409).json()["code"], "sold_out");
-    let again = json!({ "schedule": back_to_back(1, 100, 60_000), "allocation": 4 });
+    // Its window lies ahead whenever it is sent.
+    let again = || json!({ "schedule": back_to_back(1, 100, 60_000), "allocation": 4 });
     // It has no end, so nothing can come behind it.
-    let refused = change(&app, &sale, again.clone()).await.expect(409);
+    let refused = change(&app, &sale, again()).await.expect(409);
     assert_eq!(refused.json()["code"], "conflict");
     send(app.operate(Method::POST, &format!("/v1/sales/{sale}/close")))
         .await
@@ -557,7 +558,7 @@ async fn a_sale_that_opened_once_can_open_again() {
     // As soon as PostgreSQL knows that it is closed.
     let changed = async {
         loop {
-            let changed = change(&app, &sale, again.clone()).await;
+            let changed = change(&app, &sale, again()).await;
             if changed.status == 200 {
                 return;
             }

@@ -268,8 +268,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (any_round.clone(), 1..5_u64, 0..4_u64)
             .prop_map(|(round, holds, offers)| Step::Sweep { round, holds, offers }),
         4 => (order, 1..4_u64).prop_map(|(order, units)| Step::Join { order, units }),
-        1 => (any_round.clone(), 0..6_u8).prop_map(|(round, buyer)| Step::Leave { round, buyer }),
-        2 => (any_round.clone(), terms.clone(), any::<bool>())
+        2 => (any_round.clone(), 0..6_u8).prop_map(|(round, buyer)| Step::Leave { round, buyer }),
+        3 => (any_round.clone(), terms.clone(), any::<bool>())
             .prop_map(|(round, terms, end_only)| Step::Amend { round, terms, end_only }),
         2 => any_round.clone().prop_map(|round| Step::Pass { round }),
         2 => (any_round.clone(), intent).prop_map(|(round, intent)| Step::Control { round, intent }),
@@ -489,11 +489,16 @@ impl Conformance {
                 round: index,
                 buyer: who,
             } => {
-                let round = round(*index);
+                // A line with somebody in it, if there is one.
+                let asked = round(*index);
+                let waited_for = |known: &&RoundId| !self.model.rounds[*known].line.is_empty();
+                let rounds = self.rounds();
+                let lines = rounds.iter().filter(waited_for);
+                let round = lines.max_by_key(|known| **known == asked).copied();
+                let round = round.unwrap_or(asked);
                 let Some(known) = self.model.rounds.get(&round) else {
                     return;
                 };
-                // Somebody in it, if there is anybody.
                 let line = known.line.values().cycle().nth(usize::from(*who));
                 let buyer = line.map_or(buyer(*who), |wish| wish.buyer);
                 let (reply, standing) = self.engine.leave(round, buyer).await.unwrap();

@@ -893,14 +893,14 @@ fn cases() -> u16 {
     variable("STOCKADE_TEST_CASES").map_or(96, |cases| u16::try_from(cases).unwrap())
 }
 
-/// Two buyers have all there is of round 3, two others wait, and one cancels: more at once than a few
-/// random commands do for sure.
-fn somebody_is_served() -> [Step; 4] {
-    let buys = |buyer| RandomPurchase {
-        round: 3,
+/// What a few random commands do not do for sure: two buyers have all there is of round 3, two others
+/// wait, and one cancels, another a part; a cart over two rounds; fewer units, and another end.
+fn what_always_happens() -> [Step; 8] {
+    let buys = |round, buyer, quantity| RandomPurchase {
+        round,
         buyer,
         key: 0,
-        quantity: 2,
+        quantity,
         redeem: false,
         asks: true,
     };
@@ -911,22 +911,42 @@ fn somebody_is_served() -> [Step; 4] {
         in_line,
         known: None,
     };
+    let gives_back = |buyer, units| Step::Release {
+        order: order(buyer, false),
+        release: Release::Cancel,
+        units,
+        operation: None,
+        offers: true,
+    };
+    let wants = |buyer| Step::Join {
+        order: order(buyer, true),
+        units: 2,
+    };
+    let later = RandomTerms {
+        allocation: 1,
+        per_buyer_limit: 1,
+        per_order_limit: 1,
+        opens_in_ms: 0,
+        closes_in_ms: Some(3_600_000),
+        policy: Policy::default(),
+    };
     [
-        Step::Purchase(vec![buys(0), buys(1)]),
-        Step::Join {
-            order: order(2, true),
-            units: 2,
+        Step::Together(vec![buys(0, 4, 1), buys(2, 4, 1)]),
+        Step::Purchase(vec![buys(3, 0, 2), buys(3, 1, 2)]),
+        wants(2),
+        wants(3),
+        gives_back(0, None),
+        gives_back(1, Some(1)),
+        Step::Allocate {
+            round: 0,
+            reduce: true,
+            units: 1,
+            key: 3,
         },
-        Step::Join {
-            order: order(3, true),
-            units: 2,
-        },
-        Step::Release {
-            order: order(0, false),
-            release: Release::Cancel,
-            units: None,
-            operation: None,
-            offers: true,
+        Step::Amend {
+            round: 0,
+            terms: later,
+            end_only: true,
         },
     ]
 }
@@ -987,7 +1007,7 @@ async fn scripts_do_what_the_model_says() {
         }
         let mut steps: Vec<_> = steps.into_iter().flat_map(Step::parts).collect();
         if case == 0 {
-            steps.splice(0..0, somebody_is_served());
+            steps.splice(0..0, what_always_happens());
         }
         for (at, step) in steps.iter().enumerate() {
             both.run(step).await;

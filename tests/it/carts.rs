@@ -14,12 +14,12 @@ fn put(app: &App, buyer: Uuid, lines: &Value) -> RequestBuilder {
     ask(app, Method::PUT, buyer, "/v1/cart").json(&json!({ "lines": lines }))
 }
 
-fn checkout(app: &App, buyer: Uuid, key: &str) -> RequestBuilder {
+pub(crate) fn checkout(app: &App, buyer: Uuid, key: &str) -> RequestBuilder {
     // The prefix of the alias, as the storefront uses it.
     ask(app, Method::POST, buyer, "/api/cart/checkout").header("Idempotency-Key", key)
 }
 
-async fn fill(app: &App, buyer: Uuid, lines: &[(&Value, u64)]) -> Value {
+pub(crate) async fn fill(app: &App, buyer: Uuid, lines: &[(&Value, u64)]) -> Value {
     let lines = lines.iter();
     let lines =
         lines.map(|(sale, quantity)| json!({ "sale_id": sale["id"], "quantity": quantity }));
@@ -31,6 +31,27 @@ async fn units(app: &App, sale: &Value) -> (Value, Value, Value) {
     let view = app.view(id(sale)).await;
     let units = |name: &str| view[name].clone();
     (units("remaining"), units("held"), units("sold"))
+}
+
+/// Two sales on two of four partitions, in the order in which a checkout asks.
+pub(crate) async fn apart(app: &App) -> (Value, Value) {
+    // Sales live where their ids say.
+    let mut sales = Vec::new();
+    for _ in 0..12 {
+        sales.push(
+            app.sale(json!({ "allocation": 100, "per_buyer_limit": 1 }))
+                .await,
+        );
+    }
+    let home = |sale: &Value| Uuid::parse_str(id(sale)).unwrap().as_u64_pair().1 % 4;
+    sales.sort_by_key(home);
+    let (low, high) = (sales.remove(0), sales.pop().unwrap());
+    assert_ne!(
+        home(&low),
+        home(&high),
+        "twelve ids on one of four partitions"
+    );
+    (low, high)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -106,23 +127,8 @@ async fn a_cart_that_cannot_be_had_as_a_whole_leaves_nothing_behind() {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_several_partitions_a_cart_is_taken_back_and_says_so_for_ever() {
     let app = App::start_with(&[("STOCKADE_PARTITIONS", "4")]).await;
-    // Sales live where their ids say.
-    let mut sales = Vec::new();
-    for _ in 0..12 {
-        sales.push(
-            app.sale(json!({ "allocation": 100, "per_buyer_limit": 1 }))
-                .await,
-        );
-    }
-    let home = |sale: &Value| Uuid::parse_str(id(sale)).unwrap().as_u64_pair().1 % 4;
-    sales.sort_by_key(home);
-    let (low, high) = (sales.first().unwrap(), sales.last().unwrap());
-    assert_ne!(
-        home(low),
-        home(high),
-        "twelve ids on one of four partitions"
-    );
-
+    let (low, high) = apart(&app).await;
+    let (low, high) = (&low, &high);
     let buyer = clock::new_id();
     // The second partition refuses: this buyer has as many as may be had.
     app.buy(id(high), buyer, "before", 1).await.expect(201);

@@ -10,10 +10,11 @@ use std::sync::{
 use reqwest::{Method, RequestBuilder};
 use rustix::process::Signal;
 use serde_json::json;
-use stockade::clock;
+use stockade::{clock, domain::id::OperationId};
 use tokio::{task::JoinSet, time::timeout};
 
 use super::{
+    carts::{apart, checkout, fill},
     faults::assert_sold,
     rounds_end::{AT_ONCE, Bought, archived, close},
     selling::{assert_replays, strangers},
@@ -449,6 +450,73 @@ async fn a_node_dies_after_every_step_of_a_payment() {
     .await
     .unwrap();
     assert_eq!(taken - back, sold * 1999);
+    app.finish().await;
+    assert!(node.stop().await.success());
+}
+
+/// Over two partitions, with a node that dies after each step of a checkout: whoever asks again and
+/// whoever does not, each cart is bought as a whole or not at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cart_is_whole_or_gone_wherever_its_node_dies() {
+    let (mut app, mut node, _) = shop_with(&[("STOCKADE_PARTITIONS", "4")]).await;
+    let (low, high) = apart(&app).await;
+    node.stop().await;
+    let mut carts = Vec::new();
+    for (point, had_before) in [
+        ("checkout.after_row:1", false),
+        ("checkout.after_group:1", false),
+        ("checkout.after_group:2", false),
+        ("checkout.after_end:1", false),
+        ("checkout.after_group:1", true),
+        ("checkout.after_group:2", true),
+        ("checkout.after_withdrawal:1", true),
+    ] {
+        for asks_again in [true, false] {
+            node.set(FAIL_POINT, Some(point));
+            node.start_again().await;
+            app.speak_to(node.url());
+            let buyer = clock::new_id();
+            if had_before {
+                // The second partition refuses.
+                app.buy(id(&high), buyer, "before", 1).await.expect(201);
+            }
+            fill(&app, buyer, &[(&low, 1), (&high, 1)]).await;
+            let answer = try_send(checkout(&app, buyer, "c")).await;
+            assert!(answer.is_err(), "{point}: {answer:?}");
+            assert!(!node.ended().await.success());
+            carts.push((point, had_before, asks_again, buyer));
+        }
+    }
+    node.set(FAIL_POINT, None);
+    node.start_again().await;
+    app.speak_to(node.url());
+
+    let (mut bought, mut before) = (0, 0);
+    for (point, had_before, asks_again, buyer) in carts {
+        if asks_again {
+            let answer = insist(checkout(&app, buyer, "c"), &[node.door()]).await;
+            let whole = answer.status == 201 && !had_before;
+            assert!(whole || answer.status == 409, "{point}: {answer:?}");
+        } else {
+            let checkout = OperationId::derive("checkout", buyer, "c").0;
+            app.until(&format!("/v1/checkouts/{checkout}"), |answer| {
+                answer.status == 404 || answer.json()["state"] != "pending"
+            })
+            .await;
+        }
+        let has = format!("/v1/orders?buyer_id={buyer}&status=confirmed");
+        app.audit(id(&low)).await;
+        app.audit(id(&high)).await;
+        let orders = app.pages(&has).await.len() - usize::from(had_before);
+        assert!([0, 2].contains(&orders), "{point}: {orders} of two lines");
+        if point == "checkout.after_end:1" {
+            assert_eq!(orders, 2, "what was accepted stays");
+        }
+        bought += orders / 2;
+        before += usize::from(had_before);
+    }
+    assert_eq!(app.view(id(&low)).await["sold"], bought);
+    assert_eq!(app.view(id(&high)).await["sold"], bought + before);
     app.finish().await;
     assert!(node.stop().await.success());
 }

@@ -23,6 +23,7 @@ use super::{
         seed,
         shim::Shim,
         variable,
+        wire::Wire,
     },
 };
 use secrecy::ExposeSecret;
@@ -223,11 +224,21 @@ impl World {
                 self.a_while(2_000).await;
             }
             Fault::PositionSetBack => {
-                // To an entry that there is: a number without its epoch is none.
-                let back = "UPDATE journal_positions SET (position_epoch, position) =
-                    (SELECT epoch, pseq FROM orders ORDER BY epoch DESC, pseq DESC
-                     OFFSET least(50, (SELECT count(*) - 1 FROM orders)) LIMIT 1)";
-                sqlx::raw_sql(back)
+                // To an entry that the journal still has: nobody can go on after one that was lost
+                // with Redis and stored before.
+                let mut wire = Wire::connect(&self.app.redis).await;
+                let oldest = wire
+                    .ask(&["XRANGE", "{p0}:journal", "-", "+", "COUNT", "1"])
+                    .await;
+                let Some((_, oldest)) = oldest.first().and_then(|id| id.split_once('-')) else {
+                    return;
+                };
+                let back = "WITH kept AS (SELECT epoch, pseq FROM orders WHERE pseq >= $1
+                                          ORDER BY pseq DESC LIMIT 50)
+                    UPDATE journal_positions SET (position_epoch, position) = (kept.epoch, kept.pseq)
+                    FROM (SELECT epoch, pseq FROM kept ORDER BY pseq LIMIT 1) AS kept";
+                sqlx::query(back)
+                    .bind(oldest.parse::<i64>().unwrap())
                     .execute(&mut sql(&self.app).await)
                     .await
                     .unwrap();

@@ -16,20 +16,10 @@ local change, refusal = open_change(ARGV[1])
 if not change then
   return refusal
 end
-local order, damage = read_order(change, ARGV[2])
-
-local function reply(word)
-  return answer(change, word, order and order.record or '')
-end
-
+local order
+order, refusal = held_order(change, ARGV[2])
 if not order then
-  return reply('unknown')
-elseif order.status ~= STATUS.held then
-  return reply('already')
-elseif damage then
-  return { 'damaged', damage }
-elseif change.partition.now_ms >= order.until_ms then
-  return reply('late')
+  return refusal
 end
 
 local round, units = change.round, order.quantity - order.returned
@@ -37,4 +27,4 @@ round.held, round.sold = round.held - units, round.sold + units
 leave_status(change, order, 'confirmed')
 set_order(change, order)
 note(change, 'confirm', order.id, units, ARGV[3], nil, nil, true)
-return commit(change) or reply('done')
+return commit(change) or answer(change, 'done', order.record)

@@ -16,22 +16,12 @@ local change, refusal = open_change(ARGV[1])
 if not change then
   return refusal
 end
-local order, damage = read_order(change, ARGV[2])
-
-local function reply(word)
-  return answer(change, word, order and order.record or '')
-end
-
+local order
+order, refusal = held_order(change, ARGV[2])
 if not order then
-  return reply('unknown')
-elseif order.status ~= STATUS.held then
-  return reply('already')
-elseif damage then
-  return { 'damaged', damage }
-elseif change.partition.now_ms >= order.until_ms then
-  return reply('late')
+  return refusal
 elseif order.extended_ms > 0 then
-  return reply('extended')
+  return answer(change, 'extended', order.record)
 end
 
 order.extended_ms = math.max(1, change.partition.now_ms - order.accepted_ms)
@@ -39,4 +29,4 @@ order.until_ms = order.accepted_ms + order.hold_ms + order.extended_ms
 change.on_hold = { whole(order.until_ms), order.id }
 set_order(change, order)
 note(change, 'extend', order.id, order.extended_ms, ARGV[3], nil, nil, true)
-return commit(change) or reply('done')
+return commit(change) or answer(change, 'done', order.record)

@@ -111,6 +111,22 @@ local function read_order(change, id)
   return order
 end
 
+-- The order with this id, if it waits for its payment and still has time; otherwise nil and the
+-- reply that says what it is.
+local function held_order(change, id)
+  local order, damage = read_order(change, id)
+  if not order then
+    return nil, answer(change, 'unknown', '')
+  elseif order.status ~= STATUS.held then
+    return nil, answer(change, 'already', order.record)
+  elseif damage then
+    return nil, { 'damaged', damage }
+  elseif change.partition.now_ms >= order.until_ms then
+    return nil, answer(change, 'late', order.record)
+  end
+  return order
+end
+
 -- What the limit knows of a buyer, read once; nil when it knows nothing.
 local function member(change, buyer)
   local known = change.buyers[buyer]

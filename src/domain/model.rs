@@ -672,12 +672,7 @@ impl Model {
         let round = self.rounds.get(&item.round)?;
         let sale = self.sales.get(&item.round.sale)?;
         let Terms {
-            window,
-            per_buyer_limit,
-            per_order_limit,
-            unit_price,
-            policy,
-            ..
+            unit_price, policy, ..
         } = round.terms;
         let (held, acceptances) = self.member(item.round, item.buyer).unwrap_or_default();
         let remaining = round.counters.remaining;
@@ -699,31 +694,18 @@ impl Model {
             State::Paused | State::Closed if redeems => State::Open,
             state => state,
         };
-        let refusal = match state {
-            State::Scheduled => Some(Refusal::NotOpen {
-                opens_at_ms: window.opens_at_ms,
-            }),
-            State::Paused => Some(Refusal::Paused),
-            State::Closed => Some(Refusal::Closed),
-            State::Open if item.quantity > per_order_limit => Some(Refusal::OrderLimit {
-                limit: per_order_limit,
-                held,
-            }),
-            State::Open
-                if held + item.quantity > per_buyer_limit
-                    || acceptances >= per_buyer_limit + SPARE_ACCEPTANCES =>
-            {
-                Some(Refusal::BuyerLimit {
-                    limit: per_buyer_limit,
-                    held,
-                })
-            }
-            State::Open if remaining == 0 => Some(Refusal::SoldOut),
+        let barred = barred(&round.terms, state, item.quantity, held, acceptances);
+        let refusal = barred.or_else(|| {
             // What comes back is for those who wait in line.
-            State::Open if !round.line.is_empty() && !item.redeem => Some(Refusal::SoldOut),
-            State::Open if remaining < item.quantity => Some(Refusal::Insufficient { remaining }),
-            State::Open => None,
-        };
+            let for_the_line = !round.line.is_empty() && !item.redeem;
+            if remaining == 0 || for_the_line {
+                Some(Refusal::SoldOut)
+            } else if remaining < item.quantity {
+                Some(Refusal::Insufficient { remaining })
+            } else {
+                None
+            }
+        });
         Some(refusal.map_or_else(
             || {
                 let status = match policy.hold_ms {
@@ -1363,38 +1345,12 @@ impl Change<'_> {
             return Some(Joined::Already(place));
         }
         let round = self.round()?;
-        let Terms {
-            window,
-            per_buyer_limit,
-            per_order_limit,
-            policy,
-            ..
-        } = round.terms;
-        if !policy.waitlist {
+        if !round.terms.policy.waitlist {
             return Some(Joined::NoLine);
         }
         let (held, acceptances) = self.model.member(self.id, wish.buyer).unwrap_or_default();
-        let refusal = match round.state(self.now_ms) {
-            State::Scheduled => Some(Refusal::NotOpen {
-                opens_at_ms: window.opens_at_ms,
-            }),
-            State::Paused => Some(Refusal::Paused),
-            State::Closed => Some(Refusal::Closed),
-            State::Open if wish.units > per_order_limit => Some(Refusal::OrderLimit {
-                limit: per_order_limit,
-                held,
-            }),
-            State::Open
-                if held + wish.units > per_buyer_limit
-                    || acceptances >= per_buyer_limit + SPARE_ACCEPTANCES =>
-            {
-                Some(Refusal::BuyerLimit {
-                    limit: per_buyer_limit,
-                    held,
-                })
-            }
-            State::Open => None,
-        };
+        let state = round.state(self.now_ms);
+        let refusal = barred(&round.terms, state, wish.units, held, acceptances);
         if let Some(refusal) = refusal {
             return Some(Joined::Refused(refusal));
         }
@@ -1459,5 +1415,31 @@ impl Change<'_> {
         })?;
         self.commit()?;
         Some(Amended::Done)
+    }
+}
+
+/// Why a buyer with so many units and acceptances may not have `units` more, whatever remains: the
+/// precedence of refusals, from first to last.
+fn barred(terms: &Terms, state: State, units: u64, held: u64, acceptances: u64) -> Option<Refusal> {
+    match state {
+        State::Scheduled => Some(Refusal::NotOpen {
+            opens_at_ms: terms.window.opens_at_ms,
+        }),
+        State::Paused => Some(Refusal::Paused),
+        State::Closed => Some(Refusal::Closed),
+        State::Open if units > terms.per_order_limit => Some(Refusal::OrderLimit {
+            limit: terms.per_order_limit,
+            held,
+        }),
+        State::Open
+            if held + units > terms.per_buyer_limit
+                || acceptances >= terms.per_buyer_limit + SPARE_ACCEPTANCES =>
+        {
+            Some(Refusal::BuyerLimit {
+                limit: terms.per_buyer_limit,
+                held,
+            })
+        }
+        State::Open => None,
     }
 }

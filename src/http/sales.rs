@@ -585,10 +585,7 @@ async fn restock(
     key: IdempotencyKey,
     Json(restock): Json<Restock>,
 ) -> Result<Response, Problem> {
-    let mut check = Check::new();
-    let units = check.units("#/units", restock.units, 1..=ALLOCATION_MAX);
-    check.done()?;
-    allocate(&shop, id, false, units, operator.user, &key).await
+    allocate(&shop, id, false, &restock, operator.user, &key).await
 }
 
 /// Take units out of a sale
@@ -605,20 +602,20 @@ async fn reduce(
     key: IdempotencyKey,
     Json(reduce): Json<Restock>,
 ) -> Result<Response, Problem> {
-    let mut check = Check::new();
-    let units = check.units("#/units", reduce.units, 1..=ALLOCATION_MAX);
-    check.done()?;
-    allocate(&shop, id, true, units, operator.user, &key).await
+    allocate(&shop, id, true, &reduce, operator.user, &key).await
 }
 
 async fn allocate(
     shop: &Shop,
     id: Uuid,
     reduce: bool,
-    units: u64,
+    wanted: &Restock,
     actor: Uuid,
     key: &IdempotencyKey,
 ) -> Result<Response, Problem> {
+    let mut check = Check::new();
+    let units = check.units("#/units", wanted.units, 1..=ALLOCATION_MAX);
+    check.done()?;
     let (view, replayed) = shop
         .allocate(SaleId(id), reduce, units, actor, &key.0)
         .await?;

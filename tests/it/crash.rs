@@ -2,21 +2,29 @@
 //! fail point (`src/faults.rs`), again and again under load. Only built with the feature `faults`;
 //! `make mutants` runs it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use reqwest::{Method, RequestBuilder};
 use rustix::process::Signal;
 use serde_json::json;
 use stockade::{clock, domain::id::OperationId};
-use tokio::{task::JoinSet, time::timeout};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 
 use super::{
     carts::{apart, checkout, fill},
     faults::assert_sold,
+    payments::{self, Customer, balance_of},
     rounds_end::{AT_ONCE, Bought, archived, close},
+    schedules::{rounds, scheduled, until_rounds},
     selling::{assert_replays, strangers},
     support::{
         app::{Answer, App, PATIENCE, crowd, id, insist, send, sql, try_send},
@@ -169,7 +177,7 @@ async fn a_writer_stands_still_inside_its_transaction_and_the_others_go_on() {
             if now > stood {
                 return;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            sleep(Duration::from_millis(20)).await;
         }
     };
     timeout(PATIENCE, moved).await.unwrap();
@@ -517,6 +525,120 @@ async fn a_cart_is_whole_or_gone_wherever_its_node_dies() {
     }
     assert_eq!(app.view(id(&low)).await["sold"], bought);
     assert_eq!(app.view(id(&high)).await["sold"], bought + before);
+    app.finish().await;
+    assert!(node.stop().await.success());
+}
+
+/// Two orders under one payment, with a node that dies after each step of it, and a second order whose
+/// time runs out before anybody is up again, or does not: both are bought and paid, or neither.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkout_is_paid_as_a_whole_or_not_wherever_its_node_dies() {
+    let (mut app, mut node, _) = shop_with(&[("STOCKADE_SANDBOX", "on")]).await;
+    let plenty = || json!({ "allocation": 100 });
+    let first = payments::sale(&app, 600, plenty()).await;
+    let lasts = payments::sale(&app, 600, plenty()).await;
+    let lapses = payments::sale(&app, 2, plenty()).await;
+    let mut sold = [(&first, 0), (&lasts, 0), (&lapses, 0)];
+    for (point, second, whole) in [
+        ("pay.after_authorise", 1, true),
+        ("confirm.after_script:1", 1, true),
+        ("confirm.after_script:2", 1, true),
+        ("pay.after_capture", 1, true),
+        ("pay.after_authorise", 2, false),
+        ("confirm.after_script:1", 2, false),
+        // Both were confirmed in time: nothing lapses any more.
+        ("confirm.after_script:2", 2, true),
+        ("pay.after_void", 2, false),
+    ] {
+        for asks_again in [true, false] {
+            node.stop().await;
+            // Of two steps, the one before lets the time run out.
+            let dies = if point == "pay.after_void" {
+                &["confirm.after_script:1", point][..]
+            } else {
+                &[point]
+            };
+            node.set(FAIL_POINT, Some(dies[0]));
+            node.start_again().await;
+            app.speak_to(node.url());
+            let lines = [(first.as_str(), 1), (sold[second].0.as_str(), 1)];
+            let customer = Customer::with(&app, &lines).await;
+            let answer = try_send(customer.paying(&app, "pay", "sandbox_ok")).await;
+            assert!(answer.is_err(), "{point}: {answer:?}");
+            assert!(!node.ended().await.success());
+            if second == 2 {
+                sleep(Duration::from_secs(2)).await;
+            }
+            for point in &dies[1..] {
+                node.set(FAIL_POINT, Some(point));
+                node.start_to_die().await;
+            }
+            node.set(FAIL_POINT, None);
+            node.start_again().await;
+            app.speak_to(node.url());
+            if asks_again {
+                let answer = send(customer.paying(&app, "pay", "sandbox_ok")).await;
+                let expected = if whole { 200 } else { 409 };
+                assert_eq!(answer.status, expected, "{point}: {answer:?}");
+            }
+            let state = if whole { "captured" } else { "voided" };
+            let path = format!("/v1/orders/{}", customer.orders[0]);
+            app.until(&path, |answer| answer.json()["payment"]["state"] == state)
+                .await;
+            let view = customer.view(&app).await;
+            for order in view["orders"].as_array().unwrap() {
+                assert_eq!(order["status"] == "confirmed", whole, "{point}: {view:#}");
+            }
+            sold[0].1 += i64::from(whole);
+            sold[second].1 += i64::from(whole);
+        }
+    }
+    balance_of(&app, &sold.map(|(sale, sold)| (sale.as_str(), sold))).await;
+    app.finish().await;
+    assert!(node.stop().await.success());
+}
+
+/// A sale that opens every second, made round by round by nodes that die on the way: each window comes
+/// once, and each round that there is sells.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_dies_while_it_makes_the_rounds_of_a_schedule() {
+    let (mut app, mut node, _) = shop().await;
+    let schedule = json!({
+        "cron": "* * * * * *", "time_zone": "Europe/Berlin", "duration_seconds": 1, "rounds": 900,
+    });
+    let sale = scheduled(&app, schedule, json!({})).await;
+    let sale = id(&sale);
+    node.stop().await;
+    for pass in 1..=3 {
+        for point in [
+            "rounds.after_plan",
+            "provision.before_redis",
+            "provision.after_redis",
+        ] {
+            node.set(FAIL_POINT, Some(&format!("{point}:{pass}")));
+            node.start_to_die().await;
+        }
+    }
+    node.set(FAIL_POINT, None);
+    node.start_again().await;
+    app.speak_to(node.url());
+
+    let before = rounds(&app, sale).await.len();
+    let all = until_rounds(&app, sale, |rounds| rounds.len() >= before + 3).await;
+    for (earlier, later) in all.iter().zip(&all[1..]) {
+        assert_eq!(earlier["closes_at"], later["opens_at"]);
+    }
+    let numbers: Vec<_> = all.iter().filter_map(|one| one["round"].as_u64()).collect();
+    assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
+    let order = app.buy(sale, clock::new_id(), "k", 1).await.expect(201);
+    assert!(order.json()["round"].as_u64() > Some(1));
+    let twice = "SELECT count(*) FROM (SELECT FROM round_events WHERE kind = 'provision'
+                                       GROUP BY sale, round HAVING count(*) > 1) AS twice";
+    let twice: i64 = sqlx::query_scalar(twice)
+        .fetch_one(&mut sql(&app).await)
+        .await
+        .unwrap();
+    assert_eq!(twice, 0);
     app.finish().await;
     assert!(node.stop().await.success());
 }

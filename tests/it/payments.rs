@@ -18,7 +18,7 @@ use super::{
 const PRICE: i64 = 1999;
 
 /// A sale of ten whose buyers have this long to pay.
-async fn sale(app: &App, hold_seconds: u32, more: Value) -> String {
+pub(crate) async fn sale(app: &App, hold_seconds: u32, more: Value) -> String {
     let mut terms = json!({
         "allocation": 10, "per_buyer_limit": 10, "payment": "sandbox", "hold_seconds": hold_seconds,
     });
@@ -101,7 +101,7 @@ async fn balance(app: &App, sale: &str, sold: i64) {
 }
 
 /// The same over several sales.
-async fn balance_of(app: &App, sales: &[(&str, i64)]) {
+pub(crate) async fn balance_of(app: &App, sales: &[(&str, i64)]) {
     let mut sql = sql(app).await;
     let settled = async {
         loop {
@@ -730,14 +730,14 @@ async fn a_hold_is_extended_once() {
 }
 
 /// Somebody with an accepted checkout of some sales.
-struct Customer {
+pub(crate) struct Customer {
     user: Uuid,
     checkout: String,
-    orders: Vec<String>,
+    pub(crate) orders: Vec<String>,
 }
 
 impl Customer {
-    async fn with(app: &App, lines: &[(&str, u64)]) -> Self {
+    pub(crate) async fn with(app: &App, lines: &[(&str, u64)]) -> Self {
         let user = clock::new_id();
         let ask = |method, path| {
             app.request(method, path)
@@ -764,7 +764,7 @@ impl Customer {
             .bearer_auth(app.token(self.user, Role::Buyer))
     }
 
-    fn paying(&self, app: &App, key: &str, method: &str) -> RequestBuilder {
+    pub(crate) fn paying(&self, app: &App, key: &str, method: &str) -> RequestBuilder {
         self.ask(app, Method::POST, "/pay")
             .header("Idempotency-Key", key)
             .json(&json!({ "payment_method": method }))
@@ -774,7 +774,7 @@ impl Customer {
         send(self.paying(app, key, method)).await
     }
 
-    async fn view(&self, app: &App) -> Value {
+    pub(crate) async fn view(&self, app: &App) -> Value {
         send(self.ask(app, Method::GET, ""))
             .await
             .expect(200)

@@ -29,7 +29,7 @@ fn back_to_back(count: i64, begins_ms: i64, lasts_ms: i64) -> Value {
 }
 
 /// A sale with a schedule.
-async fn scheduled(app: &App, schedule: Value, terms: Value) -> Value {
+pub(crate) async fn scheduled(app: &App, schedule: Value, terms: Value) -> Value {
     let product = json!({
         "name": "Lamp", "description": "", "price": { "amount": 1999, "currency": "EUR" },
     });
@@ -46,12 +46,16 @@ async fn scheduled(app: &App, schedule: Value, terms: Value) -> Value {
         .json()
 }
 
-async fn rounds(app: &App, sale: &str) -> Vec<Value> {
+pub(crate) async fn rounds(app: &App, sale: &str) -> Vec<Value> {
     app.pages(&format!("/v1/sales/{sale}/rounds")).await
 }
 
 /// Waits until the sale's rounds are as wanted.
-async fn until_rounds(app: &App, sale: &str, wanted: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+pub(crate) async fn until_rounds(
+    app: &App,
+    sale: &str,
+    wanted: impl Fn(&[Value]) -> bool,
+) -> Vec<Value> {
     let asking = async {
         loop {
             let rounds = rounds(app, sale).await;

@@ -11,7 +11,7 @@ use axum::{
     Json, Router,
     body::{Body, Bytes},
     extract::{Path, State},
-    http::{HeaderMap, Method, StatusCode, Uri},
+    http::{HeaderMap, HeaderName, Method, StatusCode, Uri},
     response::{IntoResponse, Response},
     routing::any,
 };
@@ -77,6 +77,19 @@ impl Played {
 
     pub(crate) fn heard(&self) -> Heard {
         std::mem::take(&mut *self.heard.lock().unwrap())
+    }
+
+    /// The buyer says yes, at the gateway.
+    pub(crate) fn approve(&self) -> String {
+        let mut payment = self.payment.lock().unwrap();
+        payment["status"] = "APPROVED".into();
+        payment["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Whether something of its one payment is reserved or taken.
+    pub(crate) fn has(&self, what: &str) -> bool {
+        let payment = self.payment.lock().unwrap();
+        payment["purchase_units"][0]["payments"][what].is_array()
     }
 
     fn finish(&self, status: StatusCode, mut body: Value) -> Response {
@@ -550,7 +563,7 @@ async fn paypal_says(
         let genuine = body["transmission_sig"] == "genuine"
             && body["webhook_id"] == "WH-1"
             // Byte by byte as it was sent.
-            && text.contains("\"webhook_event\":{ \"id\" : \"WH-EVT-1\"");
+            && text.contains("\"webhook_event\":{ \"id\" : \"WH-EVT-");
         let status = if genuine { "SUCCESS" } else { "FAILURE" };
         return Json(json!({ "verification_status": status })).into_response();
     }
@@ -558,8 +571,11 @@ async fn paypal_says(
     let payments = "/purchase_units/0/payments";
     match path.rsplit('/').next().unwrap() {
         "orders" => {
+            // Their names count; only the last one is kept.
+            let last = order["id"].as_str().map_or("0", |id| &id["ORDER".len()..]);
+            let id = format!("ORDER{}", last.parse::<u32>().unwrap() + 1);
             *order = body.clone();
-            order["id"] = "ORDER1".into();
+            order["id"] = id.into();
             order["status"] = "CREATED".into();
             order["links"] =
                 json!([{ "rel": "approve", "href": "https://paypal.example/approve" }]);
@@ -596,19 +612,46 @@ async fn paypal_says(
     played.finish(StatusCode::OK, order.clone())
 }
 
-async fn paypal() -> (Played, Paypal) {
+/// A played `PayPal`, and where it is.
+pub(crate) async fn played_paypal() -> (Played, String) {
     let played = Played::default();
     let router = Router::new()
         .route("/{*path}", any(paypal_says))
         .with_state(played.clone());
+    let url = serve(router).await;
+    (played, url)
+}
+
+async fn paypal() -> (Played, Paypal) {
+    let (played, url) = played_paypal().await;
     let paypal = Paypal::new(PaypalSettings {
-        url: serve(router).await,
+        url,
         client_id: "client".to_owned(),
         client_secret: "secret".into(),
         webhook_id: "WH-1".to_owned(),
         return_url: None,
     });
     (played, paypal.unwrap())
+}
+
+/// What `PayPal` sends when the buyer has said yes to an order, or what somebody else sends.
+pub(crate) fn approval(event: &str, order: &str, signature: &str) -> (HeaderMap, String) {
+    let body = format!(
+        r#"{{ "id" : "WH-EVT-{event}", "event_type":"CHECKOUT.ORDER.APPROVED",
+              "resource": {{ "id": "{order}" }} }}"#
+    );
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("auth-algo", "x"),
+        ("cert-url", "x"),
+        ("transmission-id", "x"),
+        ("transmission-time", "x"),
+        ("transmission-sig", signature),
+    ] {
+        let name = HeaderName::try_from(format!("paypal-{name}")).unwrap();
+        headers.insert(name, value.parse().unwrap());
+    }
+    (headers, body)
 }
 
 #[tokio::test]
@@ -619,7 +662,7 @@ async fn a_payment_over_paypal_from_beginning_to_end() {
     assert_eq!(found.seen, Seen::RequiresAction);
     let url = found.action.unwrap().redirect_url;
     assert_eq!(url.as_deref(), Some("https://paypal.example/approve"));
-    played.payment.lock().unwrap()["status"] = "APPROVED".into();
+    played.approve();
     assert_eq!(paypal.look(&charge).await, Ok(Seen::Open.into()));
     assert_eq!(paypal.authorise(&charge).await, Ok(Seen::Authorised.into()));
     assert_eq!(paypal.capture(&charge, 1500).await, Ok(captured(1500, 0)));
@@ -652,7 +695,7 @@ async fn a_paypal_order_is_let_go_at_every_point_and_no_lie_is_believed() {
     let (played, paypal) = paypal().await;
     let charge = opened(&paypal, "paypal").await;
     assert_eq!(paypal.void(&charge).await, Ok(Seen::Voided.into()));
-    played.payment.lock().unwrap()["status"] = "APPROVED".into();
+    played.approve();
     paypal.authorise(&charge).await.unwrap();
     for (pointer, value) in [
         ("/id", json!("ORDER2")),
@@ -688,19 +731,8 @@ async fn webhooks_of_paypal_are_what_paypal_says_it_has_sent() {
     let (_, paypal) = paypal().await;
     let body = br#"{ "id" : "WH-EVT-1", "event_type":"PAYMENT.AUTHORIZATION.CREATED",
         "resource": { "supplementary_data": { "related_ids": { "order_id": "ORDER1" } } } }"#;
-    let mut headers = HeaderMap::new();
-    for name in [
-        "auth-algo",
-        "cert-url",
-        "transmission-id",
-        "transmission-time",
-    ] {
-        let name = format!("paypal-{name}");
-        headers.insert(
-            reqwest::header::HeaderName::try_from(name).unwrap(),
-            "x".parse().unwrap(),
-        );
-    }
+    let (mut headers, _) = approval("1", "ORDER1", "genuine");
+    headers.remove("paypal-transmission-sig");
     let refused = paypal.webhook(&headers, body, 0).await;
     assert!(matches!(refused, Err(Unverified::Forged(_))));
     headers.insert("paypal-transmission-sig", "forged".parse().unwrap());

@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use reqwest::{Method, RequestBuilder};
+use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use sqlx::Connection;
 use stockade::{auth::Role, clock, payments::sign};
@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use super::{
-    gateways::{Manner, WEBHOOK_SECRET, played_stripe},
+    gateways::{Manner, WEBHOOK_SECRET, approval, played_paypal, played_stripe},
     support::app::{Answer, App, PATIENCE, crowd, id, redirected, send, sql},
 };
 
@@ -1096,9 +1096,79 @@ async fn stripe_is_paid_once_though_it_fails_in_every_way() {
     app.finish().await;
 }
 
+#[tokio::test]
+async fn paypal_is_paid_once_the_buyer_has_approved_and_only_then() {
+    let (played, url) = played_paypal().await;
+    let app = App::start_with(&[
+        ("STOCKADE_PAYPAL_URL", &url),
+        ("STOCKADE_PAYPAL_CLIENT_ID", "client"),
+        ("STOCKADE_PAYPAL_CLIENT_SECRET", "secret"),
+        ("STOCKADE_PAYPAL_WEBHOOK_ID", "WH-1"),
+        ("STOCKADE_REQUEST_TIMEOUT_MS", "3000"),
+    ])
+    .await;
+    let hear = async |event: &str, order: &str, signature: &str| {
+        let (headers, body) = approval(event, order, signature);
+        let webhook = app.request(Method::POST, "/v1/webhooks/paypal");
+        send(webhook.headers(headers).body(body)).await
+    };
+    let long = sale(&app, 600, json!({ "payment": "paypal" })).await;
+    let buyer = Buyer::with(&app, &long, 2).await;
+    for _ in 0..3 {
+        let asked = buyer.pay(&app, "pay", "paypal").await.expect(202).json();
+        let url = &asked["payment"]["action"]["redirect_url"];
+        assert_eq!(url, "https://paypal.example/approve", "{asked}");
+    }
+    // Who says that it was approved is asked, and so is whoever is said to have been.
+    let refused = hear("1", "ORDER1", "forged").await.expect(400).json();
+    assert_eq!(refused["code"], "webhook_invalid");
+    hear("1", "ORDER1", "genuine").await.expect(204);
+    assert_eq!(
+        buyer.pay(&app, "pay", "paypal").await.status,
+        StatusCode::ACCEPTED
+    );
+    assert!(!played.has("authorizations"));
+
+    assert_eq!(played.approve(), "ORDER1");
+    for event in ["2", "2", "3"] {
+        hear(event, "ORDER1", "genuine").await.expect(204);
+    }
+    let order = buyer.until(&app, "confirmed", "captured").await;
+    assert_eq!(order["payment"]["captured"], 2 * PRICE, "{order}");
+    let again = buyer.pay(&app, "pay", "paypal").await.expect(200).json();
+    assert_eq!(again["payment"]["captured"], 2 * PRICE);
+    for _ in 0..2 {
+        let refund = app
+            .operate(Method::POST, &format!("/v1/orders/{}/refund", buyer.order))
+            .header("Idempotency-Key", "one")
+            .json(&json!({ "quantity": 1 }));
+        let after = send(refund).await.expect(200).json();
+        assert_eq!(after["payment"]["refunded"], PRICE, "{after}");
+    }
+    once_each(&played.heard());
+
+    // Approved when the time had run out: nothing is reserved, nothing is taken.
+    let short = sale(&app, 2, json!({ "payment": "paypal" })).await;
+    let late = Buyer::with(&app, &short, 1).await;
+    late.pay(&app, "pay", "paypal").await.expect(202);
+    late.until(&app, "expired", "voided").await;
+    assert_eq!(played.approve(), "ORDER2");
+    hear("4", "ORDER2", "genuine").await.expect(204);
+    let refused = late.pay(&app, "again", "paypal").await.expect(409);
+    assert_eq!(refused.json()["code"], "hold_expired");
+    assert!(!played.has("authorizations") && !played.has("captures"));
+
+    for (sale, sold) in [(&long, 1), (&short, 0)] {
+        assert_eq!(app.view(sale).await["sold"], sold);
+        let audit = app.audit(sale).await;
+        assert_eq!(audit["verdict"], "pass", "{audit:#}");
+    }
+    app.finish().await;
+}
+
 /// Whatever was asked how often: each step of money had one idempotency key.
 fn once_each(heard: &[(String, String, String)]) {
-    for step in ["/confirm", "/capture", "/refunds"] {
+    for step in ["/confirm", "/authorize", "/capture", "/refund", "/refunds"] {
         let keys = heard.iter().filter(|(asked, ..)| asked.ends_with(step));
         let keys: HashSet<_> = keys.map(|(_, key, _)| key).collect();
         assert!(keys.len() <= 1, "{step}: {heard:?}");

@@ -358,13 +358,15 @@ struct HoldsReport {
     held: i64,
     /// Those that still wait for their payment.
     open: i64,
+    /// Those that were paid, whatever became of them.
+    paid: i64,
     /// Those that were paid, and have stayed so.
     confirmed: i64,
     expired: i64,
     cancelled: i64,
     refunded: i64,
     withdrawn: i64,
-    /// Paid ones, refunded ones included, among those that do not wait any more; null without one.
+    /// Paid ones among those that do not wait any more; null without one.
     conversion: Option<f64>,
 }
 
@@ -515,7 +517,7 @@ fn view(sale: &SaleFacts, round: RoundId, report: Report) -> ReportView {
                 points,
             },
         },
-        holds: holds(&held),
+        holds: holds(&held, report.paid),
         supply_changes: supplies.collect(),
         notes: vec![
             "Everything follows PostgreSQL: what is accepted is stored a moment later.",
@@ -525,19 +527,20 @@ fn view(sale: &SaleFacts, round: RoundId, report: Report) -> ReportView {
     }
 }
 
-fn holds(by_status: &HashMap<&str, i64>) -> Option<HoldsReport> {
+fn holds(by_status: &HashMap<&str, i64>, paid: i64) -> Option<HoldsReport> {
     let of = |status: &str| by_status.get(status).copied().unwrap_or(0);
     let held: i64 = by_status.values().sum();
-    let (open, confirmed, refunded) = (of("held"), of("confirmed"), of("refunded"));
+    let open = of("held");
     (held > 0).then(|| HoldsReport {
         held,
         open,
-        confirmed,
+        paid,
+        confirmed: of("confirmed"),
         expired: of("expired"),
         cancelled: of("cancelled"),
-        refunded,
+        refunded: of("refunded"),
         withdrawn: of("withdrawn"),
-        conversion: part(confirmed + refunded, held - open),
+        conversion: part(paid, held - open),
     })
 }
 

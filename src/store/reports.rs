@@ -39,6 +39,8 @@ pub struct Report {
     pub accepted: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// Units of the largest order.
     pub largest_order: u64,
+    /// Holds that were paid, whatever became of them.
+    pub paid: i64,
     /// The second with the most orders.
     pub busiest: Option<Bucket>,
     /// The length of a bucket of `sold`, in seconds.
@@ -162,7 +164,9 @@ async fn read(sql: &mut PgConnection, round: RoundId) -> Result<Option<Report>, 
     .await?;
     let whole = sqlx::query!(
         r#"SELECT count(DISTINCT buyer_id) AS "buyers!", min(accepted_at) AS first,
-                  max(accepted_at) AS last, coalesce(max(quantity), 0) AS "largest!"
+                  max(accepted_at) AS last, coalesce(max(quantity), 0) AS "largest!",
+                  (SELECT count(*) FROM round_events
+                   WHERE sale = $1 AND round = $2 AND kind = 'confirm') AS "paid!"
            FROM orders WHERE sale = $1 AND round = $2"#,
         sale,
         number
@@ -278,6 +282,7 @@ async fn read(sql: &mut PgConnection, round: RoundId) -> Result<Option<Report>, 
         orders,
         accepted,
         largest_order: whole.largest.cast_unsigned(),
+        paid: whole.paid,
         busiest,
         bucket_seconds,
         sold,

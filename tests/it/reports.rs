@@ -450,3 +450,52 @@ async fn a_report_says_what_became_of_a_round_and_who_was_refused() {
     asked.await.unwrap().expect(404);
     app.finish().await;
 }
+
+#[tokio::test]
+async fn a_report_says_what_became_of_holds() {
+    let app = App::start().await;
+    let terms = json!({ "allocation": 10, "payment": "sandbox", "hold_seconds": 600 });
+    let sale = app.sale(terms).await;
+    let sale = id(&sale);
+    let holds = async || {
+        let path = format!("/v1/sales/{sale}/report");
+        stored(&app, sale).await;
+        let report = send(app.operate(Method::GET, &path)).await;
+        report.expect(200).json()["holds"].clone()
+    };
+    let mut orders = Vec::new();
+    for _ in 0..7 {
+        let buyer = clock::new_id();
+        let order = app.buy(sale, buyer, "k", 1).await.expect(201).json();
+        orders.push((buyer, id(&order).to_owned()));
+    }
+    let mut expected = json!({
+        "held": 7, "open": 7, "paid": 0, "confirmed": 0, "expired": 0, "cancelled": 0, "refunded": 0,
+        "withdrawn": 0, "conversion": null,
+    });
+    assert_eq!(holds().await, expected);
+    for (buyer, order) in &orders[..4] {
+        let pay = as_buyer(
+            &app,
+            *buyer,
+            Method::POST,
+            &format!("/v1/orders/{order}/pay"),
+        );
+        let pay = pay
+            .header("Idempotency-Key", "pay")
+            .json(&json!({ "payment_method": "sandbox_ok" }));
+        send(pay).await.expect(200);
+    }
+    // One that was paid and one that was not.
+    for (_, order) in &orders[3..5] {
+        let cancel = format!("/v1/orders/{order}/cancel");
+        send(app.operate(Method::POST, &cancel)).await.expect(200);
+    }
+    expected["open"] = 2.into();
+    expected["paid"] = 4.into();
+    expected["confirmed"] = 3.into();
+    expected["cancelled"] = 2.into();
+    expected["conversion"] = 0.8.into();
+    assert_eq!(holds().await, expected);
+    app.finish().await;
+}

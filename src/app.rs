@@ -25,6 +25,8 @@ use crate::{
     auth::{
         self,
         accounts::{AccountError, Accounts},
+        barred::Barred,
+        bearer::Bearers,
         email::Email,
         password::PasswordHasher,
         session::Successors,
@@ -476,11 +478,20 @@ async fn serve(
         metrics.passwords.clone(),
     )?;
     let database = &stores.database;
+    let barred = Barred::new(Sessions::new(database.clone()), metrics.identity.clone());
+    let barred = Arc::new(barred);
+    let (news, stop) = (Arc::clone(&barred), life.token(Stage::Background));
+    life.spawn(Stage::Background, "ended sessions", async move {
+        news.run(stop).await;
+        Ok(())
+    });
+    let bearers = Arc::new(Bearers::new(Arc::clone(&tokens), Arc::clone(&barred)));
     let accounts = Accounts {
+        barred,
         users: Users::new(database.clone()),
         sessions: Sessions::new(database.clone()),
         passwords,
-        tokens: Arc::clone(&tokens),
+        tokens,
         successors: Arc::new(Successors::new(secret)?),
     };
     app.generated_password = operator(config, &accounts).await?;
@@ -591,7 +602,7 @@ async fn serve(
         access_log: access_log(config, metrics).await?,
     };
     let state = HttpState::new(http::Parts {
-        tokens,
+        bearers,
         accounts,
         products: app.products.clone(),
         catalogue: Catalogue::new(

@@ -26,6 +26,8 @@ pub struct Metrics {
     pub http: HttpMetrics,
     /// Of the hashing of passwords.
     pub passwords: PasswordMetrics,
+    /// Of who may come in.
+    pub identity: IdentityMetrics,
     /// Of the engines.
     pub engine: EngineMetrics,
     /// Of the writers.
@@ -100,6 +102,30 @@ pub struct PasswordMetrics {
     pub queue: Gauge,
     /// Passwords refused because the queue was full.
     pub refused: Counter,
+}
+
+/// Who may come in, and who no longer.
+#[derive(Clone, Debug, Default)]
+pub struct IdentityMetrics {
+    /// Ended sessions and disabled users that this node refuses.
+    pub barred: Gauge,
+    /// Questions about ended sessions that PostgreSQL did not answer.
+    pub questions_failed: Counter,
+}
+
+impl IdentityMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "identity_barred",
+            "Ended sessions and disabled users that this node refuses",
+            self.barred.clone(),
+        );
+        registry.register(
+            "identity_questions_failed",
+            "Questions about ended sessions that PostgreSQL did not answer",
+            self.questions_failed.clone(),
+        );
+    }
 }
 
 /// What the engines decide, all partitions together.
@@ -397,6 +423,8 @@ impl Metrics {
             "Passwords refused because the queue was full",
             passwords.refused.clone(),
         );
+        let identity = IdentityMetrics::default();
+        identity.register(&mut registry);
         let engine = EngineMetrics::default();
         engine.register(&mut registry);
         let writer = WriterMetrics::default();
@@ -424,6 +452,7 @@ impl Metrics {
             registry,
             http,
             passwords,
+            identity,
             engine,
             writer,
             audit,

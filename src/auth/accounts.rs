@@ -3,18 +3,20 @@
 use std::sync::Arc;
 
 use chrono::SubsecRound;
+use uuid::Uuid;
 
 use crate::{
     clock,
     store::{
         StoreError,
-        sessions::{Rotation, Sessions},
-        users::{User, Users},
+        sessions::{NewSession, Rotation, Session, Sessions},
+        users::{Credentials, User, Users},
     },
 };
 
 use super::{
     Role,
+    barred::Barred,
     email::Email,
     password::{HashError, PasswordHasher},
     session::{LIFETIME, LIMITS, RefreshToken, Successors},
@@ -34,6 +36,8 @@ pub struct Accounts {
     pub tokens: Arc<TokenKeys>,
     /// Derives refresh tokens.
     pub successors: Arc<Successors>,
+    /// Whose tokens are believed no longer.
+    pub barred: Arc<Barred>,
 }
 
 /// What a client gets when it has logged in.
@@ -71,7 +75,7 @@ pub enum AccountError {
     Random(#[from] rand::rand_core::OsError),
     /// A row that no version of this program writes.
     #[error("user {0} has an unknown role")]
-    Role(uuid::Uuid),
+    Role(Uuid),
 }
 
 impl Accounts {
@@ -102,20 +106,22 @@ impl Accounts {
         }
     }
 
-    /// Begins a session. Takes as long for an unknown user as for a wrong password.
+    /// Begins a session of a client that calls itself `user_agent`. Takes as long for an unknown
+    /// user as for a wrong password, or a disabled one.
     ///
     /// # Errors
     /// [`AccountError`].
-    pub async fn login(&self, email: &str, password: String) -> Result<Grant, AccountError> {
+    pub async fn login(
+        &self,
+        email: &str,
+        password: String,
+        user_agent: Option<String>,
+    ) -> Result<Grant, AccountError> {
         let known = match Email::parse(email) {
             Some(email) => self.users.by_email(email.as_str()).await?,
             None => None,
         };
-        let hash = known.as_ref().map(|known| known.password_hash.as_str());
-        let matches = self.passwords.verify(password.clone(), hash).await?;
-        let Some(known) = known.filter(|_| matches) else {
-            return Err(AccountError::InvalidCredentials);
-        };
+        let known = self.prove(known, password.clone()).await?;
         if self.passwords.outdated(&known.password_hash) {
             let hash = self.passwords.hash(password).await?;
             self.users
@@ -124,10 +130,32 @@ impl Accounts {
         }
         let (session, now) = (clock::new_id(), clock::now());
         let token = RefreshToken::random()?;
-        self.sessions
-            .begin(session, known.user.id, token.hash(), now, now + LIFETIME)
-            .await?;
+        let new = NewSession {
+            id: session,
+            user: known.user.id,
+            password_changed_at: known.password_changed_at,
+            token: token.hash(),
+            user_agent,
+            now,
+            expires_at: now + LIFETIME,
+        };
+        if !self.sessions.begin(new).await? {
+            return Err(AccountError::InvalidCredentials);
+        }
         self.grant(known.user.id, &known.user.role, session, &token)
+    }
+
+    /// The user, if the password proves to be the user's and the user may come in.
+    async fn prove(
+        &self,
+        known: Option<Credentials>,
+        password: String,
+    ) -> Result<Credentials, AccountError> {
+        let hash = known.as_ref().map(|known| known.password_hash.as_str());
+        let matches = self.passwords.verify(password, hash).await?;
+        known
+            .filter(|known| matches && known.disabled_at.is_none())
+            .ok_or(AccountError::InvalidCredentials)
     }
 
     /// Exchanges a refresh token for the next grant.
@@ -148,6 +176,7 @@ impl Accounts {
                 self.grant(holder.user, &holder.role, holder.session, &successor)
             }
             Rotation::Reused(session) => {
+                self.barred.end([session]);
                 tracing::warn!(%session, "a used refresh token came again: its session is revoked");
                 Err(AccountError::InvalidCredentials)
             }
@@ -161,16 +190,84 @@ impl Accounts {
     /// [`AccountError`].
     pub async fn logout(&self, refresh_token: &str) -> Result<(), AccountError> {
         if let Some(token) = RefreshToken::parse(refresh_token) {
-            self.sessions.revoke(token.hash(), clock::now()).await?;
+            let ended = self.sessions.revoke(token.hash(), clock::now()).await?;
+            self.barred.end(ended);
         }
+        Ok(())
+    }
+
+    /// The user's sessions that last, newest first, behind `after`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn sessions(
+        &self,
+        user: Uuid,
+        after: Option<Uuid>,
+        rows: i64,
+    ) -> Result<Vec<Session>, StoreError> {
+        let now = clock::now();
+        self.sessions.of_user(user, LIMITS, now, after, rows).await
+    }
+
+    /// Ends one session of the user; `false` when there is no such one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn end_session(&self, user: Uuid, session: Uuid) -> Result<bool, StoreError> {
+        let now = clock::now();
+        let ended = self.sessions.end(user, session, LIMITS, now).await?;
+        if ended {
+            self.barred.end([session]);
+        }
+        Ok(ended)
+    }
+
+    /// Ends all sessions of the user.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn logout_all(&self, user: Uuid) -> Result<(), StoreError> {
+        let ended = self.sessions.end_all(user, clock::now()).await?;
+        self.barred.end(ended);
+        Ok(())
+    }
+
+    /// Changes the password of a user who knows the old one, to one that passed
+    /// [`check`](super::password::check), and ends all other sessions.
+    ///
+    /// # Errors
+    /// [`AccountError`]; [`AccountError::InvalidCredentials`] also for a user who has no password
+    /// here, or another one meanwhile.
+    pub async fn change_password(
+        &self,
+        identity: Identity,
+        old: String,
+        new: String,
+    ) -> Result<(), AccountError> {
+        let known = self.users.credentials(identity.user).await?;
+        let known = self.prove(known, old).await?;
+        let hash = self.passwords.hash(new).await?;
+        let ended = self
+            .users
+            .change_password(
+                known.user.id,
+                known.password_changed_at,
+                hash,
+                identity.session,
+                clock::now(),
+            )
+            .await?;
+        self.barred
+            .end(ended.ok_or(AccountError::InvalidCredentials)?);
         Ok(())
     }
 
     fn grant(
         &self,
-        user: uuid::Uuid,
+        user: Uuid,
         role: &str,
-        session: uuid::Uuid,
+        session: Uuid,
         refresh_token: &RefreshToken,
     ) -> Result<Grant, AccountError> {
         let role = Role::parse(role).ok_or(AccountError::Role(user))?;

@@ -1,6 +1,8 @@
 //! Who somebody is and what they may do: tokens, passwords, sessions.
 
 pub mod accounts;
+pub mod barred;
+pub mod bearer;
 pub mod email;
 pub mod password;
 pub mod session;

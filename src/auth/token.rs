@@ -1,5 +1,7 @@
 //! Access tokens: signed here or by whoever shares the secret, verified without a database.
 
+use std::fmt;
+
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
 use jsonwebtoken::{
@@ -156,7 +158,15 @@ struct Key {
     decoding: DecodingKey,
 }
 
+/// Shows which key it is, never what it is made of.
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.id)
+    }
+}
+
 /// The keys in use: the first signs, all verify.
+#[derive(Debug)]
 pub struct TokenKeys {
     keys: Vec<Key>,
     lifetime_seconds: u32,

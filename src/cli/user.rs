@@ -9,12 +9,13 @@ use clap::{Subcommand, ValueEnum};
 use secrecy::ExposeSecret;
 use stockade::auth;
 use stockade::auth::accounts::{AccountError, Accounts};
+use stockade::auth::barred::Barred;
 use stockade::auth::email::Email;
 use stockade::auth::password::PasswordHasher;
 use stockade::auth::session::Successors;
 use stockade::auth::token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys};
 use stockade::config::Config;
-use stockade::metrics::PasswordMetrics;
+use stockade::metrics::{IdentityMetrics, PasswordMetrics};
 use stockade::store::sessions::Sessions;
 use stockade::store::users::Users;
 use stockade::store::{Database, DatabaseSettings};
@@ -66,9 +67,12 @@ pub(super) fn run(command: &UserCommand, config: &Config) -> anyhow::Result<()> 
     let user = super::block_on(async {
         let url = endpoints.database_url.expose_secret();
         let database = Database::new(url, DatabaseSettings::default())?;
+        let sessions = Sessions::new(database.clone());
+        let barred = Barred::new(sessions.clone(), IdentityMetrics::default());
         let accounts = Accounts {
-            users: Users::new(database.clone()),
-            sessions: Sessions::new(database),
+            users: Users::new(database),
+            sessions,
+            barred: Arc::new(barred),
             passwords: PasswordHasher::new(
                 config.bcrypt_cost,
                 NonZeroUsize::MIN,

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use axum::{extract::State, http::StatusCode};
+use axum::{
+    extract::State,
+    http::{HeaderMap, StatusCode},
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -14,6 +17,7 @@ use super::{
     check::{Check, Timestamp, present},
     problem::{Code, FieldError, Problem},
     routes::{Access, Routes},
+    sessions,
 };
 use crate::{
     auth::{
@@ -211,9 +215,11 @@ async fn register(
     responses((status = 200, description = "A pair of tokens", body = Tokens)))]
 async fn login(
     State(accounts): State<Accounts>,
+    headers: HeaderMap,
     Json(login): Json<Login>,
 ) -> Result<axum::Json<Tokens>, Problem> {
-    let grant = accounts.login(&login.email, login.password).await?;
+    let name = sessions::user_agent(&headers);
+    let grant = accounts.login(&login.email, login.password, name).await?;
     Ok(axum::Json(grant.into()))
 }
 

@@ -8,7 +8,7 @@ use axum::{
 };
 
 use super::problem::{Code, Problem};
-use crate::auth::token::{Identity, TokenKeys};
+use crate::auth::{bearer::Bearers, token::Identity};
 
 /// Whoever has a valid token. Every role may buy, for itself only.
 #[derive(Clone, Copy, Debug)]
@@ -21,14 +21,14 @@ pub(super) struct Operator(pub(super) Identity);
 impl<S> FromRequestParts<S> for Caller
 where
     S: Sync,
-    Arc<TokenKeys>: FromRef<S>,
+    Arc<Bearers>: FromRef<S>,
 {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
         // One answer to everything that is wrong: it does not help whoever tries.
         bearer(parts)
-            .and_then(|token| Arc::<TokenKeys>::from_ref(state).verify(token).ok())
+            .and_then(|token| Arc::<Bearers>::from_ref(state).identify(token).ok())
             .map(Self)
             .ok_or_else(|| Problem::new(Code::Unauthenticated, "A valid access token is required."))
     }
@@ -37,7 +37,7 @@ where
 impl<S> FromRequestParts<S> for Operator
 where
     S: Sync,
-    Arc<TokenKeys>: FromRef<S>,
+    Arc<Bearers>: FromRef<S>,
 {
     type Rejection = Problem;
 
@@ -76,6 +76,7 @@ mod tests {
     use crate::{
         auth::{
             Role,
+            bearer::tests::bearers,
             token::tests::{forged, keys},
         },
         clock,
@@ -88,7 +89,7 @@ mod tests {
                 get(async |Caller(identity): Caller| identity.user.to_string()),
             )
             .route("/run", get(async |_: Operator| ()));
-        edged(router.with_state(Arc::new(keys())))
+        edged(router.with_state(bearers()))
     }
 
     async fn send(uri: &str, authorization: &[&str]) -> Answer {

@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use super::{
     body::{Path, Query},
     caller::Operator,
     check::Timestamp,
-    page::{Page, Pagination},
+    page::{Page, PageQuery, Pagination},
     problem::{Code, Problem},
     routes::{Access, Routes},
 };
@@ -133,18 +133,6 @@ impl From<Lost> for LostView {
             }),
         }
     }
-}
-
-/// Which page.
-#[derive(Deserialize, utoipa::IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct PageQuery {
-    /// Entries on a page, 20 if absent.
-    #[param(minimum = 1, maximum = 100)]
-    limit: Option<i64>,
-    /// The `next_cursor` of the page before.
-    cursor: Option<String>,
 }
 
 /// List incidents

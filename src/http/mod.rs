@@ -32,6 +32,7 @@ mod routes;
 mod sales;
 mod schedule;
 mod serve;
+mod sessions;
 mod version;
 mod waitlist;
 
@@ -54,7 +55,7 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 pub use serve::serve;
 
 use crate::{
-    auth::{accounts::Accounts, token::TokenKeys},
+    auth::{accounts::Accounts, bearer::Bearers},
     catalogue::{Catalogue, Painter},
     metrics::Metrics,
     ops::{auditor::Auditor, certificate::CertificateKey},
@@ -72,8 +73,8 @@ pub struct HttpState(Arc<Parts>);
 
 /// The parts of [`HttpState`].
 pub struct Parts {
-    /// Verifies access tokens.
-    pub tokens: Arc<TokenKeys>,
+    /// Knows who bearers are.
+    pub bearers: Arc<Bearers>,
     /// Registers users and logs them in.
     pub accounts: Accounts,
     /// Products in PostgreSQL.
@@ -129,7 +130,7 @@ macro_rules! parts {
 
 parts! {
     checkouts: Checkouts,
-    tokens: Arc<TokenKeys>,
+    bearers: Arc<Bearers>,
     accounts: Accounts,
     products: Products,
     catalogue: Catalogue,
@@ -173,6 +174,7 @@ pub struct HttpSettings {
 fn resources() -> Vec<routes::Routes> {
     vec![
         accounts::routes(),
+        sessions::routes(),
         products::routes(),
         images::routes(),
         sales::routes(),

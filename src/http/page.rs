@@ -1,13 +1,25 @@
 //! Lists in pages: how far, from where, and how a page says where it ended.
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
 
 use super::problem::Problem;
 
 const LIMIT_MAX: i64 = 100;
 const LIMIT_DEFAULT: i64 = 20;
+
+/// Which page.
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct PageQuery {
+    /// Entries on a page, 20 if absent.
+    #[param(minimum = 1, maximum = 100)]
+    pub(super) limit: Option<i64>,
+    /// The `next_cursor` of the page before.
+    pub(super) cursor: Option<String>,
+}
 
 /// Which page of a list: `limit` and `cursor` of its query, understood.
 ///

@@ -30,6 +30,8 @@ use crate::{
     auth::{
         Role,
         accounts::Accounts,
+        barred::Barred,
+        bearer::Bearers,
         password::PasswordHasher,
         session::Successors,
         token::{
@@ -154,18 +156,22 @@ fn app(listener: Listener) -> Router {
     let tokens = Arc::new(keys());
     let passwords =
         PasswordHasher::new(4, NonZeroUsize::MIN, 4, metrics.passwords.clone()).unwrap();
+    let barred = Barred::new(Sessions::new(database.clone()), metrics.identity.clone());
+    let barred = Arc::new(barred);
+    let bearers = Arc::new(Bearers::new(Arc::clone(&tokens), Arc::clone(&barred)));
     let accounts = Accounts {
+        barred,
         users: Users::new(database.clone()),
         sessions: Sessions::new(database.clone()),
         passwords,
-        tokens: Arc::clone(&tokens),
+        tokens,
         successors: Arc::new(Successors::new(SECRET).unwrap()),
     };
     let engines = Engines::new(Vec::new());
     let directory = Directory::new(database.clone());
     let sales = Sales::new(database.clone());
     let state = HttpState::new(Parts {
-        tokens,
+        bearers,
         accounts,
         products: Products::new(database.clone()),
         catalogue: Catalogue::new(

@@ -1,6 +1,7 @@
 //! Sessions: one per login, each a family of refresh tokens of which the newest is live.
 
 use chrono::{DateTime, Duration, Utc};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{Database, StoreError};
@@ -16,6 +17,55 @@ pub struct SessionLimits {
     /// For so long after its use a token that comes again is a retry, not a theft.
     pub retry: Duration,
 }
+
+/// A session that begins.
+#[derive(Clone, Debug)]
+pub struct NewSession {
+    /// Its id.
+    pub id: Uuid,
+    /// Whose it is.
+    pub user: Uuid,
+    /// When the user had chosen the password that was compared.
+    pub password_changed_at: Option<DateTime<Utc>>,
+    /// Its first token.
+    pub token: TokenHash,
+    /// What the client calls itself, 1 to 200 characters.
+    pub user_agent: Option<String>,
+    /// When it begins.
+    pub now: DateTime<Utc>,
+    /// When it ends, whatever its use.
+    pub expires_at: DateTime<Utc>,
+}
+
+/// A session that lasts, as its user sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// Its id.
+    pub id: Uuid,
+    /// The login.
+    pub created_at: DateTime<Utc>,
+    /// The login, or the last refresh.
+    pub last_used_at: DateTime<Utc>,
+    /// The end, whatever its use.
+    pub expires_at: DateTime<Utc>,
+    /// What the client called itself.
+    pub user_agent: Option<String>,
+}
+
+/// What nodes must not believe although its signature is good.
+#[derive(Clone, Debug, Default)]
+pub struct Ended {
+    /// Up to here they have been told, by PostgreSQL's clock.
+    pub as_of: DateTime<Utc>,
+    /// Sessions that ended early.
+    pub sessions: Vec<Uuid>,
+    /// All users who are disabled, the latest first.
+    pub disabled: Vec<Uuid>,
+}
+
+/// How many disabled users nodes hear of. Further ones have no session and no key either; only a
+/// token that somebody else signed for them is still believed.
+const DISABLED_MAX: i64 = 10_000;
 
 /// Whose session it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,38 +101,41 @@ impl Sessions {
         Self { database }
     }
 
-    /// Begins a session of `user` with its first token.
+    /// Begins a session. `false` when the user has been disabled, or has another password, since the
+    /// password was compared.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn begin(
-        &self,
-        session: Uuid,
-        user: Uuid,
-        token: TokenHash,
-        now: DateTime<Utc>,
-        expires_at: DateTime<Utc>,
-    ) -> Result<(), StoreError> {
+    pub async fn begin(&self, new: NewSession) -> Result<bool, StoreError> {
         self.database
             .run(async move |pool| {
-                // One statement, so one transaction; what has long ended goes with it.
-                sqlx::query!(
+                // One statement, so one transaction; what has long ended goes with it. The user's
+                // row is locked against a change that would end a session it does not see yet.
+                let done = sqlx::query!(
                     "WITH ended AS (
                          DELETE FROM sessions WHERE user_id = $2 AND expires_at < $3
+                     ), holder AS (
+                         SELECT id FROM users
+                         WHERE id = $2 AND disabled_at IS NULL
+                           AND password_changed_at IS NOT DISTINCT FROM $6
+                         FOR SHARE
                      ), session AS (
-                         INSERT INTO sessions (id, user_id, created_at, last_used_at, expires_at)
-                         VALUES ($1, $2, $3, $3, $4) RETURNING id
+                         INSERT INTO sessions
+                             (id, user_id, created_at, last_used_at, expires_at, user_agent)
+                         SELECT $1, id, $3, $3, $4, $7 FROM holder RETURNING id
                      )
                      INSERT INTO refresh_tokens (hash, session_id) SELECT $5, id FROM session",
-                    session,
-                    user,
-                    now,
-                    expires_at,
-                    &token[..],
+                    new.id,
+                    new.user,
+                    new.now,
+                    new.expires_at,
+                    &new.token[..],
+                    new.password_changed_at,
+                    new.user_agent,
                 )
                 .execute(&pool)
                 .await?;
-                Ok(())
+                Ok(done.rows_affected() == 1)
             })
             .await
     }
@@ -187,24 +240,160 @@ impl Sessions {
             .await
     }
 
-    /// Ends the session that `token` belongs to, if there is one.
+    /// Ends the session that `token` belongs to; gives it, if there was one.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn revoke(&self, token: TokenHash, now: DateTime<Utc>) -> Result<(), StoreError> {
+    pub async fn revoke(
+        &self,
+        token: TokenHash,
+        now: DateTime<Utc>,
+    ) -> Result<Option<Uuid>, StoreError> {
         self.database
             .run(async move |pool| {
-                sqlx::query!(
+                Ok(sqlx::query_scalar!(
                     "UPDATE sessions SET revoked_at = $2
                      WHERE id = (SELECT session_id FROM refresh_tokens WHERE hash = $1)
-                       AND revoked_at IS NULL",
+                       AND revoked_at IS NULL
+                     RETURNING id",
                     &token[..],
                     now
                 )
-                .execute(&pool)
-                .await?;
-                Ok(())
+                .fetch_optional(&pool)
+                .await?)
             })
             .await
     }
+
+    /// The sessions of `user` that last, newest first, behind `after`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn of_user(
+        &self,
+        user: Uuid,
+        limits: SessionLimits,
+        now: DateTime<Utc>,
+        after: Option<Uuid>,
+        rows: i64,
+    ) -> Result<Vec<Session>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                Ok(sqlx::query_as!(
+                    Session,
+                    "SELECT id, created_at, last_used_at, expires_at, user_agent FROM sessions
+                     WHERE user_id = $1 AND revoked_at IS NULL
+                       AND expires_at > $2 AND last_used_at > $3
+                       AND ($4::uuid IS NULL OR id < $4)
+                     ORDER BY id DESC LIMIT $5",
+                    user,
+                    now,
+                    now - limits.idle,
+                    after,
+                    rows,
+                )
+                .fetch_all(&pool)
+                .await?)
+            })
+            .await
+    }
+
+    /// Ends one session of `user`; `false` when it is not the user's, or has ended.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn end(
+        &self,
+        user: Uuid,
+        session: Uuid,
+        limits: SessionLimits,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let done = sqlx::query!(
+                    "UPDATE sessions SET revoked_at = $3
+                     WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL
+                       AND expires_at > $3 AND last_used_at > $4",
+                    session,
+                    user,
+                    now,
+                    now - limits.idle,
+                )
+                .execute(&pool)
+                .await?;
+                Ok(done.rows_affected() == 1)
+            })
+            .await
+    }
+
+    /// Ends all sessions of `user`, and gives them.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn end_all(&self, user: Uuid, now: DateTime<Utc>) -> Result<Vec<Uuid>, StoreError> {
+        self.database
+            .run(async move |pool| Ok(end_all(&mut *pool.acquire().await?, user, None, now).await?))
+            .await
+    }
+
+    /// What has ended since a moment by PostgreSQL's clock, as [`Ended::as_of`] says it; without
+    /// one, everything that could still be believed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn ended_since(&self, since: Option<DateTime<Utc>>) -> Result<Ended, StoreError> {
+        self.database
+            .run(async move |pool| {
+                // Whoever is late, by a transaction that took its time, is within the first
+                // minute; whatever no token can speak for any more goes.
+                let as_of = sqlx::query_scalar!(
+                    r#"WITH gone AS (
+                           DELETE FROM ended_sessions WHERE ended_at < now() - interval '1 hour'
+                       )
+                       SELECT now() AS "now!""#
+                )
+                .fetch_one(&pool)
+                .await?;
+                let sessions = sqlx::query_scalar!(
+                    "SELECT session FROM ended_sessions
+                     WHERE $1::timestamptz IS NULL OR ended_at > $1 - interval '1 minute'",
+                    since
+                )
+                .fetch_all(&pool)
+                .await?;
+                let disabled = sqlx::query_scalar!(
+                    "SELECT id FROM users WHERE disabled_at IS NOT NULL
+                     ORDER BY disabled_at DESC LIMIT $1",
+                    DISABLED_MAX
+                )
+                .fetch_all(&pool)
+                .await?;
+                Ok(Ended {
+                    as_of,
+                    sessions,
+                    disabled,
+                })
+            })
+            .await
+    }
+}
+
+/// Ends all sessions of `user` but `kept`, and gives them. In a transaction: after the statement that
+/// changed the user's row, so that it sees every session that began before.
+pub(super) async fn end_all(
+    connection: &mut PgConnection,
+    user: Uuid,
+    kept: Option<Uuid>,
+    now: DateTime<Utc>,
+) -> Result<Vec<Uuid>, sqlx::Error> {
+    sqlx::query_scalar!(
+        "UPDATE sessions SET revoked_at = $3
+         WHERE user_id = $1 AND revoked_at IS NULL AND id IS DISTINCT FROM $2 RETURNING id",
+        user,
+        kept,
+        now
+    )
+    .fetch_all(connection)
+    .await
 }

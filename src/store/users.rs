@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::{Database, StoreError};
+use super::{Database, StoreError, sessions::end_all};
 
 /// A registered user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,39 @@ pub struct Credentials {
     pub user: User,
     /// bcrypt, with its cost and salt.
     pub password_hash: String,
+    /// When the user chose it, if that was after registering.
+    pub password_changed_at: Option<DateTime<Utc>>,
+    /// Since when the user may do nothing.
+    pub disabled_at: Option<DateTime<Utc>>,
+}
+
+/// A row with all that it takes to log in.
+struct CredentialsRow {
+    id: Uuid,
+    email: String,
+    name: String,
+    role: String,
+    created_at: DateTime<Utc>,
+    password_hash: String,
+    password_changed_at: Option<DateTime<Utc>>,
+    disabled_at: Option<DateTime<Utc>>,
+}
+
+impl From<CredentialsRow> for Credentials {
+    fn from(row: CredentialsRow) -> Self {
+        Self {
+            user: User {
+                id: row.id,
+                email: row.email,
+                name: row.name,
+                role: row.role,
+                created_at: row.created_at,
+            },
+            password_hash: row.password_hash,
+            password_changed_at: row.password_changed_at,
+            disabled_at: row.disabled_at,
+        }
+    }
 }
 
 /// The table `users`.
@@ -85,7 +118,7 @@ impl Users {
             .await
     }
 
-    /// The user with this normalised address, and the password's hash.
+    /// The user with this normalised address, and what proves to be that user.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -93,23 +126,73 @@ impl Users {
         let email = email.to_owned();
         self.database
             .run(async move |pool| {
-                let row = sqlx::query!(
-                    "SELECT id, email, name, role, created_at, password_hash
+                let row = sqlx::query_as!(
+                    CredentialsRow,
+                    "SELECT id, email, name, role, created_at, password_hash, password_changed_at,
+                            disabled_at
                      FROM users WHERE email = $1",
                     email
                 )
                 .fetch_optional(&pool)
                 .await?;
-                Ok(row.map(|row| Credentials {
-                    user: User {
-                        id: row.id,
-                        email: row.email,
-                        name: row.name,
-                        role: row.role,
-                        created_at: row.created_at,
-                    },
-                    password_hash: row.password_hash,
-                }))
+                Ok(row.map(Credentials::from))
+            })
+            .await
+    }
+
+    /// The user with this id, and what proves to be that user.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn credentials(&self, id: Uuid) -> Result<Option<Credentials>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let row = sqlx::query_as!(
+                    CredentialsRow,
+                    "SELECT id, email, name, role, created_at, password_hash, password_changed_at,
+                            disabled_at
+                     FROM users WHERE id = $1",
+                    id
+                )
+                .fetch_optional(&pool)
+                .await?;
+                Ok(row.map(Credentials::from))
+            })
+            .await
+    }
+
+    /// Sets another password and ends all sessions of the user but `kept`. Gives those that ended;
+    /// `None` when the password is not the one of `since` any more.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn change_password(
+        &self,
+        id: Uuid,
+        since: Option<DateTime<Utc>>,
+        new: String,
+        kept: Option<Uuid>,
+        now: DateTime<Utc>,
+    ) -> Result<Option<Vec<Uuid>>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let mut transaction = pool.begin().await?;
+                let done = sqlx::query!(
+                    "UPDATE users SET password_hash = $3, password_changed_at = $4
+                     WHERE id = $1 AND password_changed_at IS NOT DISTINCT FROM $2",
+                    id,
+                    since,
+                    new,
+                    now
+                )
+                .execute(&mut *transaction)
+                .await?;
+                if done.rows_affected() == 0 {
+                    return Ok(None);
+                }
+                let ended = end_all(&mut transaction, id, kept, now).await?;
+                transaction.commit().await?;
+                Ok(Some(ended))
             })
             .await
     }

@@ -1,9 +1,13 @@
 //! Accounts and the catalogue over the real router and a real PostgreSQL.
 
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use stockade::auth::Role;
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use super::support::app::{self, send};
 
@@ -62,6 +66,19 @@ impl App {
     async fn refresh(&self, token: &str) -> Answer {
         self.post("/v1/auth/refresh", json!({"refresh_token": token}))
             .await
+    }
+
+    /// A request with an access token or an API key.
+    async fn with(&self, bearer: &str, method: Method, uri: &str, body: Option<Value>) -> Answer {
+        let bearer = format!("Bearer {bearer}");
+        self.send(method, uri, body, &[("authorization", &bearer)])
+            .await
+    }
+
+    async fn register(&self, email: &str, password: &str) {
+        let user = json!({"email": email, "password": password, "name": "Ada"});
+        let answer = self.post("/v1/auth/register", user).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.body);
     }
 
     async fn login(&self, email: &str, password: &str) -> Answer {
@@ -211,6 +228,206 @@ async fn of_many_exchanges_at_once_one_token_lives_and_an_old_one_ends_the_sessi
         .refuses(401, "invalid_credentials");
     // The user's other session is another family.
     assert_eq!(app.refresh(&other).await.status, StatusCode::OK);
+    app.0.finish().await;
+}
+
+/// Waits until a node refuses a token, as it must within a minute.
+async fn refused_by(app: &App, node: &app::Node, token: &str) {
+    let ask = || {
+        let request = app.0.request(Method::GET, "/v1/me").bearer_auth(token);
+        send(node.ask(request))
+    };
+    let refused = async {
+        while ask().await.status != 401 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(app::PATIENCE, refused).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_user_sees_sessions_and_ends_them_on_every_node() {
+    let app = App::start().await;
+    let other_node = app.0.node().await;
+    let (email, password) = ("ada@example.org", "correct horse battery");
+    app.register(email, password).await;
+    app.register("eve@example.org", password).await;
+    let credentials = json!({"email": email, "password": password});
+    let login = async |name| {
+        let header = [("user-agent", name)];
+        let body = Some(credentials.clone());
+        app.send(Method::POST, "/v1/auth/login", body, &header)
+            .await
+    };
+    let (phone, desk) = (login("Phone/1").await, login("Desk/2").await);
+    let stranger = app.login("eve@example.org", password).await;
+    let token = desk.text("access_token");
+
+    let listed = app.with(token, Method::GET, "/v1/me/sessions", None).await;
+    let rows = listed.body["data"].as_array().unwrap();
+    let shown: Vec<_> = rows
+        .iter()
+        .map(|row| (row["user_agent"].as_str().unwrap(), &row["current"]))
+        .collect();
+    assert_eq!(
+        shown,
+        [("Desk/2", &json!(true)), ("Phone/1", &json!(false))]
+    );
+    for row in rows {
+        let idle = |member| row[member].as_str().unwrap().parse::<DateTime<Utc>>();
+        let idle = idle("expires_at").unwrap() - idle("last_used_at").unwrap();
+        assert_eq!(idle, TimeDelta::days(7));
+    }
+    let first = app
+        .with(token, Method::GET, "/v1/me/sessions?limit=1", None)
+        .await;
+    let next = format!("/v1/me/sessions?cursor={}", first.text("next_cursor"));
+    let next = app.with(token, Method::GET, &next, None).await;
+    assert_eq!(
+        (&first.body["data"][0], &next.body["data"][0]),
+        (&rows[0], &rows[1])
+    );
+
+    // Whose it is does not show: to others it is not there.
+    let phone_session = format!("/v1/me/sessions/{}", rows[1]["id"].as_str().unwrap());
+    let nowhere = format!("/v1/me/sessions/{}", Uuid::from_u128(7));
+    let [foreign, missing] = [
+        (stranger.text("access_token"), &phone_session),
+        (token, &nowhere),
+    ]
+    .map(|(token, uri)| app.with(token, Method::DELETE, uri, None));
+    let (mut foreign, mut missing) = (foreign.await, missing.await);
+    foreign.refuses(404, "not_found");
+    for answer in [&mut foreign, &mut missing] {
+        answer.body["instance"] = Value::Null;
+    }
+    assert_eq!(foreign.body, missing.body);
+
+    let phone_token = phone.text("access_token");
+    let whole = async |token: &str| app.with(token, Method::GET, "/v1/me", None).await.status;
+    assert_eq!(whole(phone_token).await, StatusCode::OK);
+    let ended = app.with(token, Method::DELETE, &phone_session, None).await;
+    assert_eq!(ended.status, StatusCode::NO_CONTENT);
+    assert_eq!(whole(phone_token).await, StatusCode::UNAUTHORIZED);
+    app.refresh(phone.text("refresh_token"))
+        .await
+        .refuses(401, "invalid_credentials");
+    refused_by(&app, &other_node, phone_token).await;
+    app.with(token, Method::DELETE, &phone_session, None)
+        .await
+        .refuses(404, "not_found");
+    assert_eq!(whole(token).await, StatusCode::OK);
+
+    // However a session ends, its access token ends with it.
+    let left = login("Left").await;
+    app.post(
+        "/v1/auth/logout",
+        json!({"refresh_token": left.text("refresh_token")}),
+    )
+    .await;
+    let everywhere = login("Everywhere").await;
+    let all = app
+        .with(token, Method::POST, "/v1/auth/logout-all", None)
+        .await;
+    assert_eq!(all.status, StatusCode::NO_CONTENT);
+    for grant in [&left, &everywhere, &desk] {
+        let token = grant.text("access_token");
+        assert_eq!(whole(token).await, StatusCode::UNAUTHORIZED);
+        refused_by(&app, &other_node, token).await;
+    }
+    // Nobody deletes a user, or a session, unheard.
+    sqlx::query("DELETE FROM users WHERE email = 'eve@example.org'")
+        .execute(&mut app::sql(&app.0).await)
+        .await
+        .unwrap();
+    refused_by(&app, &other_node, stranger.text("access_token")).await;
+    other_node.stop().await;
+    app.0.finish().await;
+}
+
+#[tokio::test]
+async fn another_password_ends_the_other_sessions() {
+    let app = App::start().await;
+    let (email, old, new) = ("ada@example.org", "correct horse battery", "staple, then");
+    app.register(email, old).await;
+    let (mine, other) = (app.login(email, old).await, app.login(email, old).await);
+    let token = mine.text("access_token");
+    let change = async |old: &str, new: &str| {
+        let body = json!({"old_password": old, "new_password": new});
+        app.with(token, Method::POST, "/v1/auth/password", Some(body))
+            .await
+    };
+    change("a wrong one", new)
+        .await
+        .refuses(401, "invalid_credentials");
+    for bad in ["short", "password123", &"x".repeat(73)] {
+        change(old, bad).await.refuses(422, "validation");
+    }
+    assert_eq!(
+        app.refresh(other.text("refresh_token")).await.status,
+        StatusCode::OK
+    );
+
+    // Whoever is about to log in with the old one is either too late, or ends with the others.
+    let mut logins = JoinSet::new();
+    for _ in 0..12 {
+        let body = json!({"email": email, "password": old});
+        let request = app.0.request(Method::POST, "/v1/auth/login").json(&body);
+        logins.spawn(async move { Answer::of(send(request).await) });
+    }
+    let changed = change(old, new).await;
+    assert_eq!(changed.status, StatusCode::NO_CONTENT, "{}", changed.body);
+    for grant in logins.join_all().await {
+        if let Some(token) = grant.body["refresh_token"].as_str() {
+            app.refresh(token).await.refuses(401, "invalid_credentials");
+        }
+    }
+    app.refresh(other.text("refresh_token"))
+        .await
+        .refuses(401, "invalid_credentials");
+    app.with(other.text("access_token"), Method::GET, "/v1/me", None)
+        .await
+        .refuses(401, "unauthenticated");
+    app.login(email, old)
+        .await
+        .refuses(401, "invalid_credentials");
+    assert_eq!(
+        app.refresh(mine.text("refresh_token")).await.status,
+        StatusCode::OK
+    );
+    assert_eq!(app.login(email, new).await.status, StatusCode::OK);
+    // Whoever has no password here cannot change it.
+    let body = json!({"old_password": old, "new_password": new});
+    app.operate(
+        Method::POST,
+        "/v1/auth/password",
+        Some(body),
+        ("accept", "*/*"),
+    )
+    .await
+    .refuses(401, "invalid_credentials");
+    app.0.finish().await;
+}
+
+#[tokio::test]
+async fn a_hash_of_another_cost_is_made_anew_at_login() {
+    let app = App::start().await;
+    let (email, password) = ("ada@example.org", "correct horse battery");
+    app.register(email, password).await;
+    let mut sql = app::sql(&app.0).await;
+    sqlx::query("UPDATE users SET password_hash = $1")
+        .bind(bcrypt::hash(password, 4).unwrap())
+        .execute(&mut sql)
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        assert_eq!(app.login(email, password).await.status, StatusCode::OK);
+        let hash: String = sqlx::query_scalar("SELECT password_hash FROM users")
+            .fetch_one(&mut sql)
+            .await
+            .unwrap();
+        assert!(hash.starts_with("$2b$10$"), "{hash}");
+    }
     app.0.finish().await;
 }
 

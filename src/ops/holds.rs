@@ -54,8 +54,12 @@ struct Watched {
 }
 
 impl Sweeper {
-    /// Sweeps until `stop`.
+    /// Sweeps until `stop`, also while a store does not answer: each call is whole by itself.
     pub async fn run(self, stop: CancellationToken) {
+        stop.run_until_cancelled(self.sweep_on()).await;
+    }
+
+    async fn sweep_on(&self) {
         let mut period = interval(PERIOD);
         period.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watched: HashMap<RoundId, Watched> = HashMap::new();
@@ -67,9 +71,7 @@ impl Sweeper {
                     None => std::future::pending().await,
                 }
             };
-            // It may be dropped anywhere: each call is whole by itself.
             tokio::select! {
-                () = stop.cancelled() => return,
                 _ = period.tick() => self.list(&mut watched).await,
                 () = due => self.sweep_due(&mut watched).await,
             }

@@ -520,15 +520,19 @@ impl Till {
         Ok(new)
     }
 
-    /// Goes on with every payment that has something left to do, until `stop`.
+    /// Goes on with every payment that has something left to do, until `stop`. Dropped anywhere, a
+    /// payment has its step left, and its lease runs out.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        stop.run_until_cancelled(self.go_on_with_all()).await;
+    }
+
+    async fn go_on_with_all(self: &Arc<Self>) {
         let mut period = interval(PERIOD);
         period.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut tidy = interval(TIDY);
         tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = stop.cancelled() => return,
                 () = self.due.notified() => {}
                 _ = period.tick() => {}
                 _ = tidy.tick() => {
@@ -537,11 +541,7 @@ impl Till {
                     }
                 }
             }
-            // Dropped anywhere, a payment has its step left, and its lease runs out.
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = self.once() => {}
-            }
+            self.once().await;
         }
     }
 

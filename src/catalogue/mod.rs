@@ -273,7 +273,8 @@ impl Catalogue {
     pub async fn by_id(&self, id: ProductId) -> Result<Option<Product>, StoreError> {
         let load = async || Ok(self.products.by_id(id).await?.into_iter().collect());
         let page = self.page(format!("product:{id}"), true, load).await?;
-        Ok(page.first().cloned())
+        // Whoever could write to the cache must not show one product for another.
+        Ok(page.first().filter(|product| product.id == id).cloned())
     }
 
     /// A page of products.

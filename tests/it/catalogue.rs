@@ -5,6 +5,7 @@ use std::{io::Cursor, time::Duration};
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use reqwest::{Method, RequestBuilder};
 use rustix::process::Signal;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::Executor;
 use stockade::{auth::Role, embedded::RedisRole};
@@ -13,6 +14,7 @@ use uuid::Uuid;
 use super::support::{
     Redis,
     app::{Answer, App, PATIENCE, crowd, id, send, sql},
+    wire::Wire,
 };
 
 /// A sound image; each `shade` is another file.
@@ -579,5 +581,38 @@ async fn a_cache_that_is_dead_or_silent_costs_nothing_but_speed() {
     works("back").await;
     cache.server.signal(Signal::KILL);
     works("dead").await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn what_a_cache_holds_that_is_no_page_is_not_shown() {
+    let cache = cache().await;
+    let mut app = App::without_node(&[]).await;
+    app.cache = Some(cache.address.clone());
+    app.run().await;
+    let product = add(&app, &lamp("Lamp", 1)).await.expect(201).json();
+    let path = format!("/v1/products/{}", id(&product));
+    let sound = app.get(&path).await.expect(200).json();
+    let mut wire = Wire::to(cache.address.expose_secret()).await;
+    for poison in [
+        "",
+        "[",
+        "null",
+        "{}",
+        "[{}]",
+        "[null]",
+        "\u{0}\u{1}\u{fffd}",
+    ] {
+        app.stop().await;
+        let held = wire.ask(&["KEYS", "stockade:catalogue:*"]).await;
+        assert!(!held.is_empty());
+        for name in &held {
+            wire.run(&["SET", name, poison]).await;
+        }
+        app.run().await;
+        assert_eq!(app.get(&path).await.expect(200).json(), sound, "{poison:?}");
+        let page = app.get("/v1/products").await.expect(200);
+        assert_eq!(names(&page), ["Lamp"], "{poison:?}");
+    }
     app.finish().await;
 }

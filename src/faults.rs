@@ -360,8 +360,8 @@ mod imp {
             &["purchase"],
             &[
                 (
-                    "if remaining == 0 then",
-                    "if remaining == 0 and redeems[i] == 0 then",
+                    "if remaining == 0 or round.n_line > 0 and redeems[i] == 0 then",
+                    "if (remaining == 0 or round.n_line > 0) and redeems[i] == 0 then",
                 ),
                 (
                     "elseif remaining < quantity then",

@@ -45,6 +45,7 @@ use crate::{
     lifecycle::{Lifecycle, Stage},
     metrics::{DurabilityLabels, Metrics, PartitionLabels},
     ops::{
+        audit_log::{self, AuditTrail},
         auditor::{Auditor, Patrol},
         certificate::CertificateKey,
         ending::RoundEnds,
@@ -61,6 +62,7 @@ use crate::{
     },
     store::{
         Database, DatabaseSettings,
+        audit_log::AuditLog,
         carts::Carts,
         directory::Directory,
         endings::Endings,
@@ -311,6 +313,14 @@ fn housekeeping(
     life.spawn(Stage::Background, "ends of rounds", async move {
         let _ = stop.run_until_cancelled(engines.verified()).await;
         ends.run(stop).await;
+        Ok(())
+    });
+    let (log, stop) = (
+        AuditLog::new(stores.database.clone()),
+        life.token(Stage::Writer),
+    );
+    life.spawn(Stage::Writer, "audit log's chain", async move {
+        audit_log::chain(log, stop).await;
         Ok(())
     });
     let trimmer = Trimmer {
@@ -601,6 +611,14 @@ async fn serve(
         request_timeout: Duration::from_millis(config.request_timeout_ms),
         access_log: access_log(config, metrics).await?,
     };
+    let audit_log = AuditLog::new(database.clone());
+    let (audit_trail, notes) =
+        AuditTrail::new(audit_log.clone(), secret, metrics.audit_log.clone())?;
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "audit log", async move {
+        notes.run(stop).await;
+        Ok(())
+    });
     let state = HttpState::new(http::Parts {
         bearers,
         accounts,
@@ -618,6 +636,8 @@ async fn serve(
         gateways,
         sandbox,
         auditor,
+        audit_log,
+        audit_trail,
         incidents: Incidents::new(database.clone()),
         reports: Reports::new(database.clone()),
         endings: Endings::new(database.clone()),

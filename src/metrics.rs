@@ -42,6 +42,15 @@ pub struct Metrics {
     pub realtime: RealtimeMetrics,
     /// Of the catalogue.
     pub catalogue: CatalogueMetrics,
+    /// Of the audit log.
+    pub audit_log: AuditLogMetrics,
+}
+
+/// The way into the audit log.
+#[derive(Clone, Debug, Default)]
+pub struct AuditLogMetrics {
+    /// Entries that found the queue full.
+    pub dropped: Counter,
 }
 
 /// Requests by route and status.
@@ -437,6 +446,12 @@ impl Metrics {
         holds.register(&mut registry);
         let realtime = RealtimeMetrics::default();
         realtime.register(&mut registry);
+        let audit_log = AuditLogMetrics::default();
+        registry.register(
+            "audit_log_dropped_entries",
+            "Requests that the audit log does not have because PostgreSQL was away for too long",
+            audit_log.dropped.clone(),
+        );
         let catalogue = CatalogueMetrics::default();
         registry.register(
             "catalogue_queries",
@@ -460,6 +475,7 @@ impl Metrics {
             holds,
             realtime,
             catalogue,
+            audit_log,
         }
     }
 

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand.
 
 mod audit;
+mod audit_log;
 mod certificate;
 mod check_config;
 mod dead_letters;
@@ -15,6 +16,7 @@ use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::ensure;
 use clap::{Parser, Subcommand};
@@ -23,6 +25,7 @@ use serde::Serialize;
 use stockade::app::Role;
 use stockade::config::{Config, ConfigError, Endpoints, LogFormat, Stores};
 use stockade::embedded;
+use stockade::store::audit_log::Origin;
 use stockade::store::{Database, DatabaseSettings};
 use tracing_subscriber::EnvFilter;
 
@@ -63,6 +66,9 @@ enum Command {
     /// Changes nothing. Exit code: 0 all pass, 1 an error, 2 a check fails or a partition is
     /// fenced, 3 not everything is stored yet.
     Audit(audit::AuditArguments),
+    /// What people did: list it, or verify that nobody has tampered with it.
+    #[command(subcommand)]
+    AuditLog(audit_log::AuditLogCommand),
     /// Make a partition anew that stays fenced because acknowledged orders may be lost.
     ///
     /// `--dry-run` first: it says what PostgreSQL, the journal and the nodes have, and what would
@@ -97,6 +103,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::User(command) => user::run(command, &configured()?),
         Command::Certificate(command) => certificate::run(command),
         Command::Openapi => openapi::run(),
+        Command::AuditLog(command) => return audit_log::run(command, &configured()?),
         Command::Audit(arguments) => return audit::run(arguments, &configured()?),
         Command::Rebuild(arguments) => return rebuild::run(arguments, &configured()?),
         Command::DeadLetters(command) => return dead_letters::run(command, &configured()?),
@@ -120,12 +127,12 @@ fn endpoints(config: &Config) -> anyhow::Result<Endpoints> {
     }
 }
 
-/// Runs the work of a subcommand to its end.
+/// Runs the work of a subcommand to its end; the audit log knows what it changes as a command's.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(work)
+        .block_on(Arc::new(Origin::command()).scope(work))
 }
 
 /// PostgreSQL, which must have the schema of this version.

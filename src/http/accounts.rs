@@ -13,10 +13,10 @@ use uuid::Uuid;
 
 use super::{
     body::Json,
-    caller::Caller,
+    caller::{Caller, actor},
     check::{Check, Timestamp, present},
     problem::{Code, FieldError, Problem},
-    routes::{Access, Routes},
+    routes::{Access, Noted, Routes},
     sessions,
 };
 use crate::{
@@ -28,8 +28,9 @@ use crate::{
         token::Identity,
     },
     domain::id::BuyerId,
+    ops::audit_log::AuditTrail,
     sales::Shop,
-    store::{profiles::Profile, users::User},
+    store::{audit_log::Origin, profiles::Profile, users::User},
 };
 
 pub(super) fn routes() -> Routes {
@@ -41,6 +42,8 @@ pub(super) fn routes() -> Routes {
             routes!(refresh),
             &[Code::InvalidCredentials],
         )
+        // Everybody who is logged in does so all the time.
+        .noting(Noted::Refused)
         .add(Access::Anyone, routes!(logout), &[])
         .add(Access::Caller, routes!(me), &[])
         .add(Access::Caller, routes!(change), &[])
@@ -215,11 +218,16 @@ async fn register(
     responses((status = 200, description = "A pair of tokens", body = Tokens)))]
 async fn login(
     State(accounts): State<Accounts>,
+    State(trail): State<AuditTrail>,
     headers: HeaderMap,
     Json(login): Json<Login>,
 ) -> Result<axum::Json<Tokens>, Problem> {
     let name = sessions::user_agent(&headers);
+    if let Some(email) = Email::parse(&login.email) {
+        Origin::concerns(|| trail.account(email.as_str()));
+    }
     let grant = accounts.login(&login.email, login.password, name).await?;
+    Origin::acts(|| actor(&grant.identity));
     Ok(axum::Json(grant.into()))
 }
 

@@ -8,7 +8,10 @@ use axum::{
 };
 
 use super::problem::{Code, Problem};
-use crate::auth::{bearer::Bearers, token::Identity};
+use crate::{
+    auth::{bearer::Bearers, token::Identity},
+    store::audit_log::{Actor, Origin},
+};
 
 /// Whoever has a valid token. Every role may buy, for itself only.
 #[derive(Clone, Copy, Debug)]
@@ -27,10 +30,13 @@ where
 
     async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
         // One answer to everything that is wrong: it does not help whoever tries.
-        bearer(parts)
+        let identity = bearer(parts)
             .and_then(|token| Arc::<Bearers>::from_ref(state).identify(token).ok())
-            .map(Self)
-            .ok_or_else(|| Problem::new(Code::Unauthenticated, "A valid access token is required."))
+            .ok_or_else(|| {
+                Problem::new(Code::Unauthenticated, "A valid access token is required.")
+            })?;
+        Origin::acts(|| actor(&identity));
+        Ok(Self(identity))
     }
 }
 
@@ -48,6 +54,15 @@ where
         } else {
             Err(Problem::new(Code::Forbidden, "Only operators may do this."))
         }
+    }
+}
+
+/// What the audit log calls a caller.
+pub(super) fn actor(identity: &Identity) -> Actor {
+    Actor {
+        user: Some(identity.user),
+        role: identity.role.as_str(),
+        credential: identity.session,
     }
 }
 

@@ -5,9 +5,8 @@
 //! that everything else waits for.
 
 use std::{
-    collections::HashMap,
     convert::Infallible,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
@@ -35,10 +34,13 @@ use super::{
     body::{self, BODY_BYTES_MAX, IMAGE_BYTES_MAX},
     images,
     problem::{self, CALL_MAY_RUN_FOR, Code, MEDIA_TYPE, Problem},
+    routes::{Name, Names},
+    trail::Witness,
 };
 use crate::{
     clock,
     metrics::{HttpMetrics, RefusalLabels, RequestLabels, RouteLabels},
+    ops::audit_log::AuditTrail,
 };
 
 /// The header that carries the request's id, in and out.
@@ -56,9 +58,10 @@ pub(super) struct Edge {
     pub(super) timeout: Duration,
     pub(super) metrics: HttpMetrics,
     pub(super) access_log: AccessLog,
-    /// What each route's template is called in metrics; the aliases share the name.
-    pub(super) routes: HashMap<String, Arc<str>>,
-    pub(super) unmatched: Arc<str>,
+    pub(super) audit_trail: AuditTrail,
+    /// What each route's template is called elsewhere; the aliases share the name.
+    pub(super) routes: Names,
+    pub(super) unmatched: Name,
 }
 
 impl Edge {
@@ -66,21 +69,26 @@ impl Edge {
         timeout: Duration,
         metrics: HttpMetrics,
         access_log: AccessLog,
-        routes: HashMap<String, Arc<str>>,
+        audit_trail: AuditTrail,
+        routes: Names,
     ) -> Self {
         Self {
             timeout,
             metrics,
             access_log,
+            audit_trail,
             routes,
-            unmatched: UNMATCHED.into(),
+            unmatched: Name {
+                route: UNMATCHED.into(),
+                noted: [].into(),
+            },
         }
     }
 
-    fn route(&self, request: &Request) -> Arc<str> {
+    fn name(&self, request: &Request) -> &Name {
         let matched = request.extensions().get::<MatchedPath>();
         let name = matched.and_then(|matched| self.routes.get(matched.as_str()));
-        Arc::clone(name.unwrap_or(&self.unmatched))
+        name.unwrap_or(&self.unmatched)
     }
 }
 
@@ -125,9 +133,11 @@ where
         // The clone stays behind, unused; the service that was polled ready is called.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
-        let route = edge.route(&request);
+        let name = edge.name(&request);
+        let route = Arc::clone(&name.route);
         let method = request.method().clone();
         let id = request_id(request.headers());
+        let witness = Witness::of(&edge.audit_trail, name, &request, &id, client);
         let line = edge.access_log.is_on().then(|| line(&request));
 
         Box::pin(async move {
@@ -136,7 +146,12 @@ where
                 if declared_length(request.headers()) > most {
                     return body::too_large(most).into_response();
                 }
-                match inner.call(request).await {
+                let answer = inner.call(request);
+                let answer = match &witness {
+                    Some(witness) => witness.watch(answer).await,
+                    None => answer.await,
+                };
+                match answer {
                     Ok(response) => response,
                     Err(never) => match never {},
                 }
@@ -153,7 +168,10 @@ where
                 Err(_) => timed_out(edge.timeout).into_response(),
             };
 
-            finish(&mut response, &method, &id, &route, &edge.metrics);
+            let problem = finish(&mut response, &method, &id, &route, &edge.metrics);
+            if let Some(witness) = witness {
+                witness.saw(problem.map(|code| code.meaning().word));
+            }
             let elapsed = started.elapsed();
             let labels = RouteLabels {
                 route: Arc::clone(&route),
@@ -185,14 +203,15 @@ where
     }
 }
 
-/// Makes an answer whole: the problem's document, then the headers that every answer has.
+/// Makes an answer whole: the problem's document, then the headers that every answer has. Gives the
+/// problem's code.
 fn finish(
     response: &mut Response,
     method: &Method,
     id: &HeaderValue,
     route: &str,
     metrics: &HttpMetrics,
-) {
+) -> Option<Code> {
     if *method == Method::OPTIONS && response.status() == StatusCode::METHOD_NOT_ALLOWED {
         // The router has put the methods into `Allow` already, which is the question.
         *response.status_mut() = StatusCode::NO_CONTENT;
@@ -204,6 +223,7 @@ fn finish(
         (refused && kind.is_none_or(|kind| kind != MEDIA_TYPE))
             .then(|| problem::bare(response.status()))
     });
+    let code = problem.as_ref().map(Problem::code);
     if let Some(mut problem) = problem {
         if method.is_safe() {
             problem = problem.of_reading();
@@ -234,6 +254,13 @@ fn finish(
     headers
         .entry(CACHE_CONTROL)
         .or_insert(HeaderValue::from_static("no-store"));
+    code
+}
+
+/// The client's address: who is at the other end of the socket.
+fn client(request: &Request) -> Option<IpAddr> {
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>()?;
+    Some(peer.0.ip())
 }
 
 /// Refusals of business are counted, not logged; what is our fault or a store's is logged.
@@ -327,10 +354,7 @@ fn line(request: &Request) -> Line {
     };
     Line {
         at: clock::now(),
-        client: request
-            .extensions()
-            .get::<ConnectInfo<SocketAddr>>()
-            .map(|info| info.0.ip()),
+        client: client(request),
         method: request.method().clone(),
         target,
         version: request.version(),

@@ -6,6 +6,7 @@
 mod access_log;
 mod accounts;
 mod audit;
+mod audit_log;
 mod body;
 mod caller;
 mod cart;
@@ -33,6 +34,7 @@ mod sales;
 mod schedule;
 mod serve;
 mod sessions;
+mod trail;
 mod version;
 mod waitlist;
 
@@ -58,12 +60,15 @@ use crate::{
     auth::{accounts::Accounts, bearer::Bearers},
     catalogue::{Catalogue, Painter},
     metrics::Metrics,
-    ops::{auditor::Auditor, certificate::CertificateKey},
+    ops::{audit_log::AuditTrail, auditor::Auditor, certificate::CertificateKey},
     payments::{Gateways, Sandbox},
     readiness::Readiness,
     realtime::Hub,
     sales::{Checkouts, Shop, Till},
-    store::{endings::Endings, incidents::Incidents, products::Products, reports::Reports},
+    store::{
+        audit_log::AuditLog, endings::Endings, incidents::Incidents, products::Products,
+        reports::Reports,
+    },
 };
 use edge::{Edge, EdgeLayer};
 
@@ -95,6 +100,10 @@ pub struct Parts {
     pub sandbox: Option<Arc<Sandbox>>,
     /// Compares what Redis and PostgreSQL say of a sale.
     pub auditor: Auditor,
+    /// What people did.
+    pub audit_log: AuditLog,
+    /// Notes what they do.
+    pub audit_trail: AuditTrail,
     /// What was lost.
     pub incidents: Incidents,
     /// What became of rounds.
@@ -140,6 +149,8 @@ parts! {
     gateways: Gateways,
     sandbox: Option<Arc<Sandbox>>,
     auditor: Auditor,
+    audit_log: AuditLog,
+    audit_trail: AuditTrail,
     incidents: Incidents,
     reports: Reports,
     endings: Endings,
@@ -189,6 +200,7 @@ fn resources() -> Vec<routes::Routes> {
         checkouts::routes(),
         events::routes(),
         audit::routes(),
+        audit_log::routes(),
         incidents::routes(),
         certificates::routes(),
         probes::routes(),
@@ -205,6 +217,7 @@ pub fn router(state: HttpState, settings: &HttpSettings, listener: Listener) -> 
         settings.request_timeout,
         metrics,
         settings.access_log.clone(),
+        state.0.audit_trail.clone(),
         names,
     );
     let mut router = api.with_state(state).merge(docs::router(&openapi));

@@ -23,7 +23,7 @@ use super::{
     page::{Page, Pagination},
     payments::PaymentView,
     problem::{Code, Problem},
-    routes::{Access, Routes},
+    routes::{Access, Noted, Routes},
 };
 use crate::{
     auth::token::Identity,
@@ -73,6 +73,7 @@ pub(super) fn routes() -> Routes {
             routes!(cancel),
             &[Code::NotFound, Code::Conflict, Code::Validation],
         )
+        .noting(Noted::OfOperators)
 }
 
 /// What to buy.

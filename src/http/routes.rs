@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, collections::HashMap, sync::Arc};
 
-use axum::routing::MethodRouter;
+use axum::{http::Method, routing::MethodRouter};
 use utoipa::openapi::{
     ContentBuilder, Ref, ResponseBuilder,
     path::{Operation, PathItem, Paths},
@@ -31,9 +31,23 @@ pub(super) enum Access {
     Internal,
 }
 
+/// Which requests to a route the audit log has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Noted {
+    /// None: what buyers and visitors do has its own records.
+    No,
+    /// Those of operators.
+    OfOperators,
+    /// Those that are refused.
+    Refused,
+    /// All.
+    All,
+}
+
 /// One operation.
 pub(super) struct Route {
     pub(super) access: Access,
+    noted: Option<Noted>,
     refusals: &'static [Code],
     parts: UtoipaMethodRouter<HttpState>,
 }
@@ -59,9 +73,20 @@ impl Routes {
     ) -> Self {
         self.0.push(Route {
             access,
+            noted: None,
             refusals,
             parts,
         });
+        self
+    }
+
+    /// Has the audit log note these requests to the route that was added last, rather than those
+    /// that follow from who it is for.
+    #[must_use]
+    pub(super) fn noting(mut self, noted: Noted) -> Self {
+        if let Some(route) = self.0.last_mut() {
+            route.noted = Some(noted);
+        }
         self
     }
 }
@@ -80,8 +105,17 @@ impl Route {
     }
 }
 
-/// Every template that was mounted, and what metrics call it.
-pub(super) type Names = HashMap<String, Arc<str>>;
+/// Every template that was mounted.
+pub(super) type Names = HashMap<String, Name>;
+
+/// What a template is called elsewhere; the aliases share it.
+#[derive(Clone)]
+pub(super) struct Name {
+    /// What metrics call it.
+    pub(super) route: Arc<str>,
+    /// What the audit log notes of it, and calls it.
+    pub(super) noted: Arc<[(Method, Noted, Arc<str>)]>,
+}
 
 /// Mounts `resources`: what starts with `/v1/` also at `/api/`.
 pub(super) fn mount(
@@ -98,12 +132,23 @@ pub(super) fn mount(
         }
         let (schemas, mut paths, methods) = route.parts;
         describe(&mut paths, route.access, route.refusals);
-        for path in paths.paths.keys() {
-            let name: Arc<str> = path.as_str().into();
+        for (path, item) in &paths.paths {
+            let known = names.get(path).map(|name| name.noted.to_vec());
+            let mut noted = known.unwrap_or_default();
+            noted.extend(actions(item).filter_map(|(method, operation)| {
+                let which = route
+                    .noted
+                    .unwrap_or_else(|| usually_noted(route.access, &method, path));
+                (which != Noted::No).then(|| (method, which, operation.as_str().into()))
+            }));
+            let name = Name {
+                route: path.as_str().into(),
+                noted: noted.into(),
+            };
             if let Some(rest) = path.strip_prefix("/v1/") {
                 let alias = format!("/api/{rest}");
                 router = router.route(&alias, MethodRouter::clone(&methods));
-                names.insert(alias, Arc::clone(&name));
+                names.insert(alias, name.clone());
             }
             names.insert(path.clone(), name);
         }
@@ -123,6 +168,30 @@ pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Opera
     ]
     .into_iter()
     .filter_map(Option::as_mut)
+}
+
+/// Which requests are noted where the resource does not say: what operators do, and what anybody
+/// does to an account.
+fn usually_noted(access: Access, method: &Method, path: &str) -> Noted {
+    let account = path.starts_with("/v1/auth/") || path.starts_with("/v1/me");
+    match access {
+        Access::Operator => Noted::All,
+        Access::Anyone | Access::Caller if account && !method.is_safe() => Noted::All,
+        Access::Anyone | Access::Caller | Access::Internal => Noted::No,
+    }
+}
+
+/// The operations of a path by their methods, with their names.
+pub(super) fn actions(item: &PathItem) -> impl Iterator<Item = (Method, &String)> {
+    [
+        (Method::GET, &item.get),
+        (Method::POST, &item.post),
+        (Method::PUT, &item.put),
+        (Method::PATCH, &item.patch),
+        (Method::DELETE, &item.delete),
+    ]
+    .into_iter()
+    .filter_map(|(method, operation)| Some((method, operation.as_ref()?.operation_id.as_ref()?)))
 }
 
 /// Writes into the document who may use an operation, and every problem that it can answer.

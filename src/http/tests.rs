@@ -1,6 +1,11 @@
 //! The whole router without its stores, and what the other tests of this folder send through it.
 
-use std::{collections::HashMap, num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    num::NonZeroUsize,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -44,17 +49,20 @@ use crate::{
     domain::receipt::ReceiptKeys,
     engine::{Cache, Engines},
     metrics::{CatalogueMetrics, Metrics},
-    ops::auditor::Auditor,
+    ops::{
+        audit_log::{AuditTrail, Weight},
+        auditor::Auditor,
+    },
     payments::Gateways,
     readiness::Readiness,
     realtime::Hub,
     sales::{Archive, BuyerNames, Checkouts, Commits, Demand, OpenSales, Pseudonyms, Shop, Till},
     store::{
-        Database, DatabaseSettings, carts::Carts, directory::Directory, endings::Endings,
-        epochs::Epochs, images::Images, incidents::Incidents, journal::Positions, orders::Orders,
-        payments::Payments, products::Products, profiles::Profiles, refusals::Refusals,
-        reports::Reports, rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions,
-        users::Users,
+        Database, DatabaseSettings, audit_log::AuditLog, carts::Carts, directory::Directory,
+        endings::Endings, epochs::Epochs, images::Images, incidents::Incidents, journal::Positions,
+        orders::Orders, payments::Payments, products::Products, profiles::Profiles,
+        refusals::Refusals, reports::Reports, rounds::Rounds, sales::Sales, schedules::Schedules,
+        sessions::Sessions, users::Users,
     },
 };
 
@@ -113,7 +121,13 @@ pub(super) fn edged(router: Router) -> Router {
 
 /// A router with the edge around it, for handlers that take longer than `timeout`.
 pub(super) fn edged_within(router: Router, timeout: Duration) -> Router {
-    let edge = Edge::new(timeout, Metrics::new().http, AccessLog::off(), Names::new());
+    let edge = Edge::new(
+        timeout,
+        Metrics::new().http,
+        AccessLog::off(),
+        AuditTrail::off(),
+        Names::new(),
+    );
     router.layer(EdgeLayer(Arc::new(edge)))
 }
 
@@ -146,6 +160,11 @@ fn closed_shop(database: Database) -> Shop {
 
 /// The real router, whose database does not answer.
 fn app(listener: Listener) -> Router {
+    app_with(listener, AuditTrail::off())
+}
+
+/// The same, with a trail of its own.
+fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     let settings = DatabaseSettings {
         acquire_timeout: Duration::from_millis(200),
         ..DatabaseSettings::default()
@@ -196,6 +215,8 @@ fn app(listener: Listener) -> Router {
         }),
         gateways: Gateways::new(),
         sandbox: None,
+        audit_log: AuditLog::new(database.clone()),
+        audit_trail,
         incidents: Incidents::new(database.clone()),
         endings: Endings::new(database.clone()),
         reports: Reports::new(database.clone()),
@@ -284,6 +305,44 @@ async fn every_operation_is_guarded_as_it_says_under_both_prefixes() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn every_request_to_operators_and_every_change_of_an_account_is_noted() {
+    let (trail, mut noted) = AuditTrail::shown();
+    let app = app_with(Listener::All, trail);
+    let mut actions = BTreeSet::new();
+    for (method, path, access) in all_operations() {
+        for (path, role) in [
+            (path.clone(), Role::Buyer),
+            (path.replacen("/v1/", "/api/", 1), Role::Operator),
+        ] {
+            let answer = with_role(app.clone(), method.clone(), &path, Some(role)).await;
+            let account = path.contains("/auth/") || path.contains("/me");
+            let wanted = access == Access::Operator
+                || account && !method.is_safe()
+                || path.ends_with("/cancel") && role.operates();
+            let entry = noted.try_recv().ok();
+            assert_eq!(entry.is_some(), wanted, "{method} {path} as {role:?}");
+            let Some((entry, weight)) = entry else {
+                continue;
+            };
+            assert_eq!(weight, Weight::Counted, "nothing was changed: {entry:?}");
+            assert_eq!(entry.outcome, answer.body["code"], "{method} {path}");
+            let request = answer.headers[super::edge::REQUEST_ID].to_str().unwrap();
+            assert_eq!(entry.request_id.as_deref(), Some(request));
+            if access != Access::Anyone {
+                let actor = entry.actor.unwrap();
+                assert_eq!(
+                    (actor.user, actor.role),
+                    (Some(Uuid::from_u128(1)), role.as_str())
+                );
+            }
+            actions.insert(entry.action);
+        }
+    }
+    assert!(actions.contains("sales_pause") && actions.contains("accounts_login"));
+    assert!(noted.try_recv().is_err());
 }
 
 #[tokio::test]

@@ -14,7 +14,10 @@ use crate::{
         round::{Amendment, State, Terms, Window},
     },
     engine::{Engine, Standing},
-    store::schedules::{Making, SaleLock},
+    store::{
+        audit_log::carried,
+        schedules::{Making, SaleLock},
+    },
 };
 
 /// The time between two looks whether PostgreSQL has what Redis has, and how often at most: about two
@@ -167,7 +170,7 @@ impl Shop {
 async fn finish(
     work: impl Future<Output = Result<RoundView, SaleError>> + Send + 'static,
 ) -> Result<RoundView, SaleError> {
-    match tokio::spawn(work).await {
+    match tokio::spawn(carried(work)).await {
         Ok(done) => done,
         // Nobody aborts the task, so it panicked; the panic goes on where it is awaited.
         Err(error) => std::panic::resume_unwind(error.into_panic()),

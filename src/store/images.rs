@@ -4,7 +4,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::{Database, StoreError, products::IMAGES_MAX};
+use super::{Database, StoreError, audit_log::begin, products::IMAGES_MAX};
 use crate::domain::id::ProductId;
 
 /// An image to add, in all its sizes.
@@ -83,7 +83,7 @@ impl Images {
     ) -> Result<ImageAdded, StoreError> {
         self.database
             .run(async move |pool| {
-                let mut work = pool.begin().await?;
+                let mut work = begin(&pool).await?;
                 // Whoever adds to the same product waits here, so that the count holds.
                 let known = sqlx::query_scalar!(
                     "SELECT id FROM products WHERE id = $1 FOR UPDATE",
@@ -164,7 +164,7 @@ impl Images {
     ) -> Result<bool, StoreError> {
         self.database
             .run(async move |pool| {
-                let mut work = pool.begin().await?;
+                let mut work = begin(&pool).await?;
                 // The product first, as everybody else who changes its images.
                 touch(&mut work, product, now).await?;
                 let done = sqlx::query!(

@@ -10,7 +10,7 @@ use sqlx::{
 use uuid::Uuid;
 
 use super::{
-    Database, StoreError,
+    Database, StoreError, audit_log,
     incidents::{self, Loss},
 };
 use crate::{
@@ -252,7 +252,7 @@ impl Positions {
         self.of(partition).await?;
         self.database
             .run(async move |pool| {
-                let mut transaction = pool.begin().await?;
+                let mut transaction = audit_log::begin(&pool).await?;
                 let row = sqlx::query_as!(
                     PositionColumns,
                     "UPDATE journal_positions

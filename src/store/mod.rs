@@ -1,6 +1,7 @@
 //! The only SQL code: one file per noun, each a handle on the shared [`Database`].
 
 pub mod audit;
+pub mod audit_log;
 pub mod carts;
 pub mod directory;
 pub mod endings;
@@ -122,7 +123,7 @@ impl Database {
         T: Send + 'static,
         E: Send + 'static,
     {
-        match tokio::spawn(work(self.pool.clone())).await {
+        match tokio::spawn(audit_log::carried(work(self.pool.clone()))).await {
             Ok(result) => result,
             // Nobody aborts the task, so it panicked; the panic goes on where it is awaited.
             Err(error) => panic::resume_unwind(error.into_panic()),

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use super::{Database, StoreError, rounds::money, unreadable};
+use super::{Database, StoreError, audit_log::begin, rounds::money, unreadable};
 use crate::domain::{
     id::{BuyerId, Fingerprint, OrderId, PaymentId, RoundId, SaleNumber},
     money::Money,
@@ -711,7 +711,7 @@ impl Payments {
     pub async fn ask_refund(&self, refund: Refund, lease: Duration) -> Result<Refund, StoreError> {
         self.database
             .run(async move |pool| {
-                let mut transaction = pool.begin().await?;
+                let mut transaction = begin(&pool).await?;
                 let new = insert_refund(&mut transaction, &refund).await?;
                 if new {
                     sqlx::query!(

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{Database, StoreError};
+use super::{Database, StoreError, audit_log::begin};
 use crate::domain::{
     id::ProductId,
     money::{Currency, Money},
@@ -400,6 +400,7 @@ impl Products {
         self.database
             .run(async move |pool| {
                 let requested = keyed.then(|| Json(Requested::of(&content)));
+                let mut work = begin(&pool).await?;
                 let added = select!(
                     "INSERT INTO products (id, name, description, price_amount, price_currency,
                                            requested, created_at, updated_at, sku)
@@ -416,12 +417,13 @@ impl Products {
                     now,
                     content.sku,
                 )
-                .fetch_optional(&pool)
+                .fetch_optional(&mut *work)
                 .await;
                 let added = match added {
                     Err(error) if sku_taken(&error) => return Ok(Added::SkuTaken),
                     added => added?,
                 };
+                work.commit().await?;
                 if let Some(row) = added {
                     return Ok(Added::New(row.try_into()?));
                 }
@@ -541,7 +543,7 @@ impl Products {
         self.database
             .run(async move |pool| {
                 let (new_sku, sku) = (change.sku.is_some(), change.sku.flatten());
-                let mut work = pool.begin().await?;
+                let mut work = begin(&pool).await?;
                 let done = sqlx::query!(
                     "UPDATE products
                      SET name = coalesce($3, name),
@@ -621,16 +623,20 @@ impl Products {
     pub async fn remove(&self, id: ProductId, version: i64) -> Result<Changed<()>, StoreError> {
         self.database
             .run(async move |pool| {
+                let mut work = begin(&pool).await?;
                 let done = sqlx::query!(
                     "DELETE FROM products WHERE id = $1 AND version = $2",
                     id.0,
                     version
                 )
-                .execute(&pool)
+                .execute(&mut *work)
                 .await;
                 match done {
-                    Ok(done) if done.rows_affected() == 1 => Ok(Changed::Done(())),
-                    Ok(_) => why_not(&pool, id).await,
+                    Ok(done) if done.rows_affected() == 1 => {
+                        work.commit().await?;
+                        Ok(Changed::Done(()))
+                    }
+                    Ok(_) => why_not(&mut *work, id).await,
                     Err(sqlx::Error::Database(error)) if error.is_foreign_key_violation() => {
                         Ok(Changed::InUse)
                     }

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Database, StoreError,
+    audit_log::begin,
     rounds::{intent, money, policy, window},
     unreadable,
 };
@@ -427,6 +428,7 @@ impl Sales {
                     .window
                     .closes_at_ms
                     .and_then(DateTime::from_timestamp_millis);
+                let mut transaction = begin(&pool).await?;
                 let inserted = sqlx::query!(
                     "WITH new AS (
                          INSERT INTO sales (id, partition, product_id, name, terms, price_amount,
@@ -474,10 +476,13 @@ impl Sales {
                     terms.policy.ends.as_str(),
                     terms.policy.waitlist,
                 )
-                .execute(&pool)
+                .execute(&mut *transaction)
                 .await;
                 let new = match inserted {
-                    Ok(done) => done.rows_affected() == 1,
+                    Ok(done) => {
+                        transaction.commit().await?;
+                        done.rows_affected() == 1
+                    }
                     Err(error)
                         if error
                             .as_database_error()
@@ -725,7 +730,7 @@ async fn change_sale(
 ) -> Result<SaleChanged, StoreError> {
     let now = DateTime::from_timestamp_millis(now_ms)
         .ok_or_else(|| unreadable(format!("instant {now_ms}")))?;
-    let mut transaction = pool.begin().await?;
+    let mut transaction = begin(&pool).await?;
     // Nobody makes rounds of it meanwhile.
     let row = sqlx::query!(
         "SELECT number, version, price_amount, price_currency, allocation, per_buyer_limit,

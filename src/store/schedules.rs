@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::{
     Database, StoreError,
+    audit_log::begin,
     rounds::{intent, money, policy, window},
     sales::schedule,
     unreadable,
@@ -206,7 +207,7 @@ impl Schedules {
         let sale = sale.0.cast_signed();
         self.database
             .run(async move |pool| {
-                let mut transaction = pool.begin().await?;
+                let mut transaction = begin(&pool).await?;
                 let row = sqlx::query!(
                     "SELECT schedule, planned_until, windows_planned FROM sales
                      WHERE number = $1 FOR NO KEY UPDATE",

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::{Database, StoreError, sessions::end_all};
+use super::{Database, StoreError, audit_log::begin, sessions::end_all};
 
 /// A registered user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +82,7 @@ impl Users {
         let (user, password_hash) = (user.clone(), password_hash.to_owned());
         self.database
             .run(async move |pool| {
+                let mut transaction = begin(&pool).await?;
                 let done = sqlx::query!(
                     "INSERT INTO users (id, email, name, password_hash, role, created_at)
                      VALUES ($1, $2, $3, $4, $5, $6)
@@ -93,8 +94,9 @@ impl Users {
                     user.role,
                     user.created_at,
                 )
-                .execute(&pool)
+                .execute(&mut *transaction)
                 .await?;
+                transaction.commit().await?;
                 Ok(done.rows_affected() == 1)
             })
             .await
@@ -176,7 +178,7 @@ impl Users {
     ) -> Result<Option<Vec<Uuid>>, StoreError> {
         self.database
             .run(async move |pool| {
-                let mut transaction = pool.begin().await?;
+                let mut transaction = begin(&pool).await?;
                 let done = sqlx::query!(
                     "UPDATE users SET password_hash = $3, password_changed_at = $4
                      WHERE id = $1 AND password_changed_at IS NOT DISTINCT FROM $2",

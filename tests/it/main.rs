@@ -8,6 +8,7 @@
 
 mod accounts;
 mod audit;
+mod audit_log;
 mod carts;
 mod catalogue;
 #[cfg(feature = "faults")]

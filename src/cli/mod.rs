@@ -173,11 +173,55 @@ fn variables() -> anyhow::Result<HashMap<String, String>> {
 fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
     let lines = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(&config.log)?)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
+        .with_ansi(std::io::stderr().is_terminal());
     match config.log_format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().flatten_event(true).init(),
+        LogFormat::Text => lines.with_writer(|| OneLine(std::io::stderr())).init(),
+        LogFormat::Json => lines
+            .json()
+            .flatten_event(true)
+            .with_writer(std::io::stderr)
+            .init(),
     }
     Ok(())
+}
+
+/// Writes each event as one line, whatever it quotes: nobody can make up a line by what he sends.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    /// Takes a whole event with the end of its line, as the formatter hands them over.
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        let (text, end) = match event.split_last() {
+            Some((b'\n', text)) => (text, &b"\n"[..]),
+            _ => (event, &b""[..]),
+        };
+        let parts: Vec<_> = text.split(|byte| matches!(byte, b'\n' | b'\r')).collect();
+        let mut line = parts.join(&b"\\n"[..]);
+        line.extend_from_slice(end);
+        // In one go: several threads write.
+        self.0.write_all(&line)?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_it_quotes() {
+        let mut out = Vec::new();
+        let event = b"WARN refused: x\r\nINFO operator logged in\n";
+        OneLine(&mut out).write_all(event).unwrap();
+        OneLine(&mut out).write_all(b"INFO next\n").unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(
+            text,
+            "WARN refused: x\\n\\nINFO operator logged in\nINFO next\n"
+        );
+    }
 }

@@ -346,12 +346,12 @@ fn line(request: &Request) -> Line {
             .get(name)
             .map(|value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned())
     };
-    let uri = request.uri();
-    // What is asked of the accounts is nobody's business, and a token may have strayed there.
-    let target = match uri.query() {
-        Some(query) if !uri.path().contains("/auth/") => format!("{}?{query}", uri.path()),
-        _ => uri.path().to_owned(),
-    };
+    // Without queries, here and where the client came from: a token may have strayed there.
+    let target = request.uri().path().to_owned();
+    let referer = text(REFERER).map(|mut referer| {
+        referer.truncate(referer.find(['?', '#']).unwrap_or(referer.len()));
+        referer
+    });
     Line {
         at: clock::now(),
         client: client(request),
@@ -362,7 +362,7 @@ fn line(request: &Request) -> Line {
         bytes: None,
         elapsed: Duration::ZERO,
         request_id: HeaderValue::from_static(""),
-        referer: text(REFERER),
+        referer,
         user_agent: text(USER_AGENT),
     }
 }

@@ -9,6 +9,7 @@
 mod accounts;
 mod audit;
 mod audit_log;
+mod canary;
 mod carts;
 mod catalogue;
 #[cfg(feature = "faults")]

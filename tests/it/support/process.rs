@@ -98,6 +98,11 @@ impl Served {
         self.child.id()
     }
 
+    /// All that it has logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.log.path()).unwrap()
+    }
+
     /// Sends it a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         // As long as it has an id it is not reaped, and the id nobody else's.

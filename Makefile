@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run example test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage
+.PHONY: help run example contract test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -20,6 +20,12 @@ example: ## Play the whole life of a sale on a server of its own (examples/whole
 	@.ci/install
 	@command -v python3 >/dev/null || .ci/install python3
 	.ci/example
+
+contract: ## Send what the OpenAPI document allows and what it does not, SECONDS_EACH=30 for each of four runs
+	@.ci/install
+	@python3 -c 'import ensurepip' 2>/dev/null || .ci/install python3-venv
+	@command -v curl >/dev/null || .ci/install curl
+	.ci/contract $(ARGS)
 
 drop: ## Send a crowd at the running server and print the audit's verdict (ARGS="drop's options")
 	@.ci/install

@@ -77,8 +77,9 @@ macro_rules! codes {
         cause $cause:literal fix $fix:literal curl $curl:literal)*) => {
         /// Every reason to refuse.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, ToSchema)]
+        #[serde(rename_all = "snake_case")]
         pub enum Code {
-            $($(#[$doc])* #[serde(rename = $word)] $code,)*
+            $($(#[$doc])* $code,)*
         }
 
         impl Code {
@@ -757,6 +758,14 @@ mod tests {
         ("not_durable", 503),
         ("internal", 500),
     ];
+
+    #[test]
+    fn codes_are_their_words_in_documents_and_in_the_description() {
+        let words: Vec<_> = Code::ALL.iter().map(|code| code.meaning().word).collect();
+        assert_eq!(serde_json::to_value(Code::ALL).unwrap(), json!(words));
+        let schema = serde_json::to_value(<Code as utoipa::PartialSchema>::schema()).unwrap();
+        assert_eq!(schema["enum"], json!(words));
+    }
 
     fn document(problem: &Problem) -> (Response, Value) {
         let mut response = problem.clone().into_response();

@@ -227,7 +227,6 @@ struct SaleView {
     /// Whether the units of a refunded order are for sale again.
     refund_returns_units: bool,
     /// What its acceptances survive; each order says what its own does.
-    #[schema(inline)]
     durability: Mode,
     /// Why nothing of it is sold at the moment, although it may be open: the stores cannot keep
     /// what it promises.

@@ -25,6 +25,7 @@ use crate::{
     auth::{
         self,
         accounts::{AccountError, Accounts},
+        api_key::ApiKeys,
         barred::Barred,
         bearer::Bearers,
         email::Email,
@@ -62,6 +63,7 @@ use crate::{
     },
     store::{
         Database, DatabaseSettings,
+        api_keys::ApiKeyTable,
         audit_log::AuditLog,
         carts::Carts,
         directory::Directory,
@@ -495,7 +497,13 @@ async fn serve(
         news.run(stop).await;
         Ok(())
     });
-    let bearers = Arc::new(Bearers::new(Arc::clone(&tokens), Arc::clone(&barred)));
+    let api_keys = ApiKeys::new(ApiKeyTable::new(database.clone()), metrics.identity.clone());
+    let api_keys = Arc::new(api_keys);
+    let bearers = Bearers::new(
+        Arc::clone(&tokens),
+        Arc::clone(&api_keys),
+        Arc::clone(&barred),
+    );
     let accounts = Accounts {
         barred,
         users: Users::new(database.clone()),
@@ -620,7 +628,8 @@ async fn serve(
         Ok(())
     });
     let state = HttpState::new(http::Parts {
-        bearers,
+        bearers: Arc::new(bearers),
+        api_keys,
         accounts,
         products: app.products.clone(),
         catalogue: Catalogue::new(

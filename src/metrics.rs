@@ -118,7 +118,9 @@ pub struct PasswordMetrics {
 pub struct IdentityMetrics {
     /// Ended sessions and disabled users that this node refuses.
     pub barred: Gauge,
-    /// Questions about ended sessions that PostgreSQL did not answer.
+    /// API keys that PostgreSQL was asked about.
+    pub keys_asked: Counter,
+    /// Questions about ended sessions and API keys that PostgreSQL did not answer.
     pub questions_failed: Counter,
 }
 
@@ -130,8 +132,13 @@ impl IdentityMetrics {
             self.barred.clone(),
         );
         registry.register(
+            "identity_keys_asked",
+            "API keys that PostgreSQL was asked about",
+            self.keys_asked.clone(),
+        );
+        registry.register(
             "identity_questions_failed",
-            "Questions about ended sessions that PostgreSQL did not answer",
+            "Questions about ended sessions and API keys that PostgreSQL did not answer",
             self.questions_failed.clone(),
         );
     }

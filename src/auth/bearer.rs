@@ -3,33 +3,76 @@
 use std::sync::Arc;
 
 use super::{
+    api_key::{ApiKeys, Machine, PREFIX},
     barred::Barred,
     token::{Identity, Invalid, TokenKeys},
 };
+use crate::store::StoreError;
 
-/// Knows who bearers are. Every purchase asks, so it looks into memory only.
+/// Somebody who may come in.
+#[derive(Clone, Debug)]
+pub enum Bearer {
+    /// With an access token.
+    Person(Identity),
+    /// With an API key, which may do less than its user.
+    Machine(Arc<Machine>),
+}
+
+/// Why it is not known who somebody is.
+#[derive(Debug, thiserror::Error)]
+pub enum BearerError {
+    /// Neither a token nor a key to believe. There is one such answer, whatever is wrong.
+    #[error("neither an access token nor an API key to believe")]
+    Invalid,
+    /// So many unknown keys come that one more would only wait longer.
+    #[error("too many keys are being looked up")]
+    Busy,
+    /// PostgreSQL did not say whose key it is.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<Invalid> for BearerError {
+    fn from(Invalid: Invalid) -> Self {
+        Self::Invalid
+    }
+}
+
+/// Knows who bearers are. Every purchase asks, so it looks into memory, mostly.
 #[derive(Debug)]
 pub struct Bearers {
     tokens: Arc<TokenKeys>,
+    keys: Arc<ApiKeys>,
     barred: Arc<Barred>,
 }
 
 impl Bearers {
-    /// Those of these tokens who are not barred.
-    pub fn new(tokens: Arc<TokenKeys>, barred: Arc<Barred>) -> Self {
-        Self { tokens, barred }
+    /// Those of these tokens and keys who are not barred.
+    pub fn new(tokens: Arc<TokenKeys>, keys: Arc<ApiKeys>, barred: Arc<Barred>) -> Self {
+        Self {
+            tokens,
+            keys,
+            barred,
+        }
     }
 
     /// Who this is.
     ///
     /// # Errors
-    /// [`Invalid`], whatever is wrong.
-    pub fn identify(&self, bearer: &str) -> Result<Identity, Invalid> {
-        let identity = self.tokens.verify(bearer)?;
+    /// [`BearerError`].
+    pub async fn identify(&self, text: &str) -> Result<Bearer, BearerError> {
+        let (bearer, identity) = if text.starts_with(PREFIX) {
+            let machine = self.keys.identify(text).await?;
+            let identity = machine.identity();
+            (Bearer::Machine(machine), identity)
+        } else {
+            let identity = self.tokens.verify(text)?;
+            (Bearer::Person(identity), identity)
+        };
         if self.barred.bars(&identity) {
-            return Err(Invalid);
+            return Err(BearerError::Invalid);
         }
-        Ok(identity)
+        Ok(bearer)
     }
 }
 
@@ -38,14 +81,18 @@ pub(crate) mod tests {
     use super::{super::token::tests::keys, *};
     use crate::{
         metrics::IdentityMetrics,
-        store::{Database, DatabaseSettings, sessions::Sessions},
+        store::{Database, DatabaseSettings, api_keys::ApiKeyTable, sessions::Sessions},
     };
 
     /// Bearers of the tests' tokens, whose database does not answer.
     pub(crate) fn bearers() -> Arc<Bearers> {
         let url = "postgres://nobody@127.0.0.1:9/none";
         let database = Database::new(url, DatabaseSettings::default()).unwrap();
-        let barred = Barred::new(Sessions::new(database), IdentityMetrics::default());
-        Arc::new(Bearers::new(Arc::new(keys()), Arc::new(barred)))
+        let metrics = IdentityMetrics::default();
+        let barred = Barred::new(Sessions::new(database.clone()), metrics.clone());
+        let api_keys = ApiKeys::new(ApiKeyTable::new(database), metrics);
+        let tokens = Arc::new(keys());
+        let bearers = Bearers::new(tokens, Arc::new(api_keys), Arc::new(barred));
+        Arc::new(bearers)
     }
 }

@@ -1,6 +1,7 @@
 //! Who somebody is and what they may do: tokens, passwords, sessions.
 
 pub mod accounts;
+pub mod api_key;
 pub mod barred;
 pub mod bearer;
 pub mod email;

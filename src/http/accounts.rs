@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{
     body::Json,
-    caller::{Caller, actor},
+    caller::{Caller, Person, actor},
     check::{Check, Timestamp, present},
     problem::{Code, FieldError, Problem},
     routes::{Access, Noted, Routes},
@@ -46,7 +46,7 @@ pub(super) fn routes() -> Routes {
         .noting(Noted::Refused)
         .add(Access::Anyone, routes!(logout), &[])
         .add(Access::Caller, routes!(me), &[])
-        .add(Access::Caller, routes!(change), &[])
+        .add(Access::Person, routes!(change), &[])
 }
 
 /// A new user.
@@ -277,7 +277,7 @@ async fn me(
 #[utoipa::path(patch, path = "/v1/me", tag = "accounts", request_body = MeChange,
     responses((status = 200, description = "The user of the token", body = Me)))]
 async fn change(
-    Caller(identity): Caller,
+    Person(identity): Person,
     State(accounts): State<Accounts>,
     State(shop): State<Arc<Shop>>,
     Json(change): Json<MeChange>,

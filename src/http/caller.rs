@@ -1,4 +1,4 @@
-//! Who asks: the access token, understood, and the roles that routes require.
+//! Who asks: the access token or API key, understood, and the roles that routes require.
 
 use std::sync::Arc;
 
@@ -9,13 +9,22 @@ use axum::{
 
 use super::problem::{Code, Problem};
 use crate::{
-    auth::{bearer::Bearers, token::Identity},
+    auth::{
+        api_key::Scope,
+        bearer::{Bearer, BearerError, Bearers},
+        token::Identity,
+    },
     store::audit_log::{Actor, Origin},
 };
 
-/// Whoever has a valid token. Every role may buy, for itself only.
+/// Whoever has a valid token, or an API key with the scope for it. Every role may buy, for itself
+/// only.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller(pub(super) Identity);
+
+/// A caller with a token. Machines do not manage the account that they act for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Person(pub(super) Identity);
 
 /// A caller who runs sales.
 #[derive(Clone, Copy, Debug)]
@@ -29,14 +38,38 @@ where
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
-        // One answer to everything that is wrong: it does not help whoever tries.
-        let identity = bearer(parts)
-            .and_then(|token| Arc::<Bearers>::from_ref(state).identify(token).ok())
-            .ok_or_else(|| {
-                Problem::new(Code::Unauthenticated, "A valid access token is required.")
-            })?;
-        Origin::acts(|| actor(&identity));
-        Ok(Self(identity))
+        let machine = match identify(parts, state).await? {
+            Bearer::Person(identity) => return Ok(Self(identity)),
+            Bearer::Machine(machine) => machine,
+        };
+        let scope = if parts.method.is_safe() {
+            Scope::Read
+        } else {
+            Scope::Buy
+        };
+        if !machine.may(scope) {
+            let detail = format!("This takes an API key with the scope `{}`.", scope.as_str());
+            return Err(Problem::new(Code::Forbidden, detail));
+        }
+        Ok(Self(machine.identity()))
+    }
+}
+
+impl<S> FromRequestParts<S> for Person
+where
+    S: Sync,
+    Arc<Bearers>: FromRef<S>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
+        match identify(parts, state).await? {
+            Bearer::Person(identity) => Ok(Self(identity)),
+            Bearer::Machine(_) => {
+                let detail = "This takes an access token: an API key may not do it.";
+                Err(Problem::new(Code::Forbidden, detail))
+            }
+        }
     }
 }
 
@@ -48,7 +81,10 @@ where
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
-        let Caller(identity) = Caller::from_request_parts(parts, state).await?;
+        let identity = match identify(parts, state).await? {
+            Bearer::Person(identity) => identity,
+            Bearer::Machine(machine) => machine.identity(),
+        };
         if identity.role.operates() {
             Ok(Self(identity))
         } else {
@@ -64,6 +100,33 @@ pub(super) fn actor(identity: &Identity) -> Actor {
         role: identity.role.as_str(),
         credential: identity.session,
     }
+}
+
+/// Who asks, and who acts in whatever follows.
+async fn identify<S>(parts: &request::Parts, state: &S) -> Result<Bearer, Problem>
+where
+    Arc<Bearers>: FromRef<S>,
+{
+    let known = match bearer(parts) {
+        Some(text) => Arc::<Bearers>::from_ref(state).identify(text).await,
+        None => Err(BearerError::Invalid),
+    };
+    let known = known.map_err(|error| match error {
+        // One answer to everything that is wrong: it does not help whoever tries.
+        BearerError::Invalid => {
+            Problem::new(Code::Unauthenticated, "A valid access token is required.")
+        }
+        BearerError::Busy => Problem::unavailable("Too many API keys are being looked up."),
+        BearerError::Store(error) => Problem::from(error).of_reading(),
+    })?;
+    Origin::acts(|| match &known {
+        Bearer::Person(identity) => actor(identity),
+        Bearer::Machine(machine) => Actor {
+            credential: Some(machine.key()),
+            ..actor(&machine.identity())
+        },
+    });
+    Ok(known)
 }
 
 fn bearer(parts: &request::Parts) -> Option<&str> {

@@ -23,7 +23,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 use super::{
     body::Path,
     problem::{self, Code, Outcome, Problem, Retry},
-    routes::SECURITY,
+    routes::{API_KEY, SECURITY},
 };
 
 /// The interactive pages run scripts and styles of their own, and call this server.
@@ -63,10 +63,16 @@ pub(super) fn openapi() -> utoipa::openapi::OpenApi {
             "An access token, from login or from whoever shares the secret.",
         ))
         .build();
-    document
-        .components
-        .get_or_insert_default()
-        .add_security_scheme(SECURITY, SecurityScheme::Http(scheme));
+    let key = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .bearer_format("sk_stockade_…")
+        .description(Some(
+            "An API key: `read` for GET, `buy` for what changes, `operate` for operators.",
+        ))
+        .build();
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme(SECURITY, SecurityScheme::Http(scheme));
+    components.add_security_scheme(API_KEY, SecurityScheme::Http(key));
     document
 }
 

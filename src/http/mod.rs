@@ -5,6 +5,7 @@
 
 mod access_log;
 mod accounts;
+mod api_keys;
 mod audit;
 mod audit_log;
 mod body;
@@ -57,7 +58,7 @@ pub use access_log::{AccessLog, AccessLogWriter, Format};
 pub use serve::serve;
 
 use crate::{
-    auth::{accounts::Accounts, bearer::Bearers},
+    auth::{accounts::Accounts, api_key::ApiKeys, bearer::Bearers},
     catalogue::{Catalogue, Painter},
     metrics::Metrics,
     ops::{audit_log::AuditTrail, auditor::Auditor, certificate::CertificateKey},
@@ -80,6 +81,8 @@ pub struct HttpState(Arc<Parts>);
 pub struct Parts {
     /// Knows who bearers are.
     pub bearers: Arc<Bearers>,
+    /// Keys of machines.
+    pub api_keys: Arc<ApiKeys>,
     /// Registers users and logs them in.
     pub accounts: Accounts,
     /// Products in PostgreSQL.
@@ -140,6 +143,7 @@ macro_rules! parts {
 parts! {
     checkouts: Checkouts,
     bearers: Arc<Bearers>,
+    api_keys: Arc<ApiKeys>,
     accounts: Accounts,
     products: Products,
     catalogue: Catalogue,
@@ -186,6 +190,7 @@ fn resources() -> Vec<routes::Routes> {
     vec![
         accounts::routes(),
         sessions::routes(),
+        api_keys::routes(),
         products::routes(),
         images::routes(),
         sales::routes(),

@@ -18,13 +18,18 @@ use super::{
 /// The name of the way to authenticate in the OpenAPI document.
 pub(super) const SECURITY: &str = "access_token";
 
+/// The name of the other way.
+pub(super) const API_KEY: &str = "api_key";
+
 /// Who may use a route. The handler's extractors enforce it; a test compares the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
     /// Everybody.
     Anyone,
-    /// Whoever has a valid token.
+    /// Whoever has a valid token, or an API key with the scope for it.
     Caller,
+    /// Whoever has a valid token; nobody with an API key.
+    Person,
     /// Who runs sales. On the operators' listener only, if there is one.
     Operator,
     /// Everybody who reaches the operators' listener, or the only one.
@@ -176,8 +181,10 @@ fn usually_noted(access: Access, method: &Method, path: &str) -> Noted {
     let account = path.starts_with("/v1/auth/") || path.starts_with("/v1/me");
     match access {
         Access::Operator => Noted::All,
-        Access::Anyone | Access::Caller if account && !method.is_safe() => Noted::All,
-        Access::Anyone | Access::Caller | Access::Internal => Noted::No,
+        Access::Anyone | Access::Caller | Access::Person if account && !method.is_safe() => {
+            Noted::All
+        }
+        Access::Anyone | Access::Caller | Access::Person | Access::Internal => Noted::No,
     }
 }
 
@@ -213,11 +220,20 @@ fn describe(paths: &mut Paths, access: Access, own: &[Code]) {
         }
         match access {
             Access::Anyone | Access::Internal => {}
-            Access::Caller => codes.push(Code::Unauthenticated),
-            Access::Operator => codes.extend([Code::Unauthenticated, Code::Forbidden]),
+            Access::Caller | Access::Person | Access::Operator => {
+                codes.extend([Code::Unauthenticated, Code::Forbidden]);
+            }
         }
-        if matches!(access, Access::Caller | Access::Operator) {
-            operation.security = Some(vec![SecurityRequirement::new(SECURITY, [""; 0])]);
+        let ways: &[&str] = match access {
+            Access::Anyone | Access::Internal => &[],
+            Access::Person => &[SECURITY],
+            Access::Caller | Access::Operator => &[SECURITY, API_KEY],
+        };
+        if !ways.is_empty() {
+            let ways = ways
+                .iter()
+                .map(|way| SecurityRequirement::new(*way, [""; 0]));
+            operation.security = Some(ways.collect());
         }
         let mut by_status: BTreeMap<u16, Vec<&str>> = BTreeMap::new();
         for code in codes {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     body::{Json, Nothing, Path, Query},
-    caller::Caller,
+    caller::Person,
     check::{Check, Timestamp},
     page::{Page, PageQuery, Pagination},
     problem::{Code, Problem},
@@ -27,11 +27,11 @@ const USER_AGENT_CHARACTERS_MAX: usize = 200;
 
 pub(super) fn routes() -> Routes {
     Routes::new()
-        .add(Access::Caller, routes!(list), &[Code::Validation])
-        .add(Access::Caller, routes!(end), &[Code::NotFound])
-        .add(Access::Caller, routes!(logout_all), &[])
+        .add(Access::Person, routes!(list), &[Code::Validation])
+        .add(Access::Person, routes!(end), &[Code::NotFound])
+        .add(Access::Person, routes!(logout_all), &[])
         .add(
-            Access::Caller,
+            Access::Person,
             routes!(change_password),
             &[Code::InvalidCredentials],
         )
@@ -101,7 +101,7 @@ pub(super) fn user_agent(headers: &HeaderMap) -> Option<String> {
 #[utoipa::path(get, path = "/v1/me/sessions", tag = "accounts", params(PageQuery),
     responses((status = 200, description = "A page", body = Page<SessionView>)))]
 async fn list(
-    Caller(identity): Caller,
+    Person(identity): Person,
     State(accounts): State<Accounts>,
     Query(query): Query<PageQuery>,
 ) -> Result<axum::Json<Page<SessionView>>, Problem> {
@@ -122,7 +122,7 @@ async fn list(
     params(("id" = Uuid, Path)),
     responses((status = 204, description = "It has ended")))]
 async fn end(
-    Caller(identity): Caller,
+    Person(identity): Person,
     State(accounts): State<Accounts>,
     Path(id): Path<Uuid>,
 ) -> Result<StatusCode, Problem> {
@@ -139,7 +139,7 @@ async fn end(
 #[utoipa::path(post, path = "/v1/auth/logout-all", tag = "accounts",
     responses((status = 204, description = "All sessions have ended")))]
 async fn logout_all(
-    Caller(identity): Caller,
+    Person(identity): Person,
     State(accounts): State<Accounts>,
     _: Option<Json<Nothing>>,
 ) -> Result<StatusCode, Problem> {
@@ -153,7 +153,7 @@ async fn logout_all(
 #[utoipa::path(post, path = "/v1/auth/password", tag = "accounts", request_body = PasswordChange,
     responses((status = 204, description = "The password has changed")))]
 async fn change_password(
-    Caller(identity): Caller,
+    Person(identity): Person,
     State(accounts): State<Accounts>,
     Json(change): Json<PasswordChange>,
 ) -> Result<StatusCode, Problem> {

@@ -35,6 +35,7 @@ use crate::{
     auth::{
         Role,
         accounts::Accounts,
+        api_key::ApiKeys,
         barred::Barred,
         bearer::Bearers,
         password::PasswordHasher,
@@ -58,11 +59,11 @@ use crate::{
     realtime::Hub,
     sales::{Archive, BuyerNames, Checkouts, Commits, Demand, OpenSales, Pseudonyms, Shop, Till},
     store::{
-        Database, DatabaseSettings, audit_log::AuditLog, carts::Carts, directory::Directory,
-        endings::Endings, epochs::Epochs, images::Images, incidents::Incidents, journal::Positions,
-        orders::Orders, payments::Payments, products::Products, profiles::Profiles,
-        refusals::Refusals, reports::Reports, rounds::Rounds, sales::Sales, schedules::Schedules,
-        sessions::Sessions, users::Users,
+        Database, DatabaseSettings, api_keys::ApiKeyTable, audit_log::AuditLog, carts::Carts,
+        directory::Directory, endings::Endings, epochs::Epochs, images::Images,
+        incidents::Incidents, journal::Positions, orders::Orders, payments::Payments,
+        products::Products, profiles::Profiles, refusals::Refusals, reports::Reports,
+        rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions, users::Users,
     },
 };
 
@@ -177,7 +178,13 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
         PasswordHasher::new(4, NonZeroUsize::MIN, 4, metrics.passwords.clone()).unwrap();
     let barred = Barred::new(Sessions::new(database.clone()), metrics.identity.clone());
     let barred = Arc::new(barred);
-    let bearers = Arc::new(Bearers::new(Arc::clone(&tokens), Arc::clone(&barred)));
+    let api_keys = ApiKeys::new(ApiKeyTable::new(database.clone()), metrics.identity.clone());
+    let api_keys = Arc::new(api_keys);
+    let bearers = Arc::new(Bearers::new(
+        Arc::clone(&tokens),
+        Arc::clone(&api_keys),
+        Arc::clone(&barred),
+    ));
     let accounts = Accounts {
         barred,
         users: Users::new(database.clone()),
@@ -190,6 +197,7 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     let directory = Directory::new(database.clone());
     let sales = Sales::new(database.clone());
     let state = HttpState::new(Parts {
+        api_keys,
         bearers,
         accounts,
         products: Products::new(database.clone()),
@@ -294,7 +302,7 @@ async fn every_operation_is_guarded_as_it_says_under_both_prefixes() {
                 Access::Anyone | Access::Internal => {
                     assert_ne!(anonymous.body["code"], "unauthenticated", "{method} {path}");
                 }
-                Access::Caller => {
+                Access::Caller | Access::Person => {
                     anonymous.is_problem(StatusCode::UNAUTHORIZED, Code::Unauthenticated);
                     assert_ne!(buyer.body["code"], "forbidden", "{method} {path}");
                 }

@@ -1,5 +1,6 @@
 //! The only SQL code: one file per noun, each a handle on the shared [`Database`].
 
+pub mod api_keys;
 pub mod audit;
 pub mod audit_log;
 pub mod carts;

@@ -24,6 +24,7 @@ mod fence;
 mod gateways;
 mod holds;
 mod idempotency;
+mod identity;
 mod layers;
 mod losses;
 mod machine;

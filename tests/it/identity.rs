@@ -1,0 +1,442 @@
+//! Who may come in, and as what: API keys, and what passes for what.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use chrono::TimeDelta;
+use reqwest::Method;
+use serde_json::{Value, json};
+use stockade::{
+    auth::{
+        Role,
+        api_key::ApiKey,
+        token::{Secret, TokenKeys},
+    },
+    clock,
+};
+use tokio::{sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::support::app::{self, Answer, App, Node, id, send};
+
+const PASSWORD: &str = "correct horse battery";
+
+/// A user with a session.
+struct User {
+    email: String,
+    token: String,
+    refresh: String,
+}
+
+impl User {
+    /// Registers somebody and logs in; anything but a buyer is made one by hand.
+    async fn new(app: &App, name: &str, role: Role) -> Self {
+        let email = format!("{name}@example.org");
+        let body = json!({"email": email, "password": PASSWORD, "name": name});
+        send(app.request(Method::POST, "/v1/auth/register").json(&body))
+            .await
+            .expect(201);
+        sqlx::query("UPDATE users SET role = $2 WHERE email = $1")
+            .bind(&email)
+            .bind(role.as_str())
+            .execute(&mut app::sql(app).await)
+            .await
+            .unwrap();
+        let grant = login(app, &email).await.expect(200).json();
+        Self {
+            email,
+            token: grant["access_token"].as_str().unwrap().to_owned(),
+            refresh: grant["refresh_token"].as_str().unwrap().to_owned(),
+        }
+    }
+
+    /// Makes an API key with these scopes; gives its id and its text.
+    async fn key(&self, app: &App, scopes: &[&str]) -> (String, String) {
+        let body = json!({"name": "A machine", "scopes": scopes});
+        let made = with(app, &self.token, Method::POST, "/v1/me/api-keys", &body).await;
+        let made = made.expect(201).json();
+        (
+            id(&made).to_owned(),
+            made["key"].as_str().unwrap().to_owned(),
+        )
+    }
+}
+
+async fn login(app: &App, email: &str) -> Answer {
+    let body = json!({"email": email, "password": PASSWORD});
+    send(app.request(Method::POST, "/v1/auth/login").json(&body)).await
+}
+
+/// A request with this bearer; a null body is none.
+async fn with(app: &App, bearer: &str, method: Method, path: &str, body: &Value) -> Answer {
+    let mut request = app.request(method, path).bearer_auth(bearer);
+    if !body.is_null() {
+        request = request.header("idempotency-key", "k").json(body);
+    }
+    send(request).await
+}
+
+async fn look(app: &App, bearer: &str) -> u16 {
+    let answer = with(app, bearer, Method::GET, "/v1/me", &Value::Null).await;
+    answer.status.as_u16()
+}
+
+/// A counter of this node.
+async fn counted(app: &App, name: &str) -> u64 {
+    let metrics = app.get("/metrics").await.expect(200).text;
+    let line = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("{name} ")));
+    line.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn an_api_key_does_what_its_scopes_say_and_no_more() {
+    let app = App::start().await;
+    let sale = app.sale(json!({"allocation": 10})).await;
+    let orders = format!("/v1/sales/{}/orders", id(&sale));
+    let restock = format!("/v1/sales/{}/restock", id(&sale));
+    let buyer = User::new(&app, "ada", Role::Buyer).await;
+    let operator = User::new(&app, "olga", Role::Operator).await;
+    let admin = User::new(&app, "anna", Role::Admin).await;
+    for (user, scopes, [sees, buys, restocks]) in [
+        (&buyer, &["read"][..], [200, 403, 403]),
+        (&buyer, &["buy"], [403, 201, 403]),
+        (&buyer, &["read", "buy"], [200, 201, 403]),
+        (&operator, &["read", "buy"], [200, 201, 403]),
+        (&operator, &["operate"], [200, 201, 200]),
+        (&admin, &["operate", "operate"], [200, 201, 200]),
+    ] {
+        let (_, key) = user.key(&app, scopes).await;
+        let ask = async |method, path: &str, body| {
+            let answer = with(&app, &key, method, path, &body).await;
+            answer.status.as_u16()
+        };
+        let what = format!("{} {scopes:?}", user.email);
+        assert_eq!(
+            ask(Method::GET, "/v1/orders", Value::Null).await,
+            sees,
+            "{what}"
+        );
+        assert_eq!(
+            ask(Method::POST, &orders, json!({"quantity": 1})).await,
+            buys,
+            "{what}"
+        );
+        assert_eq!(
+            ask(Method::POST, &restock, json!({"units": 1})).await,
+            restocks,
+            "{what}"
+        );
+    }
+
+    // The document says which operations take a key. No key manages the account that it acts for.
+    let (_, key) = admin.key(&app, &["read", "buy", "operate"]).await;
+    let document = app.get("/openapi.json").await.expect(200).json();
+    let (mut of_machines, mut of_persons) = (0, 0);
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let Some(ways) = operation.get("security") else {
+                continue;
+            };
+            let takes_keys = ways.to_string().contains("api_key");
+            let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+            let path = path
+                .replace("{round}", "1")
+                .replace("{id}", &Uuid::nil().to_string())
+                .replace("{image}", &Uuid::nil().to_string());
+            let answer = with(&app, &key, method.clone(), &path, &Value::Null).await;
+            if takes_keys {
+                of_machines += 1;
+                assert_ne!(answer.status, 401, "{method} {path}: {answer:?}");
+                let scope = answer.text.contains("scope");
+                assert!(!scope, "{method} {path}: {answer:?}");
+            } else {
+                of_persons += 1;
+                assert_eq!(answer.status, 403, "{method} {path}: {answer:?}");
+            }
+        }
+    }
+    assert!(
+        of_machines > 20 && of_persons >= 7,
+        "{of_machines} {of_persons}"
+    );
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn an_api_key_is_shown_once_counted_and_revoked_on_every_node() {
+    let app = App::start().await;
+    let other_node = app.node().await;
+    let ada = User::new(&app, "ada", Role::Buyer).await;
+    let eve = User::new(&app, "eve", Role::Buyer).await;
+    let make =
+        async |body: Value| with(&app, &ada.token, Method::POST, "/v1/me/api-keys", &body).await;
+    let past = clock::now() - TimeDelta::minutes(1);
+    for (status, body) in [
+        (400, json!({"name": "x", "scopes": ["everything"]})),
+        (
+            400,
+            json!({"name": "x", "scopes": ["read"], "expires_at": null}),
+        ),
+        (422, json!({"name": "x", "scopes": []})),
+        (422, json!({"name": "x", "scopes": ["operate"]})),
+        (422, json!({"name": "", "scopes": ["read"]})),
+        (
+            422,
+            json!({"name": "x", "scopes": ["read"], "expires_at": past}),
+        ),
+    ] {
+        make(body).await.expect(status);
+    }
+
+    let (first, key) = ada.key(&app, &["buy", "read"]).await;
+    let listed = || {
+        with(
+            &app,
+            &ada.token,
+            Method::GET,
+            "/v1/me/api-keys",
+            &Value::Null,
+        )
+    };
+    let shown = listed().await.expect(200);
+    assert!(!shown.text.contains("sk_stockade_"), "{shown:?}");
+    let row = &shown.json()["data"][0];
+    assert_eq!(
+        (row["id"].as_str(), &row["scopes"], &row["last_used_at"]),
+        (Some(first.as_str()), &json!(["read", "buy"]), &Value::Null)
+    );
+    assert_eq!(look(&app, &key).await, 200);
+    let shown = listed().await.expect(200).json();
+    assert!(shown["data"][0]["last_used_at"].is_string(), "{shown}");
+
+    // PostgreSQL is asked now and then, about what may be a key.
+    let asked = counted(&app, "stockade_identity_keys_asked_total").await;
+    for _ in 0..20 {
+        assert_eq!(look(&app, &key).await, 200);
+    }
+    assert_eq!(
+        counted(&app, "stockade_identity_keys_asked_total").await,
+        asked
+    );
+    let wrong = ApiKey::random().unwrap().text();
+    let mistyped = format!("{}x", &wrong[..wrong.len() - 1]);
+    for _ in 0..20 {
+        assert_eq!(look(&app, &wrong).await, 401);
+        assert_eq!(look(&app, &mistyped).await, 401);
+    }
+    assert_eq!(
+        counted(&app, "stockade_identity_keys_asked_total").await,
+        asked + 1
+    );
+    // A flood of wrong ones is refused, and what is known goes on.
+    let flood = (0..300).map(|_| {
+        let key = ApiKey::random().unwrap().text();
+        app.request(Method::GET, "/v1/me").bearer_auth(key)
+    });
+    let (answers, known) = tokio::join!(app::crowd(flood), look(&app, &key));
+    assert_eq!(known, 200);
+    for answer in answers {
+        assert!(
+            answer.status == 401 || answer.header("retry-after").is_some(),
+            "{answer:?}"
+        );
+    }
+
+    // Whose key it is does not show.
+    let path = format!("/v1/me/api-keys/{first}");
+    with(&app, &eve.token, Method::DELETE, &path, &Value::Null)
+        .await
+        .expect(404);
+    let elsewhere = || app.request(Method::GET, "/v1/me").bearer_auth(&key);
+    send(other_node.ask(elsewhere())).await.expect(200);
+    with(&app, &ada.token, Method::DELETE, &path, &Value::Null)
+        .await
+        .expect(204);
+    assert_eq!(look(&app, &key).await, 401);
+    with(&app, &ada.token, Method::DELETE, &path, &Value::Null)
+        .await
+        .expect(404);
+    let refused = async {
+        while send(other_node.ask(elsewhere())).await.status != 401 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let within = Duration::from_mins(1);
+    tokio::time::timeout(within, refused).await.unwrap();
+
+    let soon = (clock::now() + TimeDelta::seconds(2)).to_rfc3339();
+    let short = make(json!({"name": "Short", "scopes": ["read"], "expires_at": soon})).await;
+    let short = short.expect(201).json();
+    let short = short["key"].as_str().unwrap();
+    assert_eq!(look(&app, short).await, 200);
+    while look(&app, short).await == 200 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // So many at once, and one more is one too many; one that has expired makes room.
+    let many = (0..25).map(|_| {
+        let body = json!({"name": "Many", "scopes": ["read"]});
+        app.request(Method::POST, "/v1/me/api-keys")
+            .bearer_auth(&ada.token)
+            .json(&body)
+    });
+    let made = app::crowd(many).await;
+    let made = made.iter().filter(|answer| answer.status == 201).count();
+    assert_eq!(made, 20);
+    make(json!({"name": "x", "scopes": ["read"]}))
+        .await
+        .expect(409);
+    // Users of another provider have no keys here.
+    let stranger = app.token(clock::new_id(), Role::Buyer);
+    let body = json!({"name": "x", "scopes": ["read"]});
+    with(&app, &stranger, Method::POST, "/v1/me/api-keys", &body)
+        .await
+        .expect(409);
+    other_node.stop().await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn nothing_passes_for_what_it_is_not() {
+    let app = App::start().await;
+    let ada = User::new(&app, "ada", Role::Buyer).await;
+    let (_, key) = ada.key(&app, &["read", "buy"]).await;
+    let foreign = ApiKey::random().unwrap().text();
+    let token = &app.token(clock::new_id(), Role::Buyer);
+    for (what, text, bears, refreshes) in [
+        ("access token", &ada.token, 200, 401),
+        ("access token of another signer", token, 200, 401),
+        ("API key", &key, 200, 401),
+        ("API key of nobody", &foreign, 401, 401),
+        ("password", &PASSWORD.to_owned(), 401, 401),
+        ("refresh token", &ada.refresh, 401, 200),
+    ] {
+        assert_eq!(look(&app, text).await, bears, "{what}");
+        let body = json!({"email": ada.email, "password": text});
+        if what != "password" {
+            // bcrypt reads 72 bytes, and a password has no more.
+            send(app.request(Method::POST, "/v1/auth/login").json(&body))
+                .await
+                .expect(401);
+        }
+        let body = json!({"refresh_token": text});
+        let answer = send(app.request(Method::POST, "/v1/auth/refresh").json(&body)).await;
+        assert_eq!(answer.status.as_u16(), refreshes, "{what}");
+    }
+    app.finish().await;
+}
+
+/// Two nodes behind one address each, restarted one after the other with other keys.
+struct Fleet {
+    nodes: Vec<Node>,
+    doors: Vec<watch::Sender<String>>,
+}
+
+impl Fleet {
+    async fn start(app: &App) -> Self {
+        let nodes = vec![app.node().await, app.node().await];
+        let doors = nodes.iter().map(|node| node.door().borrow().clone());
+        let doors = doors.map(watch::Sender::new).collect();
+        Self { nodes, doors }
+    }
+
+    /// Gives every node these keys; before and after each there are requests.
+    async fn roll(&mut self, app: &mut App, keys: &str, asked: &AtomicU64) {
+        app.set("STOCKADE_JWT_KEYS", keys);
+        for (node, door) in self.nodes.iter_mut().zip(&self.doors) {
+            some_more(asked).await;
+            let new = app.node().await;
+            door.send_replace(new.door().borrow().clone());
+            std::mem::replace(node, new).stop().await;
+        }
+        some_more(asked).await;
+    }
+}
+
+/// Waits until everybody has asked a few times more.
+async fn some_more(asked: &AtomicU64) {
+    let until = asked.load(Ordering::Relaxed) + 40;
+    let waiting = async {
+        while asked.load(Ordering::Relaxed) < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(app::PATIENCE, waiting).await.unwrap();
+}
+
+#[tokio::test]
+async fn signing_keys_change_under_load_without_a_single_refusal() {
+    const NEW: &str = "the key that comes after, 32 bytes";
+    let mut app = App::start().await;
+    let mut fleet = Fleet::start(&app).await;
+    let asked = Arc::new(AtomicU64::new(0));
+    let stop = CancellationToken::new();
+    let mut clients = JoinSet::new();
+    for number in 0..4 {
+        let user = User::new(&app, &format!("user{number}"), Role::Buyer).await;
+        let (asked, stop, url) = (Arc::clone(&asked), stop.clone(), app.url.clone());
+        let client = app.client.clone();
+        let mut doors: Vec<_> = fleet.doors.iter().map(watch::Sender::subscribe).collect();
+        clients.spawn(async move {
+            let (mut token, mut refresh) = (user.token, user.refresh);
+            while !stop.is_cancelled() {
+                // What one node has signed the other believes.
+                for _ in 0..4 {
+                    doors.rotate_left(1);
+                    let me = client.get(format!("{url}/v1/me")).bearer_auth(&token);
+                    app::insist(me, &doors).await.expect(200);
+                    asked.fetch_add(1, Ordering::Relaxed);
+                }
+                let next = client.post(format!("{url}/v1/auth/refresh"));
+                let next = next.json(&json!({"refresh_token": refresh}));
+                let grant = app::insist(next, &doors).await.expect(200).json();
+                token = grant["access_token"].as_str().unwrap().to_owned();
+                refresh = grant["refresh_token"].as_str().unwrap().to_owned();
+            }
+        });
+    }
+    let old = app::SECRET;
+    fleet
+        .roll(&mut app, &format!("1:{old},2:{NEW}"), &asked)
+        .await;
+    fleet
+        .roll(&mut app, &format!("2:{NEW},1:{old}"), &asked)
+        .await;
+    // By now every client has refreshed; what the old key signed would have expired.
+    some_more(&asked).await;
+    fleet.roll(&mut app, &format!("2:{NEW}"), &asked).await;
+    stop.cancel();
+    while let Some(ended) = clients.join_next().await {
+        ended.unwrap();
+    }
+
+    // The application's own node has the old key alone, these have the new one alone.
+    let signed_by = |id: &str, secret: &str| {
+        let bytes = secret.as_bytes();
+        let keys = TokenKeys::new(&[Secret { id, bytes }], 600).unwrap();
+        app::token(&keys, clock::new_id(), Role::Buyer)
+    };
+    for (id, secret, here, there) in [
+        ("1", old, 200, 401),
+        ("2", NEW, 401, 200),
+        ("1", NEW, 401, 401),
+        ("2", old, 401, 401),
+    ] {
+        let token = signed_by(id, secret);
+        assert_eq!(look(&app, &token).await, here, "key {id}");
+        let me = app.request(Method::GET, "/v1/me").bearer_auth(&token);
+        let answer = send(fleet.nodes[0].ask(me)).await;
+        assert_eq!(answer.status, there, "key {id}");
+    }
+    for node in fleet.nodes {
+        node.stop().await;
+    }
+    app.finish().await;
+}

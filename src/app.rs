@@ -475,10 +475,16 @@ async fn serve(
         .as_ref()
         .context("STOCKADE_JWT_SECRET is not set")?;
     let secret = secret.expose_secret().as_bytes();
-    let keys = [Secret {
-        id: "1",
-        bytes: secret,
-    }];
+    // Whatever else is derived from the secret stays as it is when these change.
+    let keys: Vec<_> = config
+        .token_keys()?
+        .into_iter()
+        .map(|(number, bytes)| (number.to_string(), bytes))
+        .collect();
+    let keys: Vec<_> = keys
+        .iter()
+        .map(|(id, bytes)| Secret { id, bytes })
+        .collect();
     let tokens = Arc::new(TokenKeys::new(&keys, LIFETIME_MAX_SECONDS)?);
     // One core stays for everybody who is logged in already.
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);

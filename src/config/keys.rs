@@ -91,10 +91,16 @@ keys! {
     /// Partitions that new sales are spread over, 1 to 1024. One Redis core serves one partition.
     partitions: u16 = "1", shown, "STOCKADE_PARTITIONS",
         danger: "";
-    /// Key of the access tokens (HMAC-SHA256, its UTF-8 bytes): at least 32 bytes.
+    /// Key of the access tokens (HMAC-SHA256, its UTF-8 bytes) unless `STOCKADE_JWT_KEYS` is set, and what other
+    /// keys are derived from: at least 32 bytes.
     /// Embedded: generated once and kept as `jwt_secret` in the data directory.
     jwt_secret: Option<SecretString> = unset, secret, "STOCKADE_JWT_SECRET",
         danger: "who knows it can sign a token for anyone, operators too";
+    /// Keys of the access tokens, as `2:<secret>,1:<secret>`: numbers 1 to 255, secrets of at least 32 bytes
+    /// without commas. The first signs, all verify, no other does: while they change, `STOCKADE_JWT_SECRET` is
+    /// among them as key 1.
+    jwt_keys: Option<SecretString> = unset, secret, "STOCKADE_JWT_KEYS",
+        danger: "give every node a new key before it is the first, or the others refuse its tokens";
     /// Keys of receipts (HMAC-SHA256), as `2:<secret>,1:<secret>`: numbers 1 to 255, secrets of at least 32
     /// bytes without commas. The first signs, all verify. A number stands for one secret for ever, and a key
     /// stays until the last retry of its orders. Key 1 is derived from `STOCKADE_JWT_SECRET` unless it is here.

@@ -14,7 +14,7 @@ use email_address::EmailAddress;
 use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 use tracing_subscriber::EnvFilter;
 
 use crate::faults;
@@ -203,22 +203,41 @@ impl Config {
         Ok(stores)
     }
 
+    /// The keys of access tokens by their numbers, the one that signs first; none when there is no
+    /// secret.
+    pub fn token_keys(&self) -> Result<Vec<(u8, &[u8])>, ConfigError> {
+        const KEY: &str = "STOCKADE_JWT_KEYS";
+        let Some(list) = &self.jwt_keys else {
+            let secret = self.jwt_secret.as_ref();
+            return Ok(secret
+                .map(|secret| (1, secret.expose_secret().as_bytes()))
+                .into_iter()
+                .collect());
+        };
+        let keys = numbered(KEY, list)?;
+        for (place, (number, secret)) in keys.iter().enumerate() {
+            if *number == 0 {
+                return Err(value(KEY, "number 0 stands for no key: take 1 to 255"));
+            }
+            if keys[..place].iter().any(|(known, _)| known == number) {
+                return Err(value(KEY, &format!("has key {number} twice")));
+            }
+            strong(KEY, &format!("key {number}"), secret)?;
+        }
+        Ok(keys)
+    }
+
     /// The keys of receipts; `None` when there is nothing to make one from.
     pub fn receipt_keys(&self) -> Result<Option<ReceiptKeys>, ConfigError> {
         const KEY: &str = "STOCKADE_RECEIPT_KEYS";
         let mut keys: Vec<(u8, &[u8])> = Vec::new();
         if let Some(list) = &self.receipt_keys {
-            for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
-                // What is written may be half a secret: it is never repeated.
-                let parts = entry.trim().split_once(':');
-                let key = parts.and_then(|(number, secret)| Some((number.parse().ok()?, secret)));
-                let (number, secret): (u8, &str) = key.ok_or_else(|| {
-                    let problem = format!(
-                        "entry {place} is not `<number>:<secret>`, with a number of 1 to 255"
-                    );
-                    value(KEY, &problem)
-                })?;
-                keys.push((number, secret.as_bytes()));
+            keys = numbered(KEY, list)?;
+            for (number, secret) in &keys {
+                if guessable(secret) {
+                    let problem = format!("key {number} is one that anybody would try first");
+                    return Err(value(KEY, &problem));
+                }
             }
         }
         let derived = self
@@ -366,16 +385,9 @@ impl Config {
             ("STOCKADE_CERTIFICATE_KEY", &self.certificate_key),
         ] {
             let Some(secret) = secret else { continue };
-            let bytes = secret.expose_secret().len();
-            if bytes < JWT_SECRET_BYTES_MIN {
-                return Err(value(
-                    key,
-                    &format!(
-                        "is too weak: {bytes} bytes, at least {JWT_SECRET_BYTES_MIN} needed (`openssl rand -hex 32` makes a good one)"
-                    ),
-                ));
-            }
+            strong(key, "the secret", secret.expose_secret().as_bytes())?;
         }
+        self.token_keys()?;
         self.receipt_keys()?;
         self.check_gateways()?;
         if let Some(email) = &self.operator_email
@@ -423,6 +435,87 @@ fn value(key: &'static str, problem: &str) -> ConfigError {
         key,
         problem: problem.to_owned(),
     }
+}
+
+/// Reads `<number>:<secret>,…`.
+fn numbered<'a>(
+    key: &'static str,
+    list: &'a SecretString,
+) -> Result<Vec<(u8, &'a [u8])>, ConfigError> {
+    let mut keys = Vec::new();
+    for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
+        // What is written may be half a secret: it is never repeated.
+        let parts = entry.trim().split_once(':');
+        let read = parts.and_then(|(number, secret)| Some((number.parse().ok()?, secret)));
+        let (number, secret): (u8, &str) = read.ok_or_else(|| {
+            let problem =
+                format!("entry {place} is not `<number>:<secret>`, with a number of 1 to 255");
+            value(key, &problem)
+        })?;
+        keys.push((number, secret.as_bytes()));
+    }
+    Ok(keys)
+}
+
+/// Refuses a secret that is short, or that anybody would try.
+fn strong(key: &'static str, what: &str, secret: &[u8]) -> Result<(), ConfigError> {
+    let remedy = "`openssl rand -hex 32` makes a good one";
+    let bytes = secret.len();
+    if bytes < JWT_SECRET_BYTES_MIN {
+        let problem = format!(
+            "{what} is too weak: {bytes} bytes, at least {JWT_SECRET_BYTES_MIN} needed ({remedy})"
+        );
+        return Err(value(key, &problem));
+    }
+    if guessable(secret) {
+        let problem = format!("{what} is one that anybody would try first ({remedy})");
+        return Err(value(key, &problem));
+    }
+    Ok(())
+}
+
+/// Whether a secret of many bytes is made of next to nothing: a few characters over and over, or the
+/// words that stand in examples where a secret belongs.
+fn guessable(secret: &[u8]) -> bool {
+    // Hexadecimal digits at random have fewer than six in one secret of 10^20.
+    const CHARACTERS_MIN: usize = 6;
+    // Longer ones first: one is taken off after the other.
+    const WORDS: &[&str] = &[
+        "placeholder",
+        "password",
+        "changeme",
+        "stockade",
+        "insecure",
+        "default",
+        "example",
+        "replace",
+        "secret",
+        "change",
+        "please",
+        "token",
+        "super",
+        "your",
+        "this",
+        "here",
+        "jwt",
+        "key",
+        "me",
+        "my",
+    ];
+    let mut characters: Vec<u8> = secret.to_vec();
+    characters.sort_unstable();
+    characters.dedup();
+    if characters.len() < CHARACTERS_MIN {
+        return true;
+    }
+    let text = String::from_utf8_lossy(secret).to_lowercase();
+    let mut words = text.split(|c: char| !c.is_alphabetic());
+    words.all(|mut rest| {
+        while let Some(behind) = WORDS.iter().find_map(|word| rest.strip_prefix(word)) {
+            rest = behind;
+        }
+        rest.is_empty()
+    })
 }
 
 fn within<N: Copy + PartialOrd + std::fmt::Display>(
@@ -647,6 +740,39 @@ mod tests {
                 "0123456789012345678901234567890",
                 "31 bytes",
             ),
+            (
+                "STOCKADE_JWT_SECRET",
+                "changeme-changeme-changeme-changeme",
+                "anybody would try",
+            ),
+            (
+                "STOCKADE_JWT_SECRET",
+                "My_Super_Secret_JWT_Key_please_change_me_123",
+                "anybody would try",
+            ),
+            (
+                "STOCKADE_CERTIFICATE_KEY",
+                &"x".repeat(32),
+                "anybody would try",
+            ),
+            ("STOCKADE_JWT_KEYS", "2:short", "key 2 is too weak: 5 bytes"),
+            ("STOCKADE_JWT_KEYS", LONG, "entry 1 is not"),
+            ("STOCKADE_JWT_KEYS", &format!("0:{LONG}"), "number 0"),
+            (
+                "STOCKADE_JWT_KEYS",
+                &format!("1:{LONG},1:{LONG}"),
+                "key 1 twice",
+            ),
+            (
+                "STOCKADE_JWT_KEYS",
+                &format!("2:{LONG},1:{}", "ab".repeat(16)),
+                "key 1 is one that anybody",
+            ),
+            (
+                "STOCKADE_RECEIPT_KEYS",
+                &format!("2:{}", "secret".repeat(6)),
+                "key 2 is one that anybody",
+            ),
             ("STOCKADE_HTTP_ADDR", "8080", "socket address"),
             ("STOCKADE_BCRYPT_COST", "9", "10 to 16"),
             ("STOCKADE_BCRYPT_COST", "ten", "u32"),
@@ -683,6 +809,33 @@ mod tests {
             );
             assert!(!line.contains(LONG), "{line}");
         }
+    }
+
+    #[test]
+    fn what_nobody_would_guess_is_no_weak_secret() {
+        for good in [
+            LONG,
+            "correct horse battery staple, 32+ bytes",
+            "6f1c0d9a6f1c0d9a6f1c0d9a6f1c0d9a",
+            "a secret of the tests, 32 bytes!",
+            "kkE2Jr0yWm3mS0mekeymyT8qYwq9v0sB",
+        ] {
+            assert!(!guessable(good.as_bytes()), "{good}");
+        }
+    }
+
+    #[test]
+    fn the_first_token_key_signs_and_no_other_is_believed() {
+        let keys = |vars: &[(&str, &str)]| {
+            let config = load(vars).unwrap();
+            let keys = config.token_keys().unwrap();
+            keys.iter().map(|(number, _)| *number).collect::<Vec<_>>()
+        };
+        let jwt = ("STOCKADE_JWT_SECRET", LONG);
+        let list = &format!("3:{LONG}, 2:{LONG}");
+        assert_eq!(keys(&[]), [0; 0]);
+        assert_eq!(keys(&[jwt]), [1]);
+        assert_eq!(keys(&[jwt, ("STOCKADE_JWT_KEYS", list)]), [3, 2]);
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::{
         barred::Barred,
         bearer::Bearers,
         email::Email,
+        outside::{Outside, Provider},
         password::PasswordHasher,
         session::Successors,
         token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
@@ -508,6 +509,7 @@ async fn serve(
     let bearers = Bearers::new(
         Arc::clone(&tokens),
         Arc::clone(&api_keys),
+        outside(config, life)?,
         Arc::clone(&barred),
     );
     let accounts = Accounts {
@@ -681,6 +683,42 @@ async fn serve(
         app.admin_addr = Some(listen(addr, router, connections, "admin", life)?);
     }
     Ok(())
+}
+
+/// The identity provider beside our own accounts, if there is one.
+fn outside(config: &Config, life: &Lifecycle) -> anyhow::Result<Option<Arc<Outside>>> {
+    let (Some(keys_url), Some(issuer), Some(audience)) =
+        (&config.jwks_url, &config.jwt_issuer, &config.jwt_audience)
+    else {
+        return Ok(None);
+    };
+    let list = |text: &str| {
+        let words = text.split(',').map(str::trim);
+        words
+            .filter(|word| !word.is_empty())
+            .map(str::to_owned)
+            .collect()
+    };
+    let roles = &config.jwt_role_claim;
+    let provider = Provider {
+        keys_url: keys_url.clone(),
+        issuer: issuer.clone(),
+        audience: audience.clone(),
+        roles: if roles.starts_with('/') {
+            roles.clone()
+        } else {
+            format!("/{roles}")
+        },
+        operators: list(&config.jwt_operator_roles),
+        admins: list(&config.jwt_admin_roles),
+    };
+    let outside = Arc::new(Outside::new(provider).context("STOCKADE_JWKS_URL")?);
+    let (keys, stop) = (Arc::clone(&outside), life.token(Stage::Background));
+    life.spawn(Stage::Background, "identity provider", async move {
+        keys.run(stop).await;
+        Ok(())
+    });
+    Ok(Some(outside))
 }
 
 /// The gateways that the configuration has, and the toy bank by itself: it has to be asked for its

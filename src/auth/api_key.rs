@@ -515,7 +515,8 @@ mod tests {
         let learnt = |age: Duration| {
             let asked_at = Instant::now().checked_sub(age).unwrap();
             let machine = Some(Arc::clone(&machine));
-            keys.learn(key.hash(), machine, asked_at, keys.lock().forgotten);
+            let forgotten = keys.lock().forgotten;
+            keys.learn(key.hash(), machine, asked_at, forgotten);
         };
         for (age, asked, known) in [
             (Duration::ZERO, 0, true),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{
     api_key::{ApiKeys, Machine, PREFIX},
     barred::Barred,
+    outside::Outside,
     token::{Identity, Invalid, TokenKeys},
 };
 use crate::store::StoreError;
@@ -27,6 +28,9 @@ pub enum BearerError {
     /// So many unknown keys come that one more would only wait longer.
     #[error("too many keys are being looked up")]
     Busy,
+    /// The identity provider has not given its keys yet.
+    #[error("the keys of the identity provider are not known")]
+    Provider,
     /// PostgreSQL did not say whose key it is.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -43,15 +47,23 @@ impl From<Invalid> for BearerError {
 pub struct Bearers {
     tokens: Arc<TokenKeys>,
     keys: Arc<ApiKeys>,
+    outside: Option<Arc<Outside>>,
     barred: Arc<Barred>,
 }
 
 impl Bearers {
-    /// Those of these tokens and keys who are not barred.
-    pub fn new(tokens: Arc<TokenKeys>, keys: Arc<ApiKeys>, barred: Arc<Barred>) -> Self {
+    /// Those of these tokens and keys, and of another identity provider if there is one, who are not
+    /// barred.
+    pub fn new(
+        tokens: Arc<TokenKeys>,
+        keys: Arc<ApiKeys>,
+        outside: Option<Arc<Outside>>,
+        barred: Arc<Barred>,
+    ) -> Self {
         Self {
             tokens,
             keys,
+            outside,
             barred,
         }
     }
@@ -66,7 +78,10 @@ impl Bearers {
             let identity = machine.identity();
             (Bearer::Machine(machine), identity)
         } else {
-            let identity = self.tokens.verify(text)?;
+            let identity = match (self.tokens.verify(text), &self.outside) {
+                (Err(Invalid), Some(outside)) => outside.verify(text).await?,
+                (ours, _) => ours?,
+            };
             (Bearer::Person(identity), identity)
         };
         if self.barred.bars(&identity) {
@@ -92,7 +107,7 @@ pub(crate) mod tests {
         let barred = Barred::new(Sessions::new(database.clone()), metrics.clone());
         let api_keys = ApiKeys::new(ApiKeyTable::new(database), metrics);
         let tokens = Arc::new(keys());
-        let bearers = Bearers::new(tokens, Arc::new(api_keys), Arc::new(barred));
+        let bearers = Bearers::new(tokens, Arc::new(api_keys), None, Arc::new(barred));
         Arc::new(bearers)
     }
 }

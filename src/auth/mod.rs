@@ -5,6 +5,7 @@ pub mod api_key;
 pub mod barred;
 pub mod bearer;
 pub mod email;
+pub mod outside;
 pub mod password;
 pub mod session;
 pub mod token;

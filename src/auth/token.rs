@@ -29,14 +29,14 @@ pub const LIFETIME_MAX_SECONDS: u32 = 600;
 pub const SECRET_MIN_BYTES: usize = 32;
 
 /// How far the clocks of signer and verifier may be apart, in seconds.
-const LEEWAY_SECONDS: i64 = 30;
+pub(super) const LEEWAY_SECONDS: i64 = 30;
 
 /// What of a token's header decides whether to believe it.
 #[derive(Deserialize)]
-struct TokenHeader {
-    alg: Algorithm,
-    typ: String,
-    kid: Option<String>,
+pub(super) struct TokenHeader {
+    pub(super) alg: Algorithm,
+    pub(super) typ: Option<String>,
+    pub(super) kid: Option<String>,
     // A token that brings or points to a key of its own, or asks for an extension that must be
     // understood, is refused rather than read without it.
     jku: Option<IgnoredAny>,
@@ -52,8 +52,16 @@ impl TokenHeader {
     /// server's choice, never the token's.
     fn is_plain(&self) -> bool {
         self.alg == Algorithm::HS256
-            && self.typ.eq_ignore_ascii_case(TYPE)
-            && self.jku.is_none()
+            && self
+                .typ
+                .as_ref()
+                .is_some_and(|typ| typ.eq_ignore_ascii_case(TYPE))
+            && self.is_self_contained()
+    }
+
+    /// Whether it neither brings a key nor points to one, and needs nothing to be understood.
+    pub(super) fn is_self_contained(&self) -> bool {
+        self.jku.is_none()
             && self.jwk.is_none()
             && self.x5u.is_none()
             && self.x5c.is_none()
@@ -109,7 +117,7 @@ impl Audience {
 }
 
 /// Reads a part of a token.
-fn part<T: DeserializeOwned>(text: &str) -> Result<T, Invalid> {
+pub(super) fn part<T: DeserializeOwned>(text: &str) -> Result<T, Invalid> {
     let json = BASE64_URL_SAFE_NO_PAD.decode(text).map_err(|_| Invalid)?;
     serde_json::from_slice(&json).map_err(|_| Invalid)
 }

@@ -101,6 +101,26 @@ keys! {
     /// among them as key 1.
     jwt_keys: Option<SecretString> = unset, secret, "STOCKADE_JWT_KEYS",
         danger: "give every node a new key before it is the first, or the others refuse its tokens";
+    /// Where the keys of another identity provider are (a JWKS, `https://…`). With its issuer and our audience its
+    /// access tokens (RS256, ES256) are taken besides our own.
+    jwks_url: Option<String> = unset, shown, "STOCKADE_JWKS_URL",
+        danger: "whoever answers there can sign a token for anyone, operators too";
+    /// `iss` of that provider's tokens, to the letter.
+    jwt_issuer: Option<String> = unset, shown, "STOCKADE_JWT_ISSUER",
+        danger: "";
+    /// What `aud` of that provider's tokens must have: the name that it has for this API.
+    jwt_audience: Option<String> = unset, shown, "STOCKADE_JWT_AUDIENCE",
+        danger: "the name of a client instead of an API lets its ID tokens in";
+    /// The claim of that provider's tokens with one role or several: a name, or a JSON pointer
+    /// (`/realm_access/roles`).
+    jwt_role_claim: String = "role", shown, "STOCKADE_JWT_ROLE_CLAIM",
+        danger: "";
+    /// Values of that claim that mean operator, separated by commas. Whoever has none is a buyer.
+    jwt_operator_roles: String = "", shown, "STOCKADE_JWT_OPERATOR_ROLES",
+        danger: "whoever gives these roles decides who runs sales";
+    /// Values of that claim that mean admin, separated by commas.
+    jwt_admin_roles: String = "", shown, "STOCKADE_JWT_ADMIN_ROLES",
+        danger: "admins manage users";
     /// Keys of receipts (HMAC-SHA256), as `2:<secret>,1:<secret>`: numbers 1 to 255, secrets of at least 32
     /// bytes without commas. The first signs, all verify. A number stands for one secret for ever, and a key
     /// stays until the last retry of its orders. Key 1 is derived from `STOCKADE_JWT_SECRET` unless it is here.

@@ -234,7 +234,8 @@ impl Config {
         if let Some(list) = &self.receipt_keys {
             keys = numbered(KEY, list)?;
             for (number, secret) in &keys {
-                if guessable(secret) {
+                // How short one may be the keys themselves say.
+                if secret.len() >= JWT_SECRET_BYTES_MIN && guessable(secret) {
                     let problem = format!("key {number} is one that anybody would try first");
                     return Err(value(KEY, &problem));
                 }
@@ -268,6 +269,22 @@ impl Config {
         }
     }
 
+    /// Half of an identity provider lets nobody in, or too many.
+    fn check_provider(&self) -> Result<(), ConfigError> {
+        let parts = [&self.jwks_url, &self.jwt_issuer, &self.jwt_audience];
+        let there = |part: &&Option<String>| part.as_ref().is_some_and(|text| !text.is_empty());
+        let count = parts.iter().filter(|part| there(part)).count();
+        if count != 0 && count != parts.len() {
+            return Err(ConfigError::Relation(
+                "STOCKADE_JWKS_URL, STOCKADE_JWT_ISSUER and STOCKADE_JWT_AUDIENCE belong together: set all, or none",
+            ));
+        }
+        if self.jwt_role_claim.is_empty() {
+            return Err(value("STOCKADE_JWT_ROLE_CLAIM", "is empty"));
+        }
+        Ok(())
+    }
+
     /// Half of a gateway takes money that nobody hears of.
     fn check_gateways(&self) -> Result<(), ConfigError> {
         match (&self.stripe_secret_key, &self.stripe_webhook_secret) {
@@ -294,6 +311,7 @@ impl Config {
             ));
         }
         for (key, url) in [
+            ("STOCKADE_JWKS_URL", self.jwks_url.as_ref()),
             ("STOCKADE_STRIPE_URL", Some(&self.stripe_url)),
             ("STOCKADE_PAYPAL_URL", Some(&self.paypal_url)),
             (
@@ -390,6 +408,7 @@ impl Config {
         self.token_keys()?;
         self.receipt_keys()?;
         self.check_gateways()?;
+        self.check_provider()?;
         if let Some(email) = &self.operator_email
             && !EmailAddress::is_valid(email)
         {
@@ -509,13 +528,15 @@ fn guessable(secret: &[u8]) -> bool {
         return true;
     }
     let text = String::from_utf8_lossy(secret).to_lowercase();
-    let mut words = text.split(|c: char| !c.is_alphabetic());
-    words.all(|mut rest| {
-        while let Some(behind) = WORDS.iter().find_map(|word| rest.strip_prefix(word)) {
-            rest = behind;
-        }
-        rest.is_empty()
-    })
+    let words = text.split(|c: char| !c.is_alphabetic());
+    let mut words = words.filter(|word| !word.is_empty()).peekable();
+    words.peek().is_some()
+        && words.all(|mut rest| {
+            while let Some(behind) = WORDS.iter().find_map(|word| rest.strip_prefix(word)) {
+                rest = behind;
+            }
+            rest.is_empty()
+        })
 }
 
 fn within<N: Copy + PartialOrd + std::fmt::Display>(
@@ -712,6 +733,19 @@ mod tests {
                 "{line}"
             );
         }
+    }
+
+    #[test]
+    fn half_of_an_identity_provider_is_refused() {
+        let url = ("STOCKADE_JWKS_URL", "https://id.example.org/keys");
+        let issuer = ("STOCKADE_JWT_ISSUER", "https://id.example.org");
+        let audience = ("STOCKADE_JWT_AUDIENCE", "shop");
+        assert!(load(&[url, issuer, audience]).is_ok());
+        for half in [&[url][..], &[issuer], &[url, audience]] {
+            assert!(refusal(half).contains("belong together"), "{half:?}");
+        }
+        let plain = ("STOCKADE_JWKS_URL", "http://id.example.org/keys");
+        assert!(refusal(&[plain, issuer, audience]).starts_with("STOCKADE_JWKS_URL: "));
     }
 
     #[test]

@@ -111,7 +111,7 @@ impl From<KeyError> for Problem {
 /// For a machine that acts for me, with the `scopes` that it needs: `read` to look, `buy` to change
 /// what is mine, `operate` for what operators do. A scope never widens my role, and no key manages
 /// accounts. 20 keys at most.
-#[utoipa::path(post, path = "/v1/me/api-keys", tag = "accounts", request_body = KeyOrder,
+#[utoipa::path(post, path = "/v1/me/api-keys", tag = "api_keys", request_body = KeyOrder,
     responses((status = 201, description = "The key", body = KeyMade)))]
 async fn make(
     Person(identity): Person,
@@ -148,7 +148,7 @@ async fn make(
 /// List my API keys
 ///
 /// Newest first, all of them.
-#[utoipa::path(get, path = "/v1/me/api-keys", tag = "accounts",
+#[utoipa::path(get, path = "/v1/me/api-keys", tag = "api_keys",
     responses((status = 200, description = "The keys", body = Keys)))]
 async fn list(
     Person(identity): Person,
@@ -163,7 +163,7 @@ async fn list(
 /// Revoke an API key
 ///
 /// The node that is asked refuses it at once, the others within a minute.
-#[utoipa::path(delete, path = "/v1/me/api-keys/{id}", tag = "accounts",
+#[utoipa::path(delete, path = "/v1/me/api-keys/{id}", tag = "api_keys",
     params(("id" = Uuid, Path)),
     responses((status = 204, description = "It is revoked")))]
 async fn revoke(

@@ -117,6 +117,7 @@ where
             Problem::new(Code::Unauthenticated, "A valid access token is required.")
         }
         BearerError::Busy => Problem::unavailable("Too many API keys are being looked up."),
+        BearerError::Provider => Problem::unavailable("The identity provider does not answer."),
         BearerError::Store(error) => Problem::from(error).of_reading(),
     })?;
     Origin::acts(|| match &known {

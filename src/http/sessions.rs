@@ -98,7 +98,7 @@ pub(super) fn user_agent(headers: &HeaderMap) -> Option<String> {
 ///
 /// Those that last, newest first. One that is not used for seven days ends, and each ends after
 /// thirty.
-#[utoipa::path(get, path = "/v1/me/sessions", tag = "accounts", params(PageQuery),
+#[utoipa::path(get, path = "/v1/me/sessions", tag = "sessions", params(PageQuery),
     responses((status = 200, description = "A page", body = Page<SessionView>)))]
 async fn list(
     Person(identity): Person,
@@ -118,7 +118,7 @@ async fn list(
 ///
 /// Its refresh token is refused from now on. Its access token is refused at once by the node that
 /// is asked, and within a minute by the others.
-#[utoipa::path(delete, path = "/v1/me/sessions/{id}", tag = "accounts",
+#[utoipa::path(delete, path = "/v1/me/sessions/{id}", tag = "sessions",
     params(("id" = Uuid, Path)),
     responses((status = 204, description = "It has ended")))]
 async fn end(
@@ -136,7 +136,7 @@ async fn end(
 /// Log out everywhere
 ///
 /// Ends all my sessions, this one too. API keys stay.
-#[utoipa::path(post, path = "/v1/auth/logout-all", tag = "accounts",
+#[utoipa::path(post, path = "/v1/auth/logout-all", tag = "sessions",
     responses((status = 204, description = "All sessions have ended")))]
 async fn logout_all(
     Person(identity): Person,
@@ -150,7 +150,7 @@ async fn logout_all(
 /// Change my password
 ///
 /// Ends all my other sessions. API keys stay.
-#[utoipa::path(post, path = "/v1/auth/password", tag = "accounts", request_body = PasswordChange,
+#[utoipa::path(post, path = "/v1/auth/password", tag = "sessions", request_body = PasswordChange,
     responses((status = 204, description = "The password has changed")))]
 async fn change_password(
     Person(identity): Person,

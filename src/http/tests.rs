@@ -183,6 +183,7 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     let bearers = Arc::new(Bearers::new(
         Arc::clone(&tokens),
         Arc::clone(&api_keys),
+        None,
         Arc::clone(&barred),
     ));
     let accounts = Accounts {

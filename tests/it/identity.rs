@@ -2,13 +2,27 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use aws_lc_rs::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair},
+};
+use axum::{
+    Router,
+    body::Body,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Redirect, Response},
+    routing::get,
+};
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use chrono::TimeDelta;
+use futures::stream;
 use reqwest::Method;
 use serde_json::{Value, json};
 use stockade::{
@@ -19,7 +33,7 @@ use stockade::{
     },
     clock,
 };
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -438,5 +452,205 @@ async fn signing_keys_change_under_load_without_a_single_refusal() {
     for node in fleet.nodes {
         node.stop().await;
     }
+    app.finish().await;
+}
+
+/// An identity provider of its own: keys under `/keys`, as they are at the moment.
+#[derive(Clone, Default)]
+struct Provider(Arc<Mutex<Given>>);
+
+#[derive(Default)]
+struct Given {
+    /// Its keys; none, and it does not answer.
+    keys: Option<Value>,
+    /// Sends everybody elsewhere instead.
+    elsewhere: bool,
+    /// Never ends its answer.
+    endless: bool,
+    asked: u64,
+}
+
+impl Provider {
+    /// Answers on a port of its own; gives the address of its keys.
+    async fn listen(&self) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new()
+            .route("/keys", get(async |State(it): State<Self>| it.answer()))
+            .route(
+                "/elsewhere",
+                get(async |State(it): State<Self>| it.answer_elsewhere()),
+            )
+            .with_state(self.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        format!("{url}/keys")
+    }
+
+    fn answer(&self) -> Response {
+        let mut given = self.0.lock().unwrap();
+        given.asked += 1;
+        if given.elsewhere {
+            return Redirect::temporary("/elsewhere").into_response();
+        }
+        if given.endless {
+            let chunk = || Ok::<_, std::io::Error>(vec![b' '; 16 * 1024]);
+            return Body::from_stream(stream::iter(std::iter::repeat_with(chunk))).into_response();
+        }
+        match &given.keys {
+            Some(keys) => axum::Json(json!({"keys": keys})).into_response(),
+            None => StatusCode::BAD_GATEWAY.into_response(),
+        }
+    }
+
+    fn answer_elsewhere(&self) -> Response {
+        let keys = self.0.lock().unwrap().keys.clone();
+        axum::Json(json!({"keys": keys})).into_response()
+    }
+
+    fn give(&self, change: impl FnOnce(&mut Given)) {
+        change(&mut self.0.lock().unwrap());
+    }
+
+    /// Waits until it was asked so often.
+    async fn asked(&self, times: u64) {
+        let waiting = async {
+            while self.0.lock().unwrap().asked < times {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(app::PATIENCE, waiting).await.unwrap();
+    }
+}
+
+/// A key of the provider, and its public half under a name.
+struct Signer(EcdsaKeyPair, &'static str);
+
+impl Signer {
+    fn new(kid: &'static str) -> Self {
+        Self(
+            EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap(),
+            kid,
+        )
+    }
+
+    fn public(&self) -> Value {
+        let point = self.0.public_key().as_ref();
+        json!({
+            "kty": "EC", "crv": "P-256", "kid": self.1, "use": "sig", "alg": "ES256",
+            "x": BASE64_URL_SAFE_NO_PAD.encode(&point[1..33]),
+            "y": BASE64_URL_SAFE_NO_PAD.encode(&point[33..65]),
+        })
+    }
+
+    fn token(&self, subject: &str, groups: &[&str]) -> String {
+        let header = json!({"alg": "ES256", "kid": self.1, "typ": "at+jwt"});
+        let claims = json!({
+            "iss": "https://id.example.org/", "aud": ["shop", "other"], "sub": subject,
+            "exp": clock::now().timestamp() + 300, "groups": groups,
+        });
+        let [header, claims] =
+            [header, claims].map(|part| BASE64_URL_SAFE_NO_PAD.encode(part.to_string()));
+        let message = format!("{header}.{claims}");
+        let signature = self
+            .0
+            .sign(&SystemRandom::new(), message.as_bytes())
+            .unwrap();
+        format!("{message}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature))
+    }
+}
+
+#[tokio::test]
+async fn tokens_of_an_outside_provider_are_taken_whether_it_is_there_or_not() {
+    let provider = Provider::default();
+    let (first, second) = (Signer::new("first"), Signer::new("second"));
+    provider.give(|given| given.elsewhere = true);
+    let url = provider.listen().await;
+    let mut app = App::without_node(&[
+        ("STOCKADE_JWKS_URL", &url),
+        ("STOCKADE_JWT_ISSUER", "https://id.example.org/"),
+        ("STOCKADE_JWT_AUDIENCE", "shop"),
+        ("STOCKADE_JWT_ROLE_CLAIM", "groups"),
+        ("STOCKADE_JWT_OPERATOR_ROLES", "sellers, staff"),
+        ("STOCKADE_JWT_ADMIN_ROLES", "it"),
+    ])
+    .await;
+    provider.give(|given| given.keys = Some(json!([first.public()])));
+    app.run().await;
+    provider.asked(1).await;
+    let token = first.token("auth0|7", &["customers"]);
+    // It sends us elsewhere, where we do not go; so nobody knows yet whether this is genuine.
+    assert_eq!(look(&app, &token).await, 503);
+    assert_eq!(look(&app, "nonsense").await, 401);
+    provider.give(|given| (given.elsewhere, given.endless) = (false, true));
+    provider.asked(2).await;
+    assert_eq!(look(&app, &token).await, 503);
+    provider.give(|given| given.endless = false);
+    let known = async {
+        while look(&app, &token).await != 200 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(app::PATIENCE, known).await.unwrap();
+
+    // It has keys: they stay while it is away, and its subjects are always the same users.
+    provider.give(|given| given.keys = None);
+    let me = async |token: &str| {
+        let answer = with(&app, token, Method::GET, "/v1/me", &Value::Null).await;
+        answer.expect(200).json()
+    };
+    let seven = me(&token).await;
+    assert_eq!(
+        (&seven["role"], &seven["email"]),
+        (&json!("buyer"), &Value::Null)
+    );
+    assert_eq!(
+        me(&first.token("auth0|7", &["staff"])).await["id"],
+        seven["id"]
+    );
+    assert_ne!(me(&first.token("auth0|8", &[])).await["id"], seven["id"]);
+    for (groups, role) in [
+        (&["staff"][..], "operator"),
+        (&["x", "it"], "admin"),
+        (&["Staff"], "buyer"),
+    ] {
+        assert_eq!(me(&first.token("auth0|7", groups)).await["role"], role);
+    }
+    let sale = app.sale(json!({"allocation": 2})).await;
+    let path = format!("/v1/sales/{}/orders", id(&sale));
+    let order = with(&app, &token, Method::POST, &path, &json!({"quantity": 1})).await;
+    assert_eq!(order.expect(201).json()["buyer_id"], seven["id"]);
+    let path = format!("/v1/sales/{}/restock", id(&sale));
+    let body = json!({"units": 1});
+    with(&app, &token, Method::POST, &path, &body)
+        .await
+        .expect(403);
+    let staff = first.token("auth0|9", &["sellers"]);
+    with(&app, &staff, Method::POST, &path, &body)
+        .await
+        .expect(200);
+
+    // Another key: whoever brings it makes us look, and a thousand who make one up do not make us
+    // look more often.
+    let before = provider.0.lock().unwrap().asked;
+    provider.give(|given| given.keys = Some(json!([second.public()])));
+    let made_up = Signer::new("made up").token("auth0|7", &["it"]);
+    let crowd = (0..200).map(|_| app.request(Method::GET, "/v1/me").bearer_auth(&made_up));
+    for answer in app::crowd(crowd).await {
+        assert_eq!(answer.status, 401);
+    }
+    assert!(provider.0.lock().unwrap().asked <= before + 1);
+    let token = second.token("auth0|7", &[]);
+    let known = async {
+        while look(&app, &token).await != 200 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(app::PATIENCE, known).await.unwrap();
+    // What the provider has taken back is gone, and our own tokens were there all the time.
+    assert_eq!(look(&app, &first.token("auth0|7", &[])).await, 401);
+    assert_eq!(
+        look(&app, &app.token(clock::new_id(), Role::Buyer)).await,
+        200
+    );
     app.finish().await;
 }

@@ -96,9 +96,8 @@ keys! {
     /// Embedded: generated once and kept as `jwt_secret` in the data directory.
     jwt_secret: Option<SecretString> = unset, secret, "STOCKADE_JWT_SECRET",
         danger: "who knows it can sign a token for anyone, operators too";
-    /// Keys of the access tokens, as `2:<secret>,1:<secret>`: numbers 1 to 255, secrets of at least 32 bytes
-    /// without commas. The first signs, all verify, no other does: while they change, `STOCKADE_JWT_SECRET` is
-    /// among them as key 1.
+    /// Keys of the access tokens, as `2:<secret>,1`: numbers 1 to 255, secrets of at least 32 bytes without
+    /// commas; a bare `1` is `STOCKADE_JWT_SECRET`. The first signs, all verify, and no other does.
     jwt_keys: Option<SecretString> = unset, secret, "STOCKADE_JWT_KEYS",
         danger: "give every node a new key before it is the first, or the others refuse its tokens";
     /// Where the keys of another identity provider are (a JWKS, `https://…`). With its issuer and our audience its

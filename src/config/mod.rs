@@ -14,7 +14,7 @@ use email_address::EmailAddress;
 use figment::providers::{Format, Toml};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use tracing_subscriber::EnvFilter;
 
 use crate::faults;
@@ -207,22 +207,27 @@ impl Config {
     /// secret.
     pub fn token_keys(&self) -> Result<Vec<(u8, &[u8])>, ConfigError> {
         const KEY: &str = "STOCKADE_JWT_KEYS";
+        let own = self.jwt_secret.as_ref();
+        let own = own.map(|secret| (1, secret.expose_secret().as_bytes()));
         let Some(list) = &self.jwt_keys else {
-            let secret = self.jwt_secret.as_ref();
-            return Ok(secret
-                .map(|secret| (1, secret.expose_secret().as_bytes()))
-                .into_iter()
-                .collect());
+            return Ok(own.into_iter().collect());
         };
-        let keys = numbered(KEY, list)?;
-        for (place, (number, secret)) in keys.iter().enumerate() {
-            if *number == 0 {
+        let mut keys: Vec<(u8, &[u8])> = Vec::new();
+        for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
+            let (number, secret) = match (entry.trim(), own) {
+                ("1", Some(own)) => own,
+                // Embedded, it is made later.
+                ("1", None) => continue,
+                (entry, _) => numbered(KEY, place, entry)?,
+            };
+            if number == 0 {
                 return Err(value(KEY, "number 0 stands for no key: take 1 to 255"));
             }
-            if keys[..place].iter().any(|(known, _)| known == number) {
+            if keys.iter().any(|(known, _)| *known == number) {
                 return Err(value(KEY, &format!("has key {number} twice")));
             }
             strong(KEY, &format!("key {number}"), secret)?;
+            keys.push((number, secret));
         }
         Ok(keys)
     }
@@ -232,13 +237,14 @@ impl Config {
         const KEY: &str = "STOCKADE_RECEIPT_KEYS";
         let mut keys: Vec<(u8, &[u8])> = Vec::new();
         if let Some(list) = &self.receipt_keys {
-            keys = numbered(KEY, list)?;
-            for (number, secret) in &keys {
+            for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
+                let (number, secret) = numbered(KEY, place, entry)?;
                 // How short one may be the keys themselves say.
                 if secret.len() >= JWT_SECRET_BYTES_MIN && guessable(secret) {
                     let problem = format!("key {number} is one that anybody would try first");
                     return Err(value(KEY, &problem));
                 }
+                keys.push((number, secret));
             }
         }
         let derived = self
@@ -456,24 +462,20 @@ fn value(key: &'static str, problem: &str) -> ConfigError {
     }
 }
 
-/// Reads `<number>:<secret>,…`.
+/// Reads the entry `<number>:<secret>` at this place of a list.
 fn numbered<'a>(
     key: &'static str,
-    list: &'a SecretString,
-) -> Result<Vec<(u8, &'a [u8])>, ConfigError> {
-    let mut keys = Vec::new();
-    for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
-        // What is written may be half a secret: it is never repeated.
-        let parts = entry.trim().split_once(':');
-        let read = parts.and_then(|(number, secret)| Some((number.parse().ok()?, secret)));
-        let (number, secret): (u8, &str) = read.ok_or_else(|| {
-            let problem =
-                format!("entry {place} is not `<number>:<secret>`, with a number of 1 to 255");
-            value(key, &problem)
-        })?;
-        keys.push((number, secret.as_bytes()));
-    }
-    Ok(keys)
+    place: usize,
+    entry: &'a str,
+) -> Result<(u8, &'a [u8]), ConfigError> {
+    let parts = entry.trim().split_once(':');
+    let read = parts.and_then(|(number, secret)| Some((number.parse().ok()?, secret.as_bytes())));
+    // What is written may be half a secret: it is never repeated.
+    read.ok_or_else(|| {
+        let problem =
+            format!("entry {place} is not `<number>:<secret>`, with a number of 1 to 255");
+        value(key, &problem)
+    })
 }
 
 /// Refuses a secret that is short, or that anybody would try.
@@ -870,6 +872,10 @@ mod tests {
         assert_eq!(keys(&[]), [0; 0]);
         assert_eq!(keys(&[jwt]), [1]);
         assert_eq!(keys(&[jwt, ("STOCKADE_JWT_KEYS", list)]), [3, 2]);
+        // A bare 1 is the secret itself.
+        let list = ("STOCKADE_JWT_KEYS", &*format!("2:{LONG}, 1"));
+        assert_eq!(keys(&[jwt, list]), [2, 1]);
+        assert_eq!(keys(&[list]), [2]);
     }
 
     #[test]

@@ -514,6 +514,7 @@ async fn serve(
     );
     let accounts = Accounts {
         barred,
+        api_keys: Arc::clone(&api_keys),
         users: Users::new(database.clone()),
         sessions: Sessions::new(database.clone()),
         passwords,

@@ -10,12 +10,13 @@ use crate::{
     store::{
         StoreError,
         sessions::{NewSession, Rotation, Session, Sessions},
-        users::{Credentials, User, Users},
+        users::{Credentials, ManagedUser, User, UserChange, Users},
     },
 };
 
 use super::{
     Role,
+    api_key::ApiKeys,
     barred::Barred,
     email::Email,
     password::{HashError, PasswordHasher},
@@ -38,6 +39,8 @@ pub struct Accounts {
     pub successors: Arc<Successors>,
     /// Whose tokens are believed no longer.
     pub barred: Arc<Barred>,
+    /// Keys of machines.
+    pub api_keys: Arc<ApiKeys>,
 }
 
 /// What a client gets when it has logged in.
@@ -78,6 +81,34 @@ pub enum AccountError {
     Role(Uuid),
 }
 
+/// Adds a user whose password passed [`check`](super::password::check).
+///
+/// # Errors
+/// [`AccountError`].
+pub async fn register(
+    users: &Users,
+    passwords: &PasswordHasher,
+    email: Email,
+    name: String,
+    password: String,
+    role: Role,
+) -> Result<User, AccountError> {
+    let password_hash = passwords.hash(password).await?;
+    let user = User {
+        id: clock::new_id(),
+        email: email.as_str().to_owned(),
+        name,
+        role: role.as_str().to_owned(),
+        // As it will be stored, so that this answer and later ones agree.
+        created_at: clock::now().trunc_subsecs(3),
+    };
+    if users.add(&user, &password_hash).await? {
+        Ok(user)
+    } else {
+        Err(AccountError::EmailTaken)
+    }
+}
+
 impl Accounts {
     /// Adds a user whose password passed [`check`](super::password::check).
     ///
@@ -90,20 +121,24 @@ impl Accounts {
         password: String,
         role: Role,
     ) -> Result<User, AccountError> {
-        let password_hash = self.passwords.hash(password).await?;
-        let user = User {
-            id: clock::new_id(),
-            email: email.as_str().to_owned(),
-            name,
-            role: role.as_str().to_owned(),
-            // As it will be stored, so that this answer and later ones agree.
-            created_at: clock::now().trunc_subsecs(3),
-        };
-        if self.users.add(&user, &password_hash).await? {
-            Ok(user)
-        } else {
-            Err(AccountError::EmailTaken)
-        }
+        register(&self.users, &self.passwords, email, name, password, role).await
+    }
+
+    /// Changes what a user may do. What ends by that ends at once on this node.
+    ///
+    /// # Errors
+    /// [`StoreError`]; `None` when there is no such user.
+    pub async fn manage(
+        &self,
+        user: Uuid,
+        change: UserChange,
+    ) -> Result<Option<ManagedUser>, StoreError> {
+        let changed = self.users.change(user, change, clock::now()).await;
+        self.api_keys.forget_user(user);
+        Ok(changed?.map(|(user, ended)| {
+            self.barred.end(ended);
+            user
+        }))
     }
 
     /// Begins a session of a client that calls itself `user_agent`. Takes as long for an unknown

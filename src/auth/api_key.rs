@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::{Role, bearer::BearerError, token::Identity};
 use crate::{
-    clock,
+    clock, faults,
     metrics::IdentityMetrics,
     store::{
         StoreError,
@@ -191,7 +191,9 @@ impl Machine {
 
     /// Whether the key may do something that takes this scope. Who operates may do the rest, too.
     pub fn may(&self, scope: Scope) -> bool {
-        self.identity().role.operates() || self.scopes.contains(&scope)
+        self.identity().role.operates()
+            || self.scopes.contains(&scope)
+            || faults::bug("scope_ignored")
     }
 }
 

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::token::{Identity, LIFETIME_MAX_SECONDS};
 use crate::{
+    faults,
     metrics::IdentityMetrics,
     store::{
         StoreError,
@@ -60,14 +61,15 @@ impl Barred {
 
     /// Whether this one is not to be believed.
     pub fn bars(&self, identity: &Identity) -> bool {
-        if !self.anybody.load(Ordering::Acquire) {
+        if !self.anybody.load(Ordering::Acquire) || faults::bug("ended_session_believed") {
             return false;
         }
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.users.contains(&identity.user)
-            || identity
-                .session
-                .is_some_and(|session| known.sessions.contains_key(&session))
+        match identity.session {
+            Some(session) => known.sessions.contains_key(&session),
+            // Signed elsewhere: there is no session that could have ended.
+            None => known.users.contains(&identity.user),
+        }
     }
 
     /// These sessions have ended: this node believes them no longer.
@@ -179,6 +181,9 @@ mod tests {
         assert!(barred.bars(&identity(Some(ended))));
         assert!(!barred.bars(&identity(Some(lasting))));
         assert!(!barred.bars(&identity(None)));
+        barred.lock().users.insert(identity(None).user);
+        assert!(barred.bars(&identity(None)));
+        assert!(!barred.bars(&identity(Some(lasting))));
         assert_eq!(metrics.barred.get(), 1);
     }
 }

@@ -10,6 +10,7 @@ use axum::{
 use super::problem::{Code, Problem};
 use crate::{
     auth::{
+        Role,
         api_key::Scope,
         bearer::{Bearer, BearerError, Bearers},
         token::Identity,
@@ -29,6 +30,10 @@ pub(super) struct Person(pub(super) Identity);
 /// A caller who runs sales.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operator(pub(super) Identity);
+
+/// A person who manages users.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Admin(pub(super) Identity);
 
 impl<S> FromRequestParts<S> for Caller
 where
@@ -89,6 +94,23 @@ where
             Ok(Self(identity))
         } else {
             Err(Problem::new(Code::Forbidden, "Only operators may do this."))
+        }
+    }
+}
+
+impl<S> FromRequestParts<S> for Admin
+where
+    S: Sync,
+    Arc<Bearers>: FromRef<S>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut request::Parts, state: &S) -> Result<Self, Problem> {
+        let Person(identity) = Person::from_request_parts(parts, state).await?;
+        if identity.role == Role::Admin {
+            Ok(Self(identity))
+        } else {
+            Err(Problem::new(Code::Forbidden, "Only admins may do this."))
         }
     }
 }
@@ -154,7 +176,6 @@ mod tests {
     };
     use crate::{
         auth::{
-            Role,
             bearer::tests::bearers,
             token::tests::{forged, keys},
         },

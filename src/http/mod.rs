@@ -36,6 +36,7 @@ mod schedule;
 mod serve;
 mod sessions;
 mod trail;
+mod users;
 mod version;
 mod waitlist;
 
@@ -191,6 +192,7 @@ fn resources() -> Vec<routes::Routes> {
         accounts::routes(),
         sessions::routes(),
         api_keys::routes(),
+        users::routes(),
         products::routes(),
         images::routes(),
         sales::routes(),

@@ -88,6 +88,17 @@ impl<T> Page<T> {
     }
 }
 
+impl<T, E> Page<Result<T, E>> {
+    /// The page of what could all be read.
+    pub(super) fn all(self) -> Result<Page<T>, E> {
+        Ok(Page {
+            data: self.data.into_iter().collect::<Result<_, _>>()?,
+            has_more: self.has_more,
+            next_cursor: self.next_cursor,
+        })
+    }
+}
+
 /// A page of a list.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Page<T> {

@@ -32,6 +32,8 @@ pub(super) enum Access {
     Person,
     /// Who runs sales. On the operators' listener only, if there is one.
     Operator,
+    /// Who manages users, with a token. On the operators' listener only, if there is one.
+    Admin,
     /// Everybody who reaches the operators' listener, or the only one.
     Internal,
 }
@@ -131,7 +133,10 @@ pub(super) fn mount(
     let mut names = Names::new();
     for route in resources.into_iter().flat_map(|routes| routes.0) {
         if listener == Listener::Public
-            && matches!(route.access, Access::Operator | Access::Internal)
+            && matches!(
+                route.access,
+                Access::Operator | Access::Admin | Access::Internal
+            )
         {
             continue;
         }
@@ -180,7 +185,7 @@ pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Opera
 fn usually_noted(access: Access, method: &Method, path: &str) -> Noted {
     let account = path.starts_with("/v1/auth/") || path.starts_with("/v1/me");
     match access {
-        Access::Operator => Noted::All,
+        Access::Operator | Access::Admin => Noted::All,
         Access::Anyone | Access::Caller | Access::Person if account && !method.is_safe() => {
             Noted::All
         }
@@ -220,13 +225,13 @@ fn describe(paths: &mut Paths, access: Access, own: &[Code]) {
         }
         match access {
             Access::Anyone | Access::Internal => {}
-            Access::Caller | Access::Person | Access::Operator => {
+            Access::Caller | Access::Person | Access::Operator | Access::Admin => {
                 codes.extend([Code::Unauthenticated, Code::Forbidden]);
             }
         }
         let ways: &[&str] = match access {
             Access::Anyone | Access::Internal => &[],
-            Access::Person => &[SECURITY],
+            Access::Person | Access::Admin => &[SECURITY],
             Access::Caller | Access::Operator => &[SECURITY, API_KEY],
         };
         if !ways.is_empty() {

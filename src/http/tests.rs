@@ -188,6 +188,7 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     ));
     let accounts = Accounts {
         barred,
+        api_keys: Arc::clone(&api_keys),
         users: Users::new(database.clone()),
         sessions: Sessions::new(database.clone()),
         passwords,
@@ -311,6 +312,15 @@ async fn every_operation_is_guarded_as_it_says_under_both_prefixes() {
                     anonymous.is_problem(StatusCode::UNAUTHORIZED, Code::Unauthenticated);
                     buyer.is_problem(StatusCode::FORBIDDEN, Code::Forbidden);
                 }
+                Access::Admin => {
+                    anonymous.is_problem(StatusCode::UNAUTHORIZED, Code::Unauthenticated);
+                    buyer.is_problem(StatusCode::FORBIDDEN, Code::Forbidden);
+                    let as_role = |role| with_role(app.clone(), method.clone(), &path, Some(role));
+                    let operator = as_role(Role::Operator).await;
+                    operator.is_problem(StatusCode::FORBIDDEN, Code::Forbidden);
+                    let admin = as_role(Role::Admin).await;
+                    assert_ne!(admin.body["code"], "forbidden", "{method} {path}");
+                }
             }
         }
     }
@@ -328,7 +338,7 @@ async fn every_request_to_operators_and_every_change_of_an_account_is_noted() {
         ] {
             let answer = with_role(app.clone(), method.clone(), &path, Some(role)).await;
             let account = path.contains("/auth/") || path.contains("/me");
-            let wanted = access == Access::Operator
+            let wanted = matches!(access, Access::Operator | Access::Admin)
                 || account && !method.is_safe()
                 || path.ends_with("/cancel") && role.operates();
             let entry = noted.try_recv().ok();
@@ -365,7 +375,7 @@ async fn the_public_listener_has_nothing_for_operators() {
         );
         assert_eq!(
             absent,
-            matches!(access, Access::Operator | Access::Internal),
+            matches!(access, Access::Operator | Access::Admin | Access::Internal),
             "{method} {path}"
         );
     }

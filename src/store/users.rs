@@ -62,6 +62,41 @@ impl From<CredentialsRow> for Credentials {
     }
 }
 
+/// A user as admins see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManagedUser {
+    /// The subject of the user's tokens.
+    pub id: Uuid,
+    /// Normalised.
+    pub email: String,
+    /// What to call the user.
+    pub name: String,
+    /// `buyer`, `operator` or `admin`.
+    pub role: String,
+    /// When the user registered.
+    pub created_at: DateTime<Utc>,
+    /// Since when the user may do nothing.
+    pub disabled_at: Option<DateTime<Utc>>,
+}
+
+/// What admins change; what is `None` stays.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UserChange {
+    /// `buyer`, `operator` or `admin`.
+    pub role: Option<&'static str>,
+    /// Whether the user may do nothing from now on.
+    pub disabled: Option<bool>,
+}
+
+/// Which users to list.
+#[derive(Clone, Debug, Default)]
+pub struct UserFilter {
+    /// Those with this normalised address.
+    pub email: Option<String>,
+    /// Those with this role.
+    pub role: Option<&'static str>,
+}
+
 /// The table `users`.
 #[derive(Clone, Debug)]
 pub struct Users {
@@ -216,6 +251,91 @@ impl Users {
                 .execute(&pool)
                 .await?;
                 Ok(())
+            })
+            .await
+    }
+
+    /// Users, the newest first, behind `after`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn list(
+        &self,
+        filter: UserFilter,
+        after: Option<Uuid>,
+        rows: i64,
+    ) -> Result<Vec<ManagedUser>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                Ok(sqlx::query_as!(
+                    ManagedUser,
+                    "SELECT id, email, name, role, created_at, disabled_at FROM users
+                     WHERE ($1::text IS NULL OR email = $1)
+                       AND ($2::text IS NULL OR role = $2)
+                       AND ($3::uuid IS NULL OR id < $3)
+                     ORDER BY id DESC LIMIT $4",
+                    filter.email,
+                    filter.role,
+                    after,
+                    rows,
+                )
+                .fetch_all(&pool)
+                .await?)
+            })
+            .await
+    }
+
+    /// Changes a user. Another role ends the sessions, since their tokens say the old one; to be
+    /// disabled ends the API keys, too. Gives the user as it is then and the sessions that ended;
+    /// `None` when there is no such user.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn change(
+        &self,
+        id: Uuid,
+        change: UserChange,
+        now: DateTime<Utc>,
+    ) -> Result<Option<(ManagedUser, Vec<Uuid>)>, StoreError> {
+        self.database
+            .run(async move |pool| {
+                let mut transaction = begin(&pool).await?;
+                // Locked, so that a login sees the change, or is seen by what follows.
+                let before = sqlx::query!(
+                    "SELECT role, disabled_at FROM users WHERE id = $1 FOR UPDATE",
+                    id
+                )
+                .fetch_optional(&mut *transaction)
+                .await?;
+                let Some(before) = before else {
+                    return Ok(None);
+                };
+                let disabled_at = match change.disabled {
+                    Some(true) => before.disabled_at.or(Some(now)),
+                    Some(false) => None,
+                    None => before.disabled_at,
+                };
+                let user = sqlx::query_as!(
+                    ManagedUser,
+                    "UPDATE users SET role = coalesce($2, role), disabled_at = $3 WHERE id = $1
+                     RETURNING id, email, name, role, created_at, disabled_at",
+                    id,
+                    change.role,
+                    disabled_at
+                )
+                .fetch_one(&mut *transaction)
+                .await?;
+                let mut ended = Vec::new();
+                if user.role != before.role || user.disabled_at.is_some() {
+                    ended = end_all(&mut transaction, id, None, now).await?;
+                }
+                if user.disabled_at.is_some() {
+                    sqlx::query!("DELETE FROM api_keys WHERE user_id = $1", id)
+                        .execute(&mut *transaction)
+                        .await?;
+                }
+                transaction.commit().await?;
+                Ok(Some((user, ended)))
             })
             .await
     }

@@ -1,6 +1,7 @@
 //! Who may come in, and as what: API keys, and what passes for what.
 
 use std::{
+    process::Stdio,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -24,6 +25,7 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use chrono::TimeDelta;
 use futures::stream;
 use reqwest::Method;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use stockade::{
     auth::{
@@ -33,7 +35,7 @@ use stockade::{
     },
     clock,
 };
-use tokio::{net::TcpListener, sync::watch, task::JoinSet};
+use tokio::{io::AsyncWriteExt, net::TcpListener, process::Command, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -387,7 +389,7 @@ async fn some_more(asked: &AtomicU64) {
 
 #[tokio::test]
 async fn signing_keys_change_under_load_without_a_single_refusal() {
-    const NEW: &str = "the key that comes after, 32 bytes";
+    const NEW: &str = "the key that comes after it: 32 bytes";
     let mut app = App::start().await;
     let mut fleet = Fleet::start(&app).await;
     let asked = Arc::new(AtomicU64::new(0));
@@ -417,12 +419,8 @@ async fn signing_keys_change_under_load_without_a_single_refusal() {
         });
     }
     let old = app::SECRET;
-    fleet
-        .roll(&mut app, &format!("1:{old},2:{NEW}"), &asked)
-        .await;
-    fleet
-        .roll(&mut app, &format!("2:{NEW},1:{old}"), &asked)
-        .await;
+    fleet.roll(&mut app, &format!("1,2:{NEW}"), &asked).await;
+    fleet.roll(&mut app, &format!("2:{NEW},1"), &asked).await;
     // By now every client has refreshed; what the old key signed would have expired.
     some_more(&asked).await;
     fleet.roll(&mut app, &format!("2:{NEW}"), &asked).await;
@@ -452,6 +450,199 @@ async fn signing_keys_change_under_load_without_a_single_refusal() {
     for node in fleet.nodes {
         node.stop().await;
     }
+    app.finish().await;
+}
+
+/// `stockade user` on the application's stores: how it ended, and what it printed.
+async fn user_command(app: &App, arguments: &[&str], stdin: &str) -> (bool, String) {
+    let endpoints = app.endpoints();
+    let mut running = Command::new(env!("CARGO_BIN_EXE_stockade"))
+        .arg("user")
+        .args(arguments)
+        .env_clear()
+        .envs(app.environment())
+        .env("REDIS_URL", endpoints.redis_url.expose_secret())
+        .env("DATABASE_URL", endpoints.database_url.expose_secret())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = running.stdin.take().unwrap();
+    input.write_all(stdin.as_bytes()).await.unwrap();
+    drop(input);
+    let output = running.wait_with_output().await.unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(text).unwrap())
+}
+
+#[tokio::test]
+async fn admins_manage_users_and_nobody_else_does() {
+    let app = App::start().await;
+    let other_node = app.node().await;
+    let (added, text) = user_command(
+        &app,
+        &["add", "--email", "root@example.org", "--role", "admin"],
+        &format!("{PASSWORD}\n"),
+    )
+    .await;
+    assert!(added && text.contains(" admin root@example.org"), "{text}");
+    let admin = login(&app, "root@example.org").await.expect(200).json();
+    let (admin, admin_id) = {
+        let token = admin["access_token"].as_str().unwrap().to_owned();
+        let me = with(&app, &token, Method::GET, "/v1/me", &Value::Null).await;
+        (token, id(&me.json()).to_owned())
+    };
+    let ada = User::new(&app, "ada", Role::Buyer).await;
+    let olga = User::new(&app, "olga", Role::Operator).await;
+    let (_, key) = ada.key(&app, &["read"]).await;
+
+    let listed = async |query: &str| {
+        let path = format!("/v1/users?{query}");
+        let page = with(&app, &admin, Method::GET, &path, &Value::Null).await;
+        page.expect(200).json()
+    };
+    let all = listed("limit=2").await;
+    assert_eq!(all["has_more"], true);
+    assert_eq!(all["data"].as_array().unwrap().len(), 2);
+    let rest = listed(&format!("cursor={}", all["next_cursor"].as_str().unwrap())).await;
+    assert_eq!(rest["data"][0]["email"], "root@example.org");
+    assert_eq!(
+        listed("role=operator").await["data"][0]["email"],
+        olga.email
+    );
+    let found = listed("email=%20ADA@example.org").await;
+    let ada_path = format!("/v1/users/{}", id(&found["data"][0]));
+    let change =
+        async |path: &str, body: Value| with(&app, &admin, Method::PATCH, path, &body).await;
+    for body in [
+        json!({"role": null}),
+        json!({"role": "king"}),
+        json!({"email": "x"}),
+    ] {
+        change(&ada_path, body).await.expect(400);
+    }
+    change(&format!("/v1/users/{}", Uuid::nil()), json!({}))
+        .await
+        .expect(404);
+    // One admin is always left.
+    for body in [json!({"disabled": true}), json!({"role": "buyer"})] {
+        change(&format!("/v1/users/{admin_id}"), body)
+            .await
+            .expect(409);
+    }
+
+    // Another role begins with the next login.
+    let same = change(&ada_path, json!({"role": "buyer"})).await;
+    assert_eq!(same.expect(200).json()["role"], "buyer");
+    assert_eq!(look(&app, &ada.token).await, 200);
+    change(&ada_path, json!({"role": "operator"}))
+        .await
+        .expect(200);
+    let on_other_node = async |bearer: &str| {
+        let me = app.request(Method::GET, "/v1/me").bearer_auth(bearer);
+        send(other_node.ask(me)).await.status.as_u16()
+    };
+    let refused_there = async |bearer: &str| {
+        let waiting = async {
+            while on_other_node(bearer).await != 401 {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let minute = Duration::from_mins(1);
+        tokio::time::timeout(minute, waiting).await.unwrap();
+    };
+    assert_eq!(look(&app, &ada.token).await, 401);
+    refused_there(&ada.token).await;
+    let again = login(&app, &ada.email).await.expect(200).json();
+    let token = again["access_token"].as_str().unwrap();
+    let me = with(&app, token, Method::GET, "/v1/me", &Value::Null).await;
+    assert_eq!(me.json()["role"], "operator");
+
+    // Disabled: no session, no key, no login, and no token that somebody else has signed.
+    let signed_elsewhere = app.token(id(&found["data"][0]).parse().unwrap(), Role::Buyer);
+    assert_eq!(look(&app, &key).await, 200);
+    assert_eq!(on_other_node(&key).await, 200);
+    let disabled = change(&ada_path, json!({"disabled": true})).await;
+    assert!(disabled.expect(200).json()["disabled_at"].is_string());
+    assert_eq!(look(&app, token).await, 401);
+    assert_eq!(look(&app, &key).await, 401);
+    for bearer in [token, &key, &signed_elsewhere] {
+        refused_there(bearer).await;
+    }
+    let refresh = json!({"refresh_token": again["refresh_token"]});
+    send(app.request(Method::POST, "/v1/auth/refresh").json(&refresh))
+        .await
+        .expect(401);
+    let closed = login(&app, &ada.email).await.expect(401).json();
+    let unknown = login(&app, "nobody@example.org").await.expect(401).json();
+    assert_eq!(closed["detail"], unknown["detail"]);
+    change(&ada_path, json!({"disabled": false}))
+        .await
+        .expect(200);
+    let again = login(&app, &ada.email).await.expect(200).json();
+    let token = again["access_token"].as_str().unwrap();
+    assert_eq!(look(&app, token).await, 200);
+    assert_eq!(on_other_node(token).await, 200);
+    assert_eq!(look(&app, &key).await, 401);
+    other_node.stop().await;
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn users_are_managed_on_the_command_line_too() {
+    let app = App::start().await;
+    let mail = ["--email", "Bob@example.org"];
+    let run = async |arguments: &[&str], stdin: &str| {
+        let arguments = [arguments, &mail].concat();
+        user_command(&app, &arguments, stdin).await
+    };
+    let (added, text) = run(&["add", "--role", "buyer", "--generate-password"], "").await;
+    assert!(added, "{text}");
+    let password = text.split("password: ").nth(1).unwrap().trim().to_owned();
+    let login = async || {
+        let body = json!({"email": "bob@example.org", "password": password});
+        send(app.request(Method::POST, "/v1/auth/login").json(&body)).await
+    };
+    login().await.expect(200);
+    for (arguments, stdin, part) in [
+        (
+            &["add", "--role", "buyer"][..],
+            "another good one\n",
+            "exists",
+        ),
+        (&["add", "--role", "buyer"], "short\n", "too weak"),
+        (&["add", "--role", "buyer"], "", "too weak"),
+        (&["add", "--role", "king"], "", "king"),
+    ] {
+        let (done, text) = run(arguments, stdin).await;
+        assert!(!done && text.contains(part), "{text}");
+    }
+    for (arguments, part) in [
+        (
+            &["role", "--role", "operator"][..],
+            "operator bob@example.org",
+        ),
+        (&["disable"], "(disabled)"),
+    ] {
+        let (done, text) = run(arguments, "").await;
+        assert!(done && text.contains(part), "{text}");
+    }
+    login().await.expect(401);
+    let (_, listed) = user_command(&app, &["list", "--json", "--role", "operator"], "").await;
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed[0]["email"], "bob@example.org");
+    assert!(listed[0]["disabled_at"].is_string());
+    let (_, listed) = user_command(&app, &["list"], "").await;
+    assert!(
+        listed.contains("operator (disabled) bob@example.org"),
+        "{listed}"
+    );
+    let (done, _) = run(&["enable"], "").await;
+    assert!(done);
+    login().await.expect(200);
+    let (done, text) = user_command(&app, &["disable", "--email", "nobody@example.org"], "").await;
+    assert!(!done && text.contains("no user"), "{text}");
     app.finish().await;
 }
 

@@ -722,6 +722,8 @@ pub(super) fn bare(status: StatusCode) -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// The contract's list; a code that is missing here or there is a mistake.

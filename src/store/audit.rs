@@ -283,7 +283,8 @@ impl Snapshot {
                           coalesce(sum(units) FILTER (WHERE kind = 'extend'), 0) AS extended_ms,
                           count(*) FILTER (WHERE from_held AND kind IN ('confirm', 'expire'))
                               AS ends,
-                          max(seq) AS last_seq
+                          max(seq) AS last_seq,
+                          (array_agg(kind ORDER BY seq DESC))[1] AS last_kind
                    FROM round_events
                    WHERE sale = $1 AND round = $2 AND order_id IS NOT NULL
                      AND kind NOT IN ('join', 'leave')
@@ -304,17 +305,14 @@ impl Snapshot {
                                  WHEN 'held' THEN orders.accepted_as <> 'held'
                                  WHEN 'confirmed' THEN changes.ends IS NULL
                                       AND orders.accepted_as <> 'confirmed'
-                                 ELSE CASE event.kind WHEN 'cancel' THEN 'cancelled'
-                                                      WHEN 'withdraw' THEN 'withdrawn'
-                                                      WHEN 'expire' THEN 'expired'
-                                                      WHEN 'return' THEN 'refunded'
-                                                      WHEN 'refund' THEN 'refunded' END
+                                 ELSE CASE changes.last_kind WHEN 'cancel' THEN 'cancelled'
+                                                             WHEN 'withdraw' THEN 'withdrawn'
+                                                             WHEN 'expire' THEN 'expired'
+                                                             WHEN 'return' THEN 'refunded'
+                                                             WHEN 'refund' THEN 'refunded' END
                                       IS DISTINCT FROM orders.status END) AS "unexplained!"
                FROM (SELECT * FROM orders WHERE sale = $1 AND round = $2) AS orders
-               FULL JOIN changes ON changes.order_id = orders.id
-               LEFT JOIN round_events AS event
-                   ON event.sale = orders.sale AND event.round = orders.round
-                  AND event.seq = orders.last_seq AND event.order_id = orders.id"#,
+               FULL JOIN changes ON changes.order_id = orders.id"#,
             sale,
             number
         )

@@ -2,6 +2,7 @@
 //! it changed nothing.
 
 mod accounts;
+mod foreign;
 mod input;
 mod purchase;
 mod routes;

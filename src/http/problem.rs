@@ -211,8 +211,8 @@ codes! {
 
     /// No token, or none to believe.
     Unauthenticated "unauthenticated" UNAUTHORIZED "A valid access token is required" SameKey NotApplied
-        cause "There is no access token, or it is not valid: expired, signed by somebody else, or of another kind. The answer is the same for all of them."
-        fix "Log in or refresh, and send `Authorization: Bearer <access_token>`."
+        cause "There is no access token or API key, or it is not valid: expired, revoked, of a session that has ended, signed by somebody else, or of another kind. The answer is the same for all of them."
+        fix "Refresh, or log in, and send `Authorization: Bearer <access_token>`."
         curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
 
     /// Wrong e-mail, password or refresh token.
@@ -223,8 +223,8 @@ codes! {
 
     /// The role does not suffice.
     Forbidden "forbidden" FORBIDDEN "Not allowed for this role" Never NotApplied
-        cause "The token is valid, but its role may not do this."
-        fix "Use an operator's token."
+        cause "The token or API key is valid, but its role may not do this, or the key lacks the scope; accounts, keys and users are managed with a token only. `detail` says which."
+        fix "Use the token of somebody who may, or a key with the scope."
         curl "curl $STOCKADE/v1/me -H \"Authorization: Bearer $TOKEN\""
 
     /// Nothing is there, or nothing that is yours.

@@ -2,11 +2,15 @@
 
 use std::{
     collections::HashSet,
+    io,
     num::NonZeroUsize,
-    sync::{Arc, LazyLock},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, LazyLock, Mutex, PoisonError, mpsc},
+    thread,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use rustix::process::setpriority_process;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::metrics::PasswordMetrics;
 
@@ -15,6 +19,10 @@ pub const CHARACTERS_MIN: usize = 8;
 
 /// The longest password, in bytes: bcrypt ignores what is behind them.
 pub const BYTES_MAX: usize = 72;
+
+/// How much the threads that hash stand back, on the system's scale from 0 to 19: where both want the
+/// same core, a purchase gets nine tenths of it.
+const NICE: i32 = 10;
 
 /// The passwords that guessers try first, in lower case, one a line.
 static GUESSED_FIRST: LazyLock<HashSet<&'static str>> =
@@ -59,19 +67,21 @@ pub enum HashError {
     /// A mistake of ours.
     #[error("bcrypt: {0}")]
     Bcrypt(#[from] bcrypt::BcryptError),
+    /// A thread could not be started, or died.
+    #[error("a thread that hashes: {0}")]
+    Thread(#[from] io::Error),
 }
 
 /// Hashes and compares on a few threads, with a bounded queue before them.
 ///
 /// A hash takes tens of milliseconds of a core by design; without the bound a flood of logins
-/// would starve the purchases.
+/// would starve the purchases. The threads stand back behind all others for the same reason.
 #[derive(Clone)]
 pub struct PasswordHasher {
     cost: u32,
     /// One permit for each that works or waits.
     places: Arc<Semaphore>,
-    /// One permit for each that works.
-    workers: Arc<Semaphore>,
+    jobs: mpsc::Sender<Job>,
     /// The hash of a password that nobody has, compared where there is no user, so that the time
     /// does not tell.
     nobody: Arc<str>,
@@ -83,7 +93,8 @@ impl PasswordHasher {
     /// behind them.
     ///
     /// # Errors
-    /// [`HashError::Bcrypt`] when the cost is out of range.
+    /// [`HashError::Bcrypt`] when the cost is out of range, [`HashError::Thread`] when the system has
+    /// no thread left.
     pub fn new(
         cost: u32,
         workers: NonZeroUsize,
@@ -94,7 +105,7 @@ impl PasswordHasher {
         Ok(Self {
             cost,
             places: Arc::new(Semaphore::new(workers.get() + queue_max)),
-            workers: Arc::new(Semaphore::new(workers.get())),
+            jobs: start(workers)?,
             nobody: nobody.into(),
             metrics,
         })
@@ -146,19 +157,48 @@ impl PasswordHasher {
             return Err(HashError::Busy);
         };
         let place = Place::take(place, self.metrics.clone());
-        let Ok(worker) = Arc::clone(&self.workers).acquire_owned().await else {
-            return Err(HashError::Busy);
+        let (answer, answered) = oneshot::channel();
+        let job = move || {
+            // The place goes with the work: a caller that leaves does not make room before it ends.
+            let _held = place;
+            // Nobody waits for it any more.
+            if !answer.is_closed() {
+                let _ = answer.send(work());
+            }
         };
-        // Both permits go with the work: a caller that leaves does not make room before it ends.
-        let task = tokio::task::spawn_blocking(move || {
-            let _held = (place, worker);
-            work()
-        });
-        match task.await {
-            Ok(result) => result,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        let died = || io::Error::from(io::ErrorKind::BrokenPipe);
+        self.jobs.send(Box::new(job)).map_err(|_| died())?;
+        answered.await.map_err(|_| died())?
     }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Starts the threads, which end with the last sender.
+fn start(workers: NonZeroUsize) -> io::Result<mpsc::Sender<Job>> {
+    let (jobs, waiting) = mpsc::channel::<Job>();
+    let waiting = Arc::new(Mutex::new(waiting));
+    for _ in 0..workers.get() {
+        let waiting = Arc::clone(&waiting);
+        thread::Builder::new()
+            .name("passwords".to_owned())
+            .spawn(move || {
+                // To Linux it is this thread, not the process. Without it they hash all the same.
+                if let Err(error) = setpriority_process(None, NICE) {
+                    tracing::warn!(%error, "the threads that hash passwords do not stand back");
+                }
+                loop {
+                    let next = waiting
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .recv();
+                    let Ok(job) = next else { return };
+                    // Its caller hears of a panic, since there is no answer; the thread goes on.
+                    let _ = catch_unwind(AssertUnwindSafe(job));
+                }
+            })?;
+    }
+    Ok(jobs)
 }
 
 /// A place in the queue, counted while it is held.
@@ -252,14 +292,20 @@ mod tests {
     #[tokio::test]
     async fn a_full_queue_refuses_at_once_and_empties_even_if_callers_leave() {
         let hasher = hasher(1, 1);
-        let busy = hasher.workers.clone().acquire_owned().await.unwrap();
-        let mut waiting = [
-            Box::pin(hasher.hash("a".into())),
-            Box::pin(hasher.hash("b".into())),
-        ];
-        for future in &mut waiting {
-            assert!(futures::poll!(future).is_pending());
+        // The only thread is busy until it is told otherwise.
+        let (go, wait) = mpsc::channel::<()>();
+        let busy = tokio::spawn({
+            let hasher = hasher.clone();
+            async move {
+                let work = move || Ok(wait.recv().is_ok());
+                hasher.work(work).await
+            }
+        });
+        while hasher.metrics.queue.get() < 1 {
+            tokio::task::yield_now().await;
         }
+        let mut waiting = Box::pin(hasher.hash("b".into()));
+        assert!(futures::poll!(&mut waiting).is_pending());
         assert!(matches!(
             hasher.hash("c".into()).await,
             Err(HashError::Busy)
@@ -267,8 +313,20 @@ mod tests {
         assert_eq!(hasher.metrics.queue.get(), 2);
         assert_eq!(hasher.metrics.refused.get(), 1);
         drop(waiting);
-        drop(busy);
+        go.send(()).unwrap();
+        assert!(busy.await.unwrap().unwrap());
+        // Places are given back behind the answers.
+        while hasher.metrics.queue.get() > 0 {
+            tokio::task::yield_now().await;
+        }
         hasher.hash("d".into()).await.unwrap();
-        assert_eq!(hasher.metrics.queue.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_thread_outlives_a_panic() {
+        let hasher = hasher(1, 1);
+        let dead = hasher.work(|| -> Result<(), HashError> { panic!("on purpose") });
+        assert!(matches!(dead.await, Err(HashError::Thread(_))));
+        hasher.hash("a".into()).await.unwrap();
     }
 }

@@ -177,7 +177,7 @@ impl From<AccountError> for Problem {
                 Self::unavailable("Too many passwords are waiting to be checked.")
             }
             AccountError::Store(error) => error.into(),
-            AccountError::Hash(HashError::Bcrypt(_))
+            AccountError::Hash(HashError::Bcrypt(_) | HashError::Thread(_))
             | AccountError::Sign(_)
             | AccountError::Random(_)
             | AccountError::Role(_) => Self::internal(error),

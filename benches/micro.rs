@@ -10,8 +10,17 @@ use stockade::{
         token::{Identity, Secret, TokenKeys},
     },
     clock,
-    domain::id::{BuyerId, OrderId, SaleNumber},
-    engine::bench::{Decisions, Echoing, JournalValue, pack, purchases},
+    config::Networks,
+    domain::{
+        allowance::Allowances,
+        id::{BuyerId, OrderId, SaleNumber},
+    },
+    engine::{
+        Cache,
+        bench::{Decisions, Echoing, JournalValue, pack, purchases},
+    },
+    metrics::LimitMetrics,
+    throttle::{Class, Throttle, ThrottleSettings},
 };
 use uuid::Uuid;
 
@@ -41,6 +50,27 @@ fn token_check(bencher: Bencher) {
         .mint(identity, Uuid::from_u128(8), clock::now())
         .unwrap();
     bencher.bench(|| keys.verify(black_box(&token)).unwrap());
+}
+
+/// A purchase of somebody who was not there before, from an address that was.
+#[divan::bench]
+fn limits(bencher: Bencher) {
+    let settings = ThrottleSettings {
+        allowances: Allowances::default(),
+        unlimited: Networks::default(),
+        secret: vec![7; 32],
+    };
+    let (throttle, _) = Throttle::new(settings, Cache::default(), LimitMetrics::default()).unwrap();
+    let mut buyer = 0;
+    bencher.bench_local(|| {
+        buyer += 1;
+        let address = black_box([192, 0, 2, 1].into());
+        let address = throttle.address(address, Class::Purchase, 1);
+        (
+            address,
+            throttle.user(Uuid::from_u128(buyer), Class::Purchase, 1),
+        )
+    });
 }
 
 #[divan::bench]

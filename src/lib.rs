@@ -2,7 +2,7 @@
 //!
 //! The folders are the architecture; a module imports only from layers below it:
 //! `cli` → `app` `lifecycle` → `http` → `sales` → `writer` `realtime` `auth` `catalogue` `ops` `payments`
-//! `embedded` →
+//! `embedded` `throttle` →
 //! `engine` `store` → `config` `metrics` `readiness` `clock` → `domain`.
 #![warn(missing_docs)]
 
@@ -24,4 +24,5 @@ pub mod readiness;
 pub mod realtime;
 pub mod sales;
 pub mod store;
+pub mod throttle;
 pub mod writer;

@@ -28,6 +28,8 @@ pub struct Metrics {
     pub passwords: PasswordMetrics,
     /// Of who may come in.
     pub identity: IdentityMetrics,
+    /// Of the limits.
+    pub limits: LimitMetrics,
     /// Of the engines.
     pub engine: EngineMetrics,
     /// Of the writers.
@@ -140,6 +142,45 @@ impl IdentityMetrics {
             "identity_questions_failed",
             "Questions about ended sessions and API keys that PostgreSQL did not answer",
             self.questions_failed.clone(),
+        );
+    }
+}
+
+/// Who did something too often.
+#[derive(Clone, Debug, Default)]
+pub struct LimitMetrics {
+    /// Requests that were too many.
+    pub refused: Family<RuleLabels, Counter>,
+    /// 1 while this node counts alone, because the cache Redis does not answer.
+    pub alone: Gauge,
+    /// Connections that were closed at once, because their address had too many.
+    pub connections: Counter,
+}
+
+/// A limit.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RuleLabels {
+    /// The rule's name.
+    pub rule: &'static str,
+}
+
+impl LimitMetrics {
+    fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("limits");
+        registry.register(
+            "refused",
+            "Requests that were too many",
+            self.refused.clone(),
+        );
+        registry.register(
+            "alone",
+            "1 while limits are counted on each node alone, because the cache Redis does not answer",
+            self.alone.clone(),
+        );
+        registry.register(
+            "connections_refused",
+            "Connections that were closed at once, because their address had too many",
+            self.connections.clone(),
         );
     }
 }
@@ -441,6 +482,8 @@ impl Metrics {
         );
         let identity = IdentityMetrics::default();
         identity.register(&mut registry);
+        let limits = LimitMetrics::default();
+        limits.register(&mut registry);
         let engine = EngineMetrics::default();
         engine.register(&mut registry);
         let writer = WriterMetrics::default();
@@ -475,6 +518,7 @@ impl Metrics {
             http,
             passwords,
             identity,
+            limits,
             engine,
             writer,
             audit,

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use secrecy::SecretString;
 use serde::Deserialize;
 
-use super::values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability, Switch};
+use crate::domain::allowance::Allowances;
+
+use super::values::{AccessLog, LogFormat, Networks, Origins, RateLimit, RedisDurability, Switch};
 
 /// One key, as `stockade check-config` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,8 +143,31 @@ keys! {
     /// Origins that browsers may call from, separated by commas (`https://shop.example`). None by default.
     cors_origins: Origins = "", shown, "STOCKADE_CORS_ORIGINS",
         danger: "";
-    /// `on` or `off`. Limits per user and address are not built yet, so today both mean the same;
-    /// `off` is for benchmarks only and is logged loudly.
+    /// PEM file with the certificate and its chain: with its key, the listeners speak TLS, HTTP/2 and HTTP/1.1. It is
+    /// read again upon SIGHUP.
+    tls_cert: Option<PathBuf> = unset, shown, "STOCKADE_TLS_CERT",
+        danger: "browsers that have come over TLS refuse to come without it for a year";
+    /// PEM file with the private key of that certificate.
+    tls_key: Option<PathBuf> = unset, shown, "STOCKADE_TLS_KEY",
+        danger: "who has it can be this server";
+    /// Proxies that are believed when they say whom they speak for (`X-Forwarded-For`, or `Forwarded` without it):
+    /// networks or addresses, separated by commas (`10.0.0.0/8`). None by default.
+    trusted_proxies: Networks = "", shown, "STOCKADE_TRUSTED_PROXIES",
+        danger: "a network with strangers in it lets them be anybody; without your proxy in it everybody is one address";
+    /// Limits that differ from the usual ones, separated by commas: `user.purchase=20+2/s` is 20 at once, then 2 a
+    /// second (`s`, `m` or `h`); `=off` is none. Their names and usual values are in docs/DEPLOYMENT.md.
+    limits: Allowances = "", shown, "STOCKADE_LIMITS",
+        danger: "below what people do, those of one user or one office are refused in the middle of a drop";
+    /// Networks and addresses whose requests and connections are not counted per address, separated by commas: of
+    /// load generators, of your own machines. Users and accounts are counted there, too.
+    unlimited_addresses: Networks = "", shown, "STOCKADE_UNLIMITED_ADDRESSES",
+        danger: "behind a proxy that is not in STOCKADE_TRUSTED_PROXIES everybody comes from its address";
+    /// Connections from one address at once, 1 to 1048576; one more is closed. A quarter of all that the open files
+    /// allow if unset. Those of trusted proxies and unlimited addresses are not counted.
+    connections_per_address: Option<usize> = unset, shown, "STOCKADE_CONNECTIONS_PER_ADDRESS",
+        danger: "an office behind one address has one for each of its people who watches, and more for browsers";
+    /// `on` or `off`: every limit per user, address and account, and on connections. `off` is for benchmarks only and
+    /// is logged loudly.
     rate_limit: RateLimit = "on", shown, "STOCKADE_RATE_LIMIT",
         danger: "off lets one client take the whole machine";
     /// Milliseconds after which a request is answered 503, 3000 to 60000. It must outlive a script's

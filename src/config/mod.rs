@@ -21,7 +21,7 @@ use crate::faults;
 
 pub use endpoints::Endpoints;
 pub use keys::{Config, KEYS, Key};
-pub use values::{AccessLog, LogFormat, Origins, RateLimit, RedisDurability, Switch};
+pub use values::{AccessLog, LogFormat, Networks, Origins, RateLimit, RedisDurability, Switch};
 
 use crate::domain::{durability::Said, order::Durability, receipt::ReceiptKeys};
 
@@ -361,6 +361,22 @@ impl Config {
             3_000,
             60_000,
         )?;
+        if let Some(connections) = self.connections_per_address {
+            within(
+                "STOCKADE_CONNECTIONS_PER_ADDRESS",
+                connections,
+                1,
+                1_048_576,
+            )?;
+        }
+        if self.tls_cert.is_some() != self.tls_key.is_some() {
+            let (missing, given) = match self.tls_key {
+                Some(_) => ("STOCKADE_TLS_CERT", "STOCKADE_TLS_KEY"),
+                None => ("STOCKADE_TLS_KEY", "STOCKADE_TLS_CERT"),
+            };
+            let reason = format!("is not set, but {given} is: TLS needs both");
+            return Err(value(missing, &reason));
+        }
         within("STOCKADE_QUEUE_CAPACITY", self.queue_capacity, 1, 1_048_576)?;
         within("STOCKADE_GRACE_SECONDS", self.grace_seconds, 0, 86_400)?;
         within("STOCKADE_SETTLE_AFTER", self.settle_after, 0, YEAR_SECONDS)?;
@@ -816,6 +832,13 @@ mod tests {
             ("STOCKADE_REQUEST_TIMEOUT_MS", "2000", "3000 to 60000"),
             ("STOCKADE_RATE_LIMIT", "maybe", "`on`"),
             ("STOCKADE_CORS_ORIGINS", "https://a.example, *", "`*`"),
+            (
+                "STOCKADE_TRUSTED_PROXIES",
+                "10.0.0.0/8, 10.0.0.0/33",
+                "`10.0.0.0/33` is no network",
+            ),
+            ("STOCKADE_LIMITS", "user.reads=1+1/s", "user.purchase"),
+            ("STOCKADE_LIMITS", "user.read=1/s", "no limit such as"),
             ("STOCKADE_LOG", "stockade=loud", "filter"),
             ("STOCKADE_OPERATOR_EMAIL", "nobody", "e-mail"),
             (

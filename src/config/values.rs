@@ -1,8 +1,14 @@
 //! The types of single values: each knows the words it is written in.
 
-use std::fmt;
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
+use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Deserializer, de};
+
+use crate::domain::allowance::Allowances;
 
 /// Whether limits per user, address and route are applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -73,23 +79,9 @@ impl Origins {
 }
 
 impl<'de> Deserialize<'de> for Origins {
-    /// Reads a list (TOML) or one string separated by commas (environment).
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            One(String),
-            Many(Vec<String>),
-        }
-        let many = match Written::deserialize(deserializer)? {
-            Written::One(list) => list
-                .split(',')
-                .map(|origin| origin.trim().to_owned())
-                .collect(),
-            Written::Many(many) => many,
-        };
-        many.into_iter()
-            .filter(|origin| !origin.is_empty())
+        list(deserializer)?
+            .into_iter()
             .map(|origin| {
                 if is_origin(&origin) {
                     Ok(origin)
@@ -99,6 +91,88 @@ impl<'de> Deserialize<'de> for Origins {
             })
             .collect::<Result<_, _>>()
             .map(Self)
+    }
+}
+
+/// Reads a list (TOML) or one string separated by commas (environment), without what is empty.
+fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        One(String),
+        Many(Vec<String>),
+    }
+    let mut many = match Written::deserialize(deserializer)? {
+        Written::One(list) => list.split(',').map(|item| item.trim().to_owned()).collect(),
+        Written::Many(many) => many,
+    };
+    many.retain(|item| !item.is_empty());
+    Ok(many)
+}
+
+/// Networks and single addresses, such as `10.0.0.0/8` and `2001:db8::1`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Networks(Vec<IpNet>);
+
+impl Networks {
+    /// Whether one of them has this address. One of IPv4 in the form of IPv6 is one of IPv4.
+    pub fn contain(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.0.iter().any(|network| network.contains(&address))
+    }
+
+    /// This machine itself.
+    pub fn loopback() -> Self {
+        let (v4, v6) = (
+            Ipv4Net::new_assert(Ipv4Addr::LOCALHOST, 8),
+            Ipv6Addr::LOCALHOST,
+        );
+        Self(vec![v4.into(), IpAddr::V6(v6).into()])
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl fmt::Display for Networks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (place, network) in self.0.iter().enumerate() {
+            write!(f, "{}{network}", if place == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Deserialize<'de> for Networks {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let network = |text: String| {
+            let alone = || {
+                text.parse()
+                    .map(|address: IpAddr| address.to_canonical().into())
+            };
+            let network = text.parse().or_else(|_| alone());
+            network.map_err(|_| {
+                de::Error::custom(format_args!("`{text}` is no network such as 10.0.0.0/8"))
+            })
+        };
+        list(deserializer)?
+            .into_iter()
+            .map(network)
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Allowances {
+    /// The usual ones, changed where the list says so.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut allowances = Self::default();
+        for change in list(deserializer)? {
+            allowances.change(&change).map_err(de::Error::custom)?;
+        }
+        Ok(allowances)
     }
 }
 

@@ -4,6 +4,7 @@
 //! property tests run random commands against it and against the real scripts, and compare
 //! replies and state.
 
+pub mod allowance;
 pub mod audit_log;
 pub mod cart;
 pub mod demand;

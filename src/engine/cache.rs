@@ -16,6 +16,7 @@ use fred::types::Value;
 use super::{
     connection::{Connection, RedisUrl},
     error::EngineError,
+    script::Script,
 };
 
 /// How long anybody waits for it. What it saves takes about as long.
@@ -31,8 +32,20 @@ const VALUE_BYTES_MAX: usize = 256 * 1024;
 #[derive(Clone, Default)]
 pub struct Cache(Option<Arc<Inner>>);
 
+/// What was spent of an allowance.
+#[derive(Clone, Debug)]
+pub struct Spent {
+    /// Whose, and of which.
+    pub key: String,
+    /// The time that it takes to come back, in microseconds.
+    pub spent_us: u64,
+    /// The time in which all of the allowance comes back.
+    pub whole_us: u64,
+}
+
 struct Inner {
     connection: Arc<Connection>,
+    limit: Script,
     born: Instant,
     /// Until when it is left alone: milliseconds since `born`.
     rests_until: AtomicU64,
@@ -60,6 +73,7 @@ impl Cache {
         };
         Ok(Self(Some(Arc::new(Inner {
             connection: Connection::open_in_time(url, TIMEOUT)?,
+            limit: Script::limit(),
             born: Instant::now(),
             rests_until: AtomicU64::new(0),
         }))))
@@ -86,19 +100,45 @@ impl Cache {
             .await;
     }
 
+    /// Adds to what all nodes have spent. For each of them: microseconds until it is whole again.
+    pub async fn spend(&self, spent: &[Spent]) -> Option<Vec<u64>> {
+        let inner = self.0.as_deref()?;
+        let keys = spent.iter().map(|spent| spent.key.clone()).collect();
+        let arguments = spent
+            .iter()
+            .flat_map(|spent| [spent.spent_us, spent.whole_us])
+            .map(|number| Bytes::from(number.to_string()))
+            .collect();
+        let call = inner.connection.call(&inner.limit, keys, arguments);
+        let gone = inner.in_time(call).await?;
+        gone.iter().map(Value::as_u64).collect()
+    }
+
     async fn ask(&self, name: &'static str, arguments: Vec<Bytes>) -> Option<Value> {
         let inner = self.0.as_deref()?;
-        let now = u64::try_from(inner.born.elapsed().as_millis()).unwrap_or(u64::MAX);
-        if now < inner.rests_until.load(Ordering::Relaxed) {
+        let asked = inner.connection.command(name, arguments);
+        inner.in_time(asked).await
+    }
+
+    /// Whether there is a server to ask at all.
+    pub fn is_configured(&self) -> bool {
+        self.0.is_some()
+    }
+}
+
+impl Inner {
+    /// What the server answers, unless it is left alone or takes too long.
+    async fn in_time<T>(&self, asked: impl Future<Output = Result<T, EngineError>>) -> Option<T> {
+        let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if now < self.rests_until.load(Ordering::Relaxed) {
             return None;
         }
-        let asked = inner.connection.command(name, arguments);
         // The client's own timeout begins when it writes.
         match tokio::time::timeout(TIMEOUT, asked).await {
             Ok(Ok(value)) => Some(value),
             failed => {
                 let rest = now + u64::try_from(REST.as_millis()).unwrap_or(u64::MAX);
-                inner.rests_until.store(rest, Ordering::Relaxed);
+                self.rests_until.store(rest, Ordering::Relaxed);
                 if let Ok(Err(error)) = failed {
                     tracing::debug!(%error, "the cache");
                 }

@@ -49,7 +49,7 @@ use tokio::sync::{broadcast, watch};
 
 pub use self::{
     audit::{Remains, RoundAudit, RoundKeys},
-    cache::Cache,
+    cache::{Cache, Spent},
     connection::RedisUrl,
     epoch::{Inspection, InstallError},
     error::EngineError,

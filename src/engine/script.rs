@@ -79,6 +79,14 @@ pub(super) struct Scripts {
     pub(super) whole: Script,
 }
 
+impl Script {
+    /// The only one that does not run where anything is sold.
+    pub(super) fn limit() -> Self {
+        let text = concat!("#!lua\n", include_str!("../../lua/limit.lua"));
+        Self::new("limit", text)
+    }
+}
+
 impl Scripts {
     pub(super) fn new() -> Self {
         Self {

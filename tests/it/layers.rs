@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 /// Modules of the library and their layer. Neighbours in a layer do not know each other.
-const LAYERS: [(&str, u8); 22] = [
+const LAYERS: [(&str, u8); 23] = [
     ("domain", 0),
     ("faults", 0),
     ("clock", 1),
@@ -19,6 +19,7 @@ const LAYERS: [(&str, u8); 22] = [
     ("ops", 3),
     ("payments", 3),
     ("realtime", 3),
+    ("throttle", 3),
     // Tells whether an order is stored, by what the writers of this process know.
     ("sales", 4),
     ("http", 5),

@@ -18,8 +18,10 @@ use rustix::process::{Resource, getrlimit};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     net::{TcpListener, TcpSocket},
+    signal::unix::{SignalKind, signal},
     sync::{Notify, watch},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::{
@@ -36,14 +38,14 @@ use crate::{
     },
     catalogue::{Catalogue, Painter},
     clock,
-    config::{self, Config, Endpoints, Stores as Source, Switch},
+    config::{self, Config, Endpoints, RateLimit, Stores as Source, Switch},
     domain::{
         durability::Lack, id::Partition, order::Mode, payment::Gateway as GatewayName,
         receipt::ReceiptKeys,
     },
     engine::{Cache, Engine, EngineOptions, Engines, Fence, RedisUrl},
     faults,
-    http::{self, AccessLog, HttpSettings, HttpState, Listener},
+    http::{self, AccessLog, Door, HttpSettings, HttpState, Listener, Tls},
     lifecycle::{Lifecycle, Stage},
     metrics::{DurabilityLabels, Metrics, PartitionLabels},
     ops::{
@@ -88,6 +90,7 @@ use crate::{
         sessions::Sessions,
         users::Users,
     },
+    throttle::{Throttle, ThrottleSettings},
     writer::{State, Writer},
 };
 
@@ -109,6 +112,9 @@ const OWN_FILES: u64 = 128;
 
 /// One connection in so many is kept for those who buy, however many watch.
 const BUYERS_SHARE: u64 = 32;
+
+/// One address may have one connection in so many.
+const ADDRESS_SHARE: usize = 4;
 
 /// How long PostgreSQL may take to be there at start.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -627,6 +633,9 @@ async fn serve(
             .context("STOCKADE_CORS_ORIGINS")?,
         request_timeout: Duration::from_millis(config.request_timeout_ms),
         access_log: access_log(config, metrics).await?,
+        trusted_proxies: config.trusted_proxies.clone(),
+        throttle: throttle(config, secret, stores, metrics, life)?,
+        tls: config.tls_cert.is_some(),
     };
     let audit_log = AuditLog::new(database.clone());
     let (audit_trail, notes) =
@@ -670,18 +679,23 @@ async fn serve(
         None => Listener::All,
     };
     let router = http::router(state.clone(), &settings, public);
+    let door = door(config, &files, metrics, life)?;
     app.http_addr = Some(listen(
         config.http_addr,
         router,
-        files.connections,
+        door.clone(),
         "http",
         life,
     )?);
     if let Some(addr) = config.admin_addr {
         let router = http::router(state, &settings, Listener::All);
         // Operators get in when the crowd has taken all the rest.
-        let connections = usize::MAX;
-        app.admin_addr = Some(listen(addr, router, connections, "admin", life)?);
+        let door = Door {
+            connections: usize::MAX,
+            per_address: usize::MAX,
+            ..door
+        };
+        app.admin_addr = Some(listen(addr, router, door, "admin", life)?);
     }
     Ok(())
 }
@@ -720,6 +734,78 @@ fn outside(config: &Config, life: &Lifecycle) -> anyhow::Result<Option<Arc<Outsi
         Ok(())
     });
     Ok(Some(outside))
+}
+
+/// How the crowd is let in.
+fn door(
+    config: &Config,
+    files: &Files,
+    metrics: &Metrics,
+    life: &Lifecycle,
+) -> anyhow::Result<Door> {
+    let tls = match (&config.tls_cert, &config.tls_key) {
+        (Some(certificate), Some(key)) => {
+            let tls = Tls::load(certificate.clone(), key.clone())
+                .context("STOCKADE_TLS_CERT and STOCKADE_TLS_KEY")?;
+            life.spawn(Stage::Background, "certificate", {
+                reload(tls.clone(), life.token(Stage::Background))
+            });
+            Some(tls)
+        }
+        _ => None,
+    };
+    let quarter = files.connections / ADDRESS_SHARE;
+    Ok(Door {
+        connections: files.connections,
+        per_address: match config.rate_limit {
+            RateLimit::On => config.connections_per_address.unwrap_or(quarter),
+            RateLimit::Off => usize::MAX,
+        },
+        uncounted: vec![
+            config.trusted_proxies.clone(),
+            config.unlimited_addresses.clone(),
+        ],
+        tls,
+        metrics: metrics.limits.clone(),
+    })
+}
+
+/// Reads the certificate again upon SIGHUP, until `stop`.
+async fn reload(tls: Tls, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    while let Some(Some(())) = stop.run_until_cancelled(hangup.recv()).await {
+        match tls.reload() {
+            Ok(()) => tracing::info!("the certificate was read again"),
+            Err(error) => tracing::error!(%error, "the certificate stays as it was"),
+        }
+    }
+    Ok(())
+}
+
+/// The limits, unless they are off.
+fn throttle(
+    config: &Config,
+    secret: &[u8],
+    stores: &Stores,
+    metrics: &Metrics,
+    life: &Lifecycle,
+) -> anyhow::Result<Throttle> {
+    if config.rate_limit == RateLimit::Off {
+        return Ok(Throttle::off());
+    }
+    let settings = ThrottleSettings {
+        allowances: config.limits.clone(),
+        unlimited: config.unlimited_addresses.clone(),
+        secret: secret.to_vec(),
+    };
+    let (throttle, sharing) =
+        Throttle::new(settings, stores.cache.clone(), metrics.limits.clone())?;
+    let stop = life.token(Stage::Background);
+    life.spawn(Stage::Background, "limits", async move {
+        sharing.run(stop).await;
+        Ok(())
+    });
+    Ok(throttle)
 }
 
 /// The gateways that the configuration has, and the toy bank by itself: it has to be asked for its
@@ -880,11 +966,11 @@ fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(ACCEPT_QUEUE)
 }
 
-/// Listens for at most so many connections at once.
+/// Listens, and lets people in as the door says.
 fn listen(
     addr: SocketAddr,
     router: Router,
-    connections: usize,
+    door: Door,
     name: &'static str,
     life: &Lifecycle,
 ) -> anyhow::Result<SocketAddr> {
@@ -897,7 +983,7 @@ fn listen(
             tokio::time::sleep(LAST_ANSWERS).await;
         };
         tokio::select! {
-            () = http::serve(listener, router, connections, stop.clone()) => {}
+            () = http::serve(listener, router, door, stop.clone()) => {}
             // Somebody reads his answer so slowly that the writer would not get to drain.
             () = too_slow => {}
         }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use secrecy::ExposeSecret;
 use stockade::app::{self, App, Role};
-use stockade::config::{Config, Endpoints, RateLimit, Stores};
+use stockade::config::{Config, Endpoints, Networks, RateLimit, Stores};
 use stockade::embedded::{self, EmbeddedConfig, Services};
 use stockade::faults;
 use stockade::lifecycle::Lifecycle;
@@ -38,6 +38,10 @@ fn raise_open_files() {
 
 async fn serve(mut config: Config, roles: &[Role], demo: bool) -> anyhow::Result<()> {
     let stores = config.check_for_serve()?;
+    if demo && config.unlimited_addresses.is_empty() {
+        // Its crowd comes from this machine: `make drop`.
+        config.unlimited_addresses = Networks::loopback();
+    }
     if config.rate_limit == RateLimit::Off {
         tracing::warn!("STOCKADE_RATE_LIMIT=off: every limit is off, for benchmarks only");
     }
@@ -115,15 +119,27 @@ async fn ready(config: &Config, app: &App, demo: bool) -> anyhow::Result<()> {
     if demo && let Some(shop) = &app.shop {
         demo::seed(shop, &app.products).await?;
     }
+    let scheme = if config.tls_cert.is_some() {
+        "https"
+    } else {
+        "http"
+    };
     let mut out = io::stdout().lock();
     if let Some(addr) = app.http_addr {
         writeln!(
             out,
-            "stockade serves http://{addr} (API below /v1, documentation at /docs)"
+            "stockade serves {scheme}://{addr} (API below /v1, documentation at /docs)"
         )?;
     }
     if let Some(addr) = app.admin_addr {
-        writeln!(out, "operators: http://{addr}")?;
+        writeln!(out, "operators: {scheme}://{addr}")?;
+    }
+    if demo {
+        writeln!(
+            out,
+            "demonstration: requests from {} are not counted per address",
+            config.unlimited_addresses
+        )?;
     }
     if let Some(email) = &config.operator_email {
         match &app.generated_password {

@@ -15,6 +15,7 @@ use super::{
     body::Json,
     caller::{Caller, Person, actor},
     check::{Check, Timestamp, present},
+    limit::Asker,
     problem::{Code, FieldError, Problem},
     routes::{Access, Noted, Routes},
     sessions,
@@ -219,6 +220,7 @@ async fn register(
 async fn login(
     State(accounts): State<Accounts>,
     State(trail): State<AuditTrail>,
+    asker: Asker,
     headers: HeaderMap,
     Json(login): Json<Login>,
 ) -> Result<axum::Json<Tokens>, Problem> {
@@ -226,8 +228,10 @@ async fn login(
     if let Some(email) = Email::parse(&login.email) {
         Origin::concerns(|| trail.account(email.as_str()));
     }
+    asker.throttle.login(&login.email, asker.address).await?;
     let grant = accounts.login(&login.email, login.password, name).await?;
     Origin::acts(|| actor(&grant.identity));
+    asker.throttle.logged_in(&login.email, asker.address);
     Ok(axum::Json(grant.into()))
 }
 

@@ -1,6 +1,6 @@
 //! What a request says: its body, its query, its path, each read once and refused in one way.
 
-use std::{error::Error, fmt, marker::PhantomData};
+use std::{error::Error, fmt, marker::PhantomData, time::Duration};
 
 use axum::{
     body::{Body, HttpBody},
@@ -18,6 +18,10 @@ use super::problem::{Code, Problem};
 
 /// The largest body, in bytes: no request of this API needs a tenth of it.
 pub(super) const BODY_BYTES_MAX: usize = 16 * 1024;
+
+/// How long the body of a request may take to arrive, an image's apart. It is shorter than any
+/// request may take, so that whoever is too slow learns for sure that nothing was done.
+const ARRIVAL: Duration = Duration::from_millis(2_500);
 
 /// A JSON body.
 ///
@@ -45,7 +49,8 @@ impl<S: Sync> FromRequest<S> for Raw {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, Problem> {
-        let bytes = axum::body::to_bytes(request.into_body(), EVENT_BYTES_MAX).await;
+        let bytes = axum::body::to_bytes(request.into_body(), EVENT_BYTES_MAX);
+        let bytes = in_time(bytes).await?;
         bytes.map(Self).map_err(|_| {
             let detail = "The body is larger than 256 KiB, or ended early.";
             Problem::new(Code::PayloadTooLarge, detail)
@@ -69,7 +74,7 @@ pub(super) struct Nothing {}
 
 async fn optional<T: DeserializeOwned>(request: Request) -> Result<Option<T>, Problem> {
     let (parts, body) = request.into_parts();
-    let bytes = collect(body, BODY_BYTES_MAX).await?;
+    let bytes = in_time(collect(body, BODY_BYTES_MAX)).await??;
     if bytes.is_empty() {
         return Ok(None);
     }
@@ -79,6 +84,12 @@ async fn optional<T: DeserializeOwned>(request: Request) -> Result<Option<T>, Pr
         ));
     }
     read(&bytes).map(Some)
+}
+
+/// What arrives in time.
+async fn in_time<T>(arriving: impl Future<Output = T>) -> Result<T, Problem> {
+    let arrived = tokio::time::timeout(ARRIVAL, arriving).await;
+    arrived.map_err(|_| Problem::new(Code::RequestTimeout, "The body did not arrive in time."))
 }
 
 /// The largest image, in bytes.

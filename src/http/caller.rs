@@ -7,7 +7,10 @@ use axum::{
     http::{header::AUTHORIZATION, request},
 };
 
-use super::problem::{Code, Problem};
+use super::{
+    limit,
+    problem::{Code, Problem},
+};
 use crate::{
     auth::{
         Role,
@@ -149,6 +152,12 @@ where
             ..actor(&machine.identity())
         },
     });
+    // A machine is counted as the user whose key it has.
+    let user = match &known {
+        Bearer::Person(identity) => identity.user,
+        Bearer::Machine(machine) => machine.identity().user,
+    };
+    limit::user(&parts.extensions, user)?;
     Ok(known)
 }
 

@@ -9,7 +9,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     panic::AssertUnwindSafe,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Once},
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -21,7 +21,7 @@ use axum::{
         HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
         header::{
             CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERER,
-            REFERRER_POLICY, USER_AGENT, X_CONTENT_TYPE_OPTIONS,
+            REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, USER_AGENT, X_CONTENT_TYPE_OPTIONS,
         },
     },
     response::{IntoResponse, Response},
@@ -30,9 +30,11 @@ use futures::FutureExt;
 use tower::{Layer, Service};
 
 use super::{
-    access_log::{AccessLog, Line},
+    HttpSettings,
+    access_log::Line,
     body::{self, BODY_BYTES_MAX, IMAGE_BYTES_MAX},
-    images,
+    client, images,
+    limit::{Asker, Charge},
     problem::{self, CALL_MAY_RUN_FOR, Code, MEDIA_TYPE, Problem},
     routes::{Name, Names},
     trail::Witness,
@@ -49,40 +51,61 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// The longest id that is taken over from a client, in characters.
 const REQUEST_ID_MAX: usize = 128;
 
+/// How long browsers remember that this server speaks TLS.
+const A_YEAR: &str = "max-age=31536000";
+
 /// What a route that is not in the table is called.
 const UNMATCHED: &str = "unmatched";
 
 /// How the edge behaves, and where it reports to.
 pub(super) struct Edge {
-    /// How long a handler may take until it has something to answer. A stream has that at once.
-    pub(super) timeout: Duration,
-    pub(super) metrics: HttpMetrics,
-    pub(super) access_log: AccessLog,
-    pub(super) audit_trail: AuditTrail,
+    settings: HttpSettings,
+    metrics: HttpMetrics,
+    audit_trail: AuditTrail,
     /// What each route's template is called elsewhere; the aliases share the name.
-    pub(super) routes: Names,
-    pub(super) unmatched: Name,
+    routes: Names,
+    unmatched: Name,
+    /// Whether it was said that a proxy is not configured.
+    warned: Once,
 }
 
 impl Edge {
     pub(super) fn new(
-        timeout: Duration,
+        settings: HttpSettings,
         metrics: HttpMetrics,
-        access_log: AccessLog,
         audit_trail: AuditTrail,
         routes: Names,
     ) -> Self {
         Self {
-            timeout,
+            settings,
             metrics,
-            access_log,
             audit_trail,
             routes,
             unmatched: Name {
                 route: UNMATCHED.into(),
                 noted: [].into(),
+                reading: Some(Charge::UNMATCHED),
+                changing: Some(Charge::UNMATCHED),
             },
+            warned: Once::new(),
         }
+    }
+
+    /// The client's address; `None` in tests without a socket.
+    fn client(&self, request: &Request) -> Option<IpAddr> {
+        let peer = request.extensions().get::<ConnectInfo<SocketAddr>>()?;
+        let (peer, headers) = (peer.0.ip(), request.headers());
+        let trusted = &self.settings.trusted_proxies;
+        if !self.warned.is_completed() && client::looks_like_a_proxy(peer, headers, trusted) {
+            self.warned.call_once(|| {
+                tracing::warn!(
+                    %peer,
+                    "a proxy speaks for others and is not in STOCKADE_TRUSTED_PROXIES: limits per \
+                     address take all that it speaks for as one client"
+                );
+            });
+        }
+        Some(client::address(peer, headers, trusted))
     }
 
     fn name(&self, request: &Request) -> &Name {
@@ -127,7 +150,7 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
+    fn call(&mut self, mut request: Request) -> Self::Future {
         let started = Instant::now();
         let edge = Arc::clone(&self.edge);
         // The clone stays behind, unused; the service that was polled ready is called.
@@ -137,11 +160,23 @@ where
         let route = Arc::clone(&name.route);
         let method = request.method().clone();
         let id = request_id(request.headers());
+        let client = edge.client(&request);
         let witness = Witness::of(&edge.audit_trail, name, &request, &id, client);
-        let line = edge.access_log.is_on().then(|| line(&request));
+        let log = &edge.settings.access_log;
+        let line = log.is_on().then(|| line(&request, client));
+        let asker = Asker {
+            throttle: edge.settings.throttle.clone(),
+            address: client,
+            charge: name.charge(&method),
+        };
+        let paid = asker.pay();
+        request.extensions_mut().insert(asker);
 
         Box::pin(async move {
             let answer = async {
+                if let Err(problem) = paid {
+                    return problem.into_response();
+                }
                 let most = body_bytes_max(&route);
                 if declared_length(request.headers()) > most {
                     return body::too_large(most).into_response();
@@ -156,8 +191,8 @@ where
                     Err(never) => match never {},
                 }
             };
-            let answer =
-                tokio::time::timeout(edge.timeout, AssertUnwindSafe(answer).catch_unwind());
+            let timeout = edge.settings.request_timeout;
+            let answer = tokio::time::timeout(timeout, AssertUnwindSafe(answer).catch_unwind());
             let mut response = match answer.await {
                 Ok(Ok(response)) => response,
                 Ok(Err(panic)) => {
@@ -165,10 +200,14 @@ where
                     let message = panic_message(&*panic);
                     Problem::internal(format_args!("panic: {message}")).into_response()
                 }
-                Err(_) => timed_out(edge.timeout).into_response(),
+                Err(_) => timed_out(timeout).into_response(),
             };
 
             let problem = finish(&mut response, &method, &id, &route, &edge.metrics);
+            if edge.settings.tls {
+                let headers = response.headers_mut();
+                headers.insert(STRICT_TRANSPORT_SECURITY, HeaderValue::from_static(A_YEAR));
+            }
             if let Some(witness) = witness {
                 witness.saw(problem.map(|code| code.meaning().word));
             }
@@ -190,7 +229,7 @@ where
             edge.metrics.requests.get_or_create(&labels).inc();
             if let Some(line) = line {
                 let bytes = response.body().size_hint().exact();
-                edge.access_log.write(Line {
+                edge.settings.access_log.write(Line {
                     status: response.status(),
                     bytes,
                     elapsed,
@@ -255,12 +294,6 @@ fn finish(
         .entry(CACHE_CONTROL)
         .or_insert(HeaderValue::from_static("no-store"));
     code
-}
-
-/// The client's address: who is at the other end of the socket.
-fn client(request: &Request) -> Option<IpAddr> {
-    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>()?;
-    Some(peer.0.ip())
 }
 
 /// Refusals of business are counted, not logged; what is our fault or a store's is logged.
@@ -339,7 +372,7 @@ fn method_name(method: &Method) -> &'static str {
 }
 
 /// What the access log wants to know before the request is gone.
-fn line(request: &Request) -> Line {
+fn line(request: &Request, client: Option<IpAddr>) -> Line {
     let text = |name| {
         request
             .headers()
@@ -354,7 +387,7 @@ fn line(request: &Request) -> Line {
     });
     Line {
         at: clock::now(),
-        client: client(request),
+        client,
         method: request.method().clone(),
         target,
         version: request.version(),

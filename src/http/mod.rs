@@ -14,6 +14,7 @@ mod cart;
 mod certificates;
 mod check;
 mod checkouts;
+mod client;
 mod docs;
 mod edge;
 mod events;
@@ -21,6 +22,7 @@ mod idempotency;
 mod images;
 mod incidents;
 mod leaderboard;
+mod limit;
 mod orders;
 mod page;
 mod payments;
@@ -35,6 +37,7 @@ mod sales;
 mod schedule;
 mod serve;
 mod sessions;
+mod tls;
 mod trail;
 mod users;
 mod version;
@@ -56,11 +59,13 @@ use tower_http::cors::CorsLayer;
 use utoipa_axum::router::OpenApiRouter;
 
 pub use access_log::{AccessLog, AccessLogWriter, Format};
-pub use serve::serve;
+pub use serve::{Door, serve};
+pub use tls::{Tls, TlsError};
 
 use crate::{
     auth::{accounts::Accounts, api_key::ApiKeys, bearer::Bearers},
     catalogue::{Catalogue, Painter},
+    config::Networks,
     metrics::Metrics,
     ops::{audit_log::AuditTrail, auditor::Auditor, certificate::CertificateKey},
     payments::{Gateways, Sandbox},
@@ -71,6 +76,7 @@ use crate::{
         audit_log::AuditLog, endings::Endings, incidents::Incidents, products::Products,
         reports::Reports,
     },
+    throttle::Throttle,
 };
 use edge::{Edge, EdgeLayer};
 
@@ -184,6 +190,12 @@ pub struct HttpSettings {
     pub request_timeout: Duration,
     /// Where requests are logged.
     pub access_log: AccessLog,
+    /// Who is believed when it says whom it speaks for.
+    pub trusted_proxies: Networks,
+    /// How often anything may be done.
+    pub throttle: Throttle,
+    /// Whether this server speaks TLS itself, and tells browsers never to come without.
+    pub tls: bool,
 }
 
 /// Every resource; a new one is a file and a line here.
@@ -220,13 +232,8 @@ pub fn router(state: HttpState, settings: &HttpSettings, listener: Listener) -> 
     let (api, names) = routes::mount(api, resources(), listener);
     let (api, openapi) = api.split_for_parts();
     let metrics = state.0.metrics.http.clone();
-    let edge = Edge::new(
-        settings.request_timeout,
-        metrics,
-        settings.access_log.clone(),
-        state.0.audit_trail.clone(),
-        names,
-    );
+    let trail = state.0.audit_trail.clone();
+    let edge = Edge::new(settings.clone(), metrics, trail, names);
     let mut router = api.with_state(state).merge(docs::router(&openapi));
     if !settings.cors_origins.is_empty() {
         router = router.layer(cors(settings.cors_origins.clone()));
@@ -260,6 +267,8 @@ fn cors(origins: Vec<HeaderValue>) -> CorsLayer {
             ETAG,
             LOCATION,
             RETRY_AFTER,
+            limit::RATE_LIMIT,
+            limit::RATE_LIMIT_POLICY,
             idempotency::IDEMPOTENCY_REPLAYED,
             edge::REQUEST_ID,
         ])

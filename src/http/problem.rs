@@ -15,7 +15,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::body::{BODY_BYTES_MAX, too_large};
+use super::{
+    body::{BODY_BYTES_MAX, too_large},
+    limit,
+};
 use crate::{
     domain::{
         limits::{ALLOCATION_MAX, CALL_DEADLINE_MS, WRITER_STALL_MS},
@@ -24,6 +27,7 @@ use crate::{
     engine::{Answer, EngineError},
     sales::SaleError,
     store::StoreError,
+    throttle::Exceeded,
 };
 
 /// The media type of a problem document.
@@ -251,6 +255,18 @@ codes! {
         fix "Log in instead."
         curl "curl -X POST $STOCKADE/v1/auth/login -H 'Content-Type: application/json' -d '{\"email\": \"ada@example.org\", \"password\": \"correct horse battery staple\"}'"
 
+    /// More often than anybody may.
+    RateLimited "rate_limited" TOO_MANY_REQUESTS "Too many requests" After NotApplied
+        cause "This user, this address or this account did more in a short time than anybody may. `RateLimit-Policy` names the limit and how much of it there is, `RateLimit` what is left. Nothing was done."
+        fix "Send the same request with the same key, but not before `Retry-After` seconds. Whoever goes on asking meanwhile gets the same answer, and no worse one."
+        curl "curl -i $STOCKADE/v1/sales/$SALE_ID"
+
+    /// The body is not there yet.
+    RequestTimeout "request_timeout" REQUEST_TIMEOUT "The request came too slowly" After NotApplied
+        cause "The body of the request did not arrive within two and a half seconds of its head. Nothing was done."
+        fix "Send the same request with the same key again, over a better connection."
+        curl "curl -i $STOCKADE/livez"
+
     /// Somebody else changed it meanwhile.
     PreconditionFailed "precondition_failed" PRECONDITION_FAILED "It has changed meanwhile" Never NotApplied
         cause "`If-Match` names a version that is not the present one."
@@ -344,6 +360,7 @@ struct Parts {
     errors: Vec<FieldError>,
     facts: Map<String, Value>,
     cause: Option<String>,
+    exceeded: Option<Exceeded>,
 }
 
 /// The document: RFC 9457, with the members that every refusal here has, and the facts of this
@@ -390,6 +407,7 @@ impl Problem {
             errors: Vec::new(),
             facts: Map::new(),
             cause: None,
+            exceeded: None,
         }))
     }
 
@@ -464,6 +482,13 @@ impl Problem {
     #[must_use]
     pub fn fact(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.0.facts.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// With the limit in its headers.
+    #[must_use]
+    pub(super) fn limited(mut self, exceeded: Exceeded) -> Self {
+        self.0.exceeded = Some(exceeded);
         self
     }
 
@@ -544,6 +569,9 @@ impl Problem {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(seconds) = self.0.retry_after_seconds {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(exceeded) = &self.0.exceeded {
+            limit::tell(exceeded, headers);
         }
         if *status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -752,6 +780,8 @@ mod tests {
         ("method_not_allowed", 405),
         ("conflict", 409),
         ("email_taken", 409),
+        ("rate_limited", 429),
+        ("request_timeout", 408),
         ("precondition_failed", 412),
         ("precondition_required", 428),
         ("payload_too_large", 413),

@@ -12,6 +12,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
 use super::{
     HttpState, Listener,
+    limit::Charge,
     problem::{Code, MEDIA_TYPE},
 };
 
@@ -122,6 +123,21 @@ pub(super) struct Name {
     pub(super) route: Arc<str>,
     /// What the audit log notes of it, and calls it.
     pub(super) noted: Arc<[(Method, Noted, Arc<str>)]>,
+    /// What requests that read are charged.
+    pub(super) reading: Option<Charge>,
+    /// What other requests are charged.
+    pub(super) changing: Option<Charge>,
+}
+
+impl Name {
+    /// What a request with this method is charged.
+    pub(super) fn charge(&self, method: &Method) -> Option<Charge> {
+        if method.is_safe() {
+            self.reading
+        } else {
+            self.changing
+        }
+    }
 }
 
 /// Mounts `resources`: what starts with `/v1/` also at `/api/`.
@@ -143,8 +159,17 @@ pub(super) fn mount(
         let (schemas, mut paths, methods) = route.parts;
         describe(&mut paths, route.access, route.refusals);
         for (path, item) in &paths.paths {
-            let known = names.get(path).map(|name| name.noted.to_vec());
-            let mut noted = known.unwrap_or_default();
+            let known = names.get(path);
+            let mut noted = known.map(|name| name.noted.to_vec()).unwrap_or_default();
+            let mut reading = known.and_then(|name| name.reading);
+            let mut changing = known.and_then(|name| name.changing);
+            let charge = Charge::of(route.access, item.get.is_some(), path);
+            if item.get.is_some() {
+                reading = charge;
+            } else if changing.is_none() || route.access != Access::Operator {
+                // What everybody may do is charged as such, also where operators may do more.
+                changing = charge;
+            }
             noted.extend(actions(item).filter_map(|(method, operation)| {
                 let which = route
                     .noted
@@ -154,6 +179,8 @@ pub(super) fn mount(
             let name = Name {
                 route: path.as_str().into(),
                 noted: noted.into(),
+                reading,
+                changing,
             };
             if let Some(rest) = path.strip_prefix("/v1/") {
                 let alias = format!("/api/{rest}");
@@ -208,7 +235,11 @@ pub(super) fn actions(item: &PathItem) -> impl Iterator<Item = (Method, &String)
 
 /// Writes into the document who may use an operation, and every problem that it can answer.
 fn describe(paths: &mut Paths, access: Access, own: &[Code]) {
-    for operation in paths.paths.values_mut().flat_map(operations) {
+    let operations = paths.paths.iter_mut().flat_map(|(path, item)| {
+        let limited = Charge::of(access, true, path).is_some();
+        operations(item).map(move |operation| (operation, limited))
+    });
+    for (operation, limited) in operations {
         // Handlers have short names; in the document they stand beside those of other resources.
         if let (Some(tags), Some(name)) = (&operation.tags, &operation.operation_id) {
             operation.operation_id = Some(format!("{}_{name}", tags.join("_")));
@@ -216,10 +247,14 @@ fn describe(paths: &mut Paths, access: Access, own: &[Code]) {
         let mut codes = own.to_vec();
         codes.push(Code::Internal);
         codes.push(Code::Unavailable);
+        if limited {
+            codes.push(Code::RateLimited);
+        }
         if operation.request_body.is_some() {
             codes.extend([
                 Code::Validation,
                 Code::PayloadTooLarge,
+                Code::RequestTimeout,
                 Code::UnsupportedMediaType,
             ]);
         }

@@ -6,10 +6,11 @@
 //! that needs, so its socket is taken out, and what is left of it is one small task.
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
     future::{pending, poll_fn},
     io::{self, IoSlice},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
@@ -42,7 +43,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
-use crate::{clock, realtime::Events};
+use super::tls::{Tls, TlsSocket};
+use crate::{clock, config::Networks, metrics::LimitMetrics, realtime::Events, throttle::network};
 
 /// What the kernel may hold for a subscriber who does not read, bytes: a few seconds of frames.
 /// Whoever is slower than that skips to the last one.
@@ -55,20 +57,64 @@ const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 /// only when somebody leaves.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a connection may take to get to its first request. Browsers open some before they need
+/// them.
+const FIRST_REQUEST: Duration = Duration::from_secs(15);
+
+/// How long a connection stays on which nothing is asked and nothing is answered, at least; at most
+/// twice as long. Proxies keep theirs for a minute, and must not find them closed at the last moment.
+/// What a client sends does not count until it is a request: it may be one letter a second.
+const IDLE: Duration = Duration::from_secs(65);
+
+/// What a connection may still say once it has been asked to end.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The largest head of a request, in bytes: its line, address included, and its headers.
+const HEAD_BYTES_MAX: usize = 64 * 1024;
+
+/// The most headers of a request.
+const HEADERS_MAX: usize = 100;
+
+/// The largest list of headers over HTTP/2, in bytes, when they are unpacked.
+const HEADER_LIST_MAX: u32 = 64 * 1024;
+
+/// Requests under way on one connection of HTTP/2, streams of events included.
+const CONCURRENT_MAX: u32 = 128;
+
+/// Streams that a client may open and cancel before anybody has looked at them ("rapid reset"); then
+/// its connection ends.
+const RESETS_MAX: usize = 20;
+
+/// Streams that we may reset because of what a client did; then its connection ends.
+const OWN_RESETS_MAX: usize = 256;
+
+/// What a client may send ahead, per stream and per connection, and what waits for it; bytes.
+const STREAM_WINDOW: u32 = 64 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+const UNSENT_MAX: usize = 128 * 1024;
+
+/// Who is let in to a listener, and how.
+#[derive(Clone)]
+pub struct Door {
+    /// Connections that are served at once. Others wait in the kernel's queue: each costs a file, and
+    /// the stores need some, too.
+    pub connections: usize,
+    /// Connections from one address; one more is closed at once, so that nobody takes all seats.
+    pub per_address: usize,
+    /// Addresses that speak for many: their connections are not counted.
+    pub uncounted: Vec<Networks>,
+    /// What is spoken on top of TCP, if it is TLS.
+    pub tls: Option<Tls>,
+    /// Where it is told who was not let in.
+    pub metrics: LimitMetrics,
+}
+
 /// Serves `router` until `stop`; done when the last connection is.
-///
-/// No more than `connections` are served at once. Others wait in the kernel's queue: each costs a
-/// file, and the stores need some, too.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    connections: usize,
-    stop: CancellationToken,
-) {
+pub async fn serve(listener: TcpListener, router: Router, door: Door, stop: CancellationToken) {
     let open = TaskTracker::new();
     tokio::select! {
         () = stop.cancelled() => {}
-        () = accept(&listener, &router, connections, &open, &stop) => {}
+        () = accept(&listener, &router, &door, &open, &stop) => {}
     }
     drop(listener);
     open.close();
@@ -79,11 +125,12 @@ pub async fn serve(
 async fn accept(
     listener: &TcpListener,
     router: &Router,
-    connections: usize,
+    door: &Door,
     open: &TaskTracker,
     stop: &CancellationToken,
 ) {
-    let seats = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
+    let seats = Arc::new(Semaphore::new(door.connections.min(Semaphore::MAX_PERMITS)));
+    let guests = Guests::default();
     // It is never closed.
     while let Ok(seat) = Arc::clone(&seats).acquire_owned().await {
         let (socket, peer) = match listener.accept().await {
@@ -100,20 +147,115 @@ async fn accept(
                 continue;
             }
         };
+        let Some(guest) = guests.admit(door, peer.ip()) else {
+            door.metrics.connections.inc();
+            continue;
+        };
         // Answers are small: they should not wait for more. A closed socket says so by itself.
         let _ = socket.set_nodelay(true);
-        let speaking = speak(socket, peer, router.clone(), stop.clone());
+        let (router, tls, stop) = (router.clone(), door.tls.clone(), stop.clone());
         let streams = open.clone();
         open.spawn(async move {
-            if let Some(parted) = speaking.await {
+            let Some(socket) = Socket::open(socket, tls).await else {
+                return;
+            };
+            if let Some(parted) = speak(socket, peer, router, stop).await {
                 // In a task of its own: this one is much larger.
                 streams.spawn(async move {
                     stream(parted).await;
-                    drop(seat);
+                    drop((seat, guest));
                 });
             }
         });
     }
+}
+
+/// How many connections each address has.
+#[derive(Clone, Default)]
+struct Guests(Arc<Mutex<HashMap<u128, usize>>>);
+
+/// A connection, counted while it lasts.
+struct Guest {
+    guests: Guests,
+    /// `None` if it is not counted.
+    from: Option<u128>,
+}
+
+impl Guests {
+    fn counts(&self) -> MutexGuard<'_, HashMap<u128, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more from an address, unless it has too many.
+    fn admit(&self, door: &Door, address: IpAddr) -> Option<Guest> {
+        let speaks_for_many = |networks: &Networks| networks.contain(address);
+        let from = if door.uncounted.iter().any(speaks_for_many) {
+            None
+        } else {
+            let from = network(address);
+            let mut counts = self.counts();
+            let count = counts.entry(from).or_default();
+            if *count >= door.per_address {
+                return None;
+            }
+            *count += 1;
+            Some(from)
+        };
+        let guests = self.clone();
+        Some(Guest { guests, from })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let Some(from) = self.from else { return };
+        let mut counts = self.guests.counts();
+        if let Some(count) = counts.get_mut(&from) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&from);
+            }
+        }
+    }
+}
+
+/// What bytes travel over.
+enum Socket {
+    Plain(TcpStream),
+    Tls(Box<TlsSocket>),
+}
+
+impl Socket {
+    /// Shakes hands, if that is the custom; `None` if the other side does not.
+    async fn open(socket: TcpStream, tls: Option<Tls>) -> Option<Self> {
+        let Some(tls) = tls else {
+            return Some(Self::Plain(socket));
+        };
+        match tokio::time::timeout(FIRST_REQUEST, tls.accept(socket)).await {
+            Ok(Ok(socket)) => Some(Self::Tls(Box::new(socket))),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "no TLS on a connection");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+}
+
+/// Does the same to either kind.
+macro_rules! either {
+    ($socket:expr, $inner:ident => $do:expr) => {
+        match $socket {
+            Socket::Plain($inner) => {
+                let $inner = Pin::new($inner);
+                $do
+            }
+            Socket::Tls($inner) => {
+                let $inner = Pin::new($inner);
+                $do
+            }
+        }
+    };
 }
 
 /// An answer that never ends: the events of a subscriber, in an answer's extensions.
@@ -143,7 +285,11 @@ struct Wire(Arc<Mutex<Ends>>);
 
 struct Ends {
     /// `None` once it has been taken back.
-    socket: Option<TcpStream>,
+    socket: Option<Socket>,
+    /// Requests so far.
+    requests: u64,
+    /// Requests and writes so far.
+    moves: u64,
     /// Whether something was written that the library has not followed up with a flush: then it
     /// may have more to write.
     unflushed: bool,
@@ -151,9 +297,11 @@ struct Ends {
 }
 
 impl Wire {
-    fn new(socket: TcpStream) -> Self {
+    fn new(socket: Socket) -> Self {
         Self(Arc::new(Mutex::new(Ends {
             socket: Some(socket),
+            requests: 0,
+            moves: 0,
             unflushed: false,
             parted: None,
         })))
@@ -171,7 +319,7 @@ impl Wire {
             return Err(events);
         }
         match ends.socket.take() {
-            Some(socket) => {
+            Some(Socket::Plain(socket)) => {
                 ends.parted = Some(Parted {
                     socket,
                     head,
@@ -179,7 +327,32 @@ impl Wire {
                 });
                 Ok(())
             }
-            None => Err(events),
+            // What is encrypted stays with whoever encrypts.
+            other => {
+                ends.socket = other;
+                Err(events)
+            }
+        }
+    }
+
+    fn asked(&self) {
+        let mut ends = self.ends();
+        ends.requests += 1;
+        ends.moves += 1;
+    }
+
+    /// Done when nobody seems to be there any more.
+    async fn deserted(&self) {
+        tokio::time::sleep(FIRST_REQUEST).await;
+        if self.ends().requests == 0 {
+            return;
+        }
+        loop {
+            let before = self.ends().moves;
+            tokio::time::sleep(IDLE).await;
+            if self.ends().moves == before {
+                return;
+            }
         }
     }
 
@@ -189,9 +362,15 @@ impl Wire {
 }
 
 impl Ends {
-    fn socket(&mut self) -> io::Result<Pin<&mut TcpStream>> {
-        let socket = self.socket.as_mut().map(Pin::new);
+    fn socket(&mut self) -> io::Result<&mut Socket> {
+        let socket = self.socket.as_mut();
         socket.ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// Notes what came of a write.
+    fn wrote(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.moves += u64::from(matches!(written, Poll::Ready(Ok(1..))));
+        written
     }
 }
 
@@ -201,7 +380,7 @@ impl AsyncRead for Wire {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.ends().socket()?.poll_read(context, buffer)
+        either!(self.ends().socket()?, socket => socket.poll_read(context, buffer))
     }
 }
 
@@ -213,7 +392,8 @@ impl AsyncWrite for Wire {
     ) -> Poll<io::Result<usize>> {
         let mut ends = self.ends();
         ends.unflushed = true;
-        ends.socket()?.poll_write(context, bytes)
+        let written = either!(ends.socket()?, socket => socket.poll_write(context, bytes));
+        ends.wrote(written)
     }
 
     fn poll_write_vectored(
@@ -223,7 +403,9 @@ impl AsyncWrite for Wire {
     ) -> Poll<io::Result<usize>> {
         let mut ends = self.ends();
         ends.unflushed = true;
-        ends.socket()?.poll_write_vectored(context, slices)
+        let written =
+            either!(ends.socket()?, socket => socket.poll_write_vectored(context, slices));
+        ends.wrote(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -232,28 +414,43 @@ impl AsyncWrite for Wire {
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut ends = self.ends();
-        ready!(ends.socket()?.poll_flush(context))?;
+        ready!(either!(ends.socket()?, socket => socket.poll_flush(context)))?;
         ends.unflushed = false;
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.ends().socket()?.poll_shutdown(context)
+        either!(self.ends().socket()?, socket => socket.poll_shutdown(context))
     }
 }
 
 /// Speaks HTTP on a connection until it is over, or until a stream is all that is left of it.
 async fn speak(
-    socket: TcpStream,
+    socket: Socket,
     peer: SocketAddr,
     router: Router,
     stop: CancellationToken,
 ) -> Option<Parted> {
     let wire = Wire::new(socket);
     let service = service_fn(|request: HttpRequest<Incoming>| {
+        wire.asked();
         answer(request.map(Body::new), peer, router.clone(), wire.clone())
     });
-    let builder = Builder::new(TokioExecutor::new());
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX);
+    builder
+        .http2()
+        .max_concurrent_streams(CONCURRENT_MAX)
+        .max_pending_accept_reset_streams(RESETS_MAX)
+        .max_local_error_reset_streams(OWN_RESETS_MAX)
+        .max_header_list_size(HEADER_LIST_MAX)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(UNSENT_MAX);
+    let mut deserted = pin!(wire.deserted());
     let mut speaking = pin!(builder.serve_connection(TokioIo::new(wire.clone()), service));
     let mut stopping = pin!(stop.cancelled().fuse());
     loop {
@@ -270,6 +467,12 @@ async fn speak(
             biased;
             parted = spoken => return parted,
             () = &mut stopping => speaking.as_mut().graceful_shutdown(),
+            () = &mut deserted => {
+                // Whoever is only silent hears of it; whoever is in the middle of a word does not.
+                speaking.as_mut().graceful_shutdown();
+                let _ = tokio::time::timeout(FAREWELL, speaking).await;
+                return None;
+            }
         }
     }
 }
@@ -349,7 +552,11 @@ async fn send(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match socket.try_write(bytes) {
             Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // Somebody who reads nothing for so long takes a seat from others.
+                let writable = tokio::time::timeout(IDLE, socket.writable());
+                writable.await.map_err(|_| io::ErrorKind::TimedOut)??;
+            }
             Err(error) => return Err(error),
         }
     }

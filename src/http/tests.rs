@@ -1,7 +1,7 @@
 //! The whole router without its stores, and what the other tests of this folder send through it.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     num::NonZeroUsize,
     sync::Arc,
     time::Duration,
@@ -22,14 +22,16 @@ use axum::{
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
 use tower::ServiceExt;
+use utoipa_axum::router::OpenApiRouter;
 use uuid::Uuid;
 
 use super::{
     AccessLog, HttpSettings, HttpState, Listener, Parts,
     edge::{Edge, EdgeLayer},
+    limit::Charge,
     problem::{Code, MEDIA_TYPE},
     resources, router,
-    routes::{Access, Names, operations},
+    routes::{Access, Name, Names, mount, operations},
 };
 use crate::{
     auth::{
@@ -47,6 +49,7 @@ use crate::{
     },
     catalogue::{Catalogue, Painter},
     clock,
+    config::Networks,
     domain::receipt::ReceiptKeys,
     engine::{Cache, Engines},
     metrics::{CatalogueMetrics, Metrics},
@@ -65,6 +68,7 @@ use crate::{
         products::Products, profiles::Profiles, refusals::Refusals, reports::Reports,
         rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions, users::Users,
     },
+    throttle::{Class, Throttle},
 };
 
 /// An answer, read to its end.
@@ -115,6 +119,17 @@ impl Answer {
     }
 }
 
+fn plain() -> HttpSettings {
+    HttpSettings {
+        cors_origins: Vec::new(),
+        request_timeout: Duration::from_secs(5),
+        access_log: AccessLog::off(),
+        trusted_proxies: Networks::default(),
+        throttle: Throttle::off(),
+        tls: false,
+    }
+}
+
 /// A router with the edge around it.
 pub(super) fn edged(router: Router) -> Router {
     edged_within(router, Duration::from_secs(5))
@@ -122,10 +137,13 @@ pub(super) fn edged(router: Router) -> Router {
 
 /// A router with the edge around it, for handlers that take longer than `timeout`.
 pub(super) fn edged_within(router: Router, timeout: Duration) -> Router {
+    let settings = HttpSettings {
+        request_timeout: timeout,
+        ..plain()
+    };
     let edge = Edge::new(
-        timeout,
+        settings,
         Metrics::new().http,
-        AccessLog::off(),
         AuditTrail::off(),
         Names::new(),
     );
@@ -238,10 +256,64 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     });
     let settings = HttpSettings {
         cors_origins: vec![HeaderValue::from_static("https://shop.example.org")],
-        request_timeout: Duration::from_secs(5),
-        access_log: AccessLog::off(),
+        ..plain()
     };
     router(state, &settings, listener)
+}
+
+/// What is charged is decided by rules; these are the routes for which another decision than the
+/// general one is taken, and some for which none is.
+#[test]
+fn requests_are_charged_as_what_they_are() {
+    let (_, names) = mount(OpenApiRouter::default(), resources(), Listener::All);
+    let (one, many) = (1, 10);
+    for (path, reading, changing) in [
+        ("/livez", None, None),
+        ("/readyz", None, None),
+        ("/metrics", None, None),
+        ("/v1/sales/{id}/orders", None, Some((Class::Purchase, one))),
+        ("/api/sales/{id}/orders", None, Some((Class::Purchase, one))),
+        ("/v1/cart/checkout", None, Some((Class::Purchase, one))),
+        (
+            "/v1/sales/{id}/waitlist",
+            Some((Class::Read, one)),
+            Some((Class::Purchase, one)),
+        ),
+        ("/v1/orders/{id}/cancel", None, Some((Class::Write, one))),
+        ("/v1/auth/login", None, Some((Class::Login, one))),
+        ("/v1/auth/register", None, Some((Class::Register, one))),
+        ("/v1/auth/refresh", None, Some((Class::Write, one))),
+        ("/v1/auth/password", None, Some((Class::Write, many))),
+        ("/v1/webhooks/{gateway}", None, Some((Class::Webhook, one))),
+        ("/v1/events", Some((Class::Stream, one)), None),
+        ("/v1/sales/{id}/events", Some((Class::Stream, one)), None),
+        (
+            "/v1/sales/{id}",
+            Some((Class::Read, one)),
+            Some((Class::Operate, one)),
+        ),
+        ("/v1/sales/{id}/pause", None, Some((Class::Operate, one))),
+        (
+            "/v1/sales/{id}/orders.csv",
+            Some((Class::Operate, many)),
+            None,
+        ),
+    ] {
+        let charged = |charge: Option<Charge>| charge.map(|charge| (charge.class, charge.cost));
+        let known = &names[path];
+        let found = (charged(known.reading), charged(known.changing));
+        assert_eq!(found, (reading, changing), "{path}");
+    }
+    let free = |known: &&Name| known.reading.is_none() && known.changing.is_none();
+    let free: HashSet<_> = names
+        .values()
+        .filter(free)
+        .map(|known| &*known.route)
+        .collect();
+    assert!(
+        free.iter().all(|path| !path.starts_with("/v1/")),
+        "{free:?}"
+    );
 }
 
 /// Every operation: its method, a path that could exist, and who may use it.

@@ -36,7 +36,7 @@ impl Witness {
         name: &Name,
         request: &Request,
         id: &HeaderValue,
-        client: impl FnOnce(&Request) -> Option<IpAddr>,
+        client: Option<IpAddr>,
     ) -> Option<Self> {
         let method = match request.method() {
             &Method::HEAD => &Method::GET,
@@ -47,10 +47,7 @@ impl Witness {
         let target = template.and_then(|path| target(path.as_str(), request.uri().path()));
         Some(Self {
             trail: trail.clone(),
-            origin: Arc::new(Origin::request(
-                id.to_str().unwrap_or_default(),
-                client(request),
-            )),
+            origin: Arc::new(Origin::request(id.to_str().unwrap_or_default(), client)),
             action: Arc::clone(action),
             noted: *noted,
             target,

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::Executor;
-use stockade::{auth::Role, embedded::RedisRole};
+use stockade::auth::Role;
 use uuid::Uuid;
 
 use super::support::{
@@ -488,7 +488,7 @@ async fn a_crowd_that_looks_never_reaches_postgresql() {
 
 #[tokio::test]
 async fn a_change_is_seen_at_once_by_its_node_and_soon_by_the_others() {
-    let cache = cache().await;
+    let cache = Redis::start_cache().await;
     let mut app = App::without_node(&[]).await;
     app.cache = Some(cache.address.clone());
     app.run().await;
@@ -536,18 +536,9 @@ async fn a_change_is_seen_at_once_by_its_node_and_soon_by_the_others() {
     app.finish().await;
 }
 
-/// A Redis for what may be lost.
-async fn cache() -> Redis {
-    Redis::start_with(|options| {
-        options.role = RedisRole::Cache { memory_mib: 16 };
-        options.settings.clear();
-    })
-    .await
-}
-
 #[tokio::test]
 async fn a_cache_that_is_dead_or_silent_costs_nothing_but_speed() {
-    let cache = cache().await;
+    let cache = Redis::start_cache().await;
     let mut app = App::without_node(&[]).await;
     app.cache = Some(cache.address.clone());
     app.run().await;
@@ -586,7 +577,7 @@ async fn a_cache_that_is_dead_or_silent_costs_nothing_but_speed() {
 
 #[tokio::test]
 async fn what_a_cache_holds_that_is_no_page_is_not_shown() {
-    let cache = cache().await;
+    let cache = Redis::start_cache().await;
     let mut app = App::without_node(&[]).await;
     app.cache = Some(cache.address.clone());
     app.run().await;

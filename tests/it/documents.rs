@@ -2,6 +2,8 @@
 
 use std::{fs, path::Path};
 
+use stockade::domain::allowance::{Allowances, Rule};
+
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// All Rust code of the repository.
@@ -59,4 +61,14 @@ fn every_test_and_file_that_a_document_names_exists() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(named > 40, "only {named} tests are named");
+}
+
+#[test]
+fn every_limit_is_in_the_guide_with_what_it_usually_allows() {
+    let usual = Allowances::default();
+    let guide = fs::read_to_string(Path::new(ROOT).join("docs/DEPLOYMENT.md")).unwrap();
+    for rule in Rule::ALL {
+        let row = format!("| `{}` | `{}` |", rule.word(), usual.of(*rule));
+        assert!(guide.contains(&row), "{row}");
+    }
 }

@@ -12,6 +12,7 @@ mod audit_log;
 mod canary;
 mod carts;
 mod catalogue;
+mod connections;
 #[cfg(feature = "faults")]
 mod crash;
 mod documents;
@@ -26,6 +27,7 @@ mod holds;
 mod idempotency;
 mod identity;
 mod layers;
+mod limits;
 mod losses;
 mod machine;
 mod network;

@@ -40,6 +40,8 @@ const CODES: &[(&str, u16, &str)] = &[
     ("method_not_allowed", 405, "The method is not allowed here"),
     ("conflict", 409, "The state of things does not allow this"),
     ("email_taken", 409, "The e-mail address is taken"),
+    ("rate_limited", 429, "Too many requests"),
+    ("request_timeout", 408, "The request came too slowly"),
     ("precondition_failed", 412, "It has changed meanwhile"),
     ("precondition_required", 428, "If-Match is required"),
     ("payload_too_large", 413, "The body is too large"),

@@ -227,6 +227,14 @@ impl App {
             ("STOCKADE_HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
             ("STOCKADE_JWT_SECRET".to_owned(), SECRET.to_owned()),
         ];
+        // The crowds of tests come from one address. Tests of limits switch them on.
+        if !self
+            .settings
+            .iter()
+            .any(|(name, _)| name == "STOCKADE_RATE_LIMIT")
+        {
+            vars.push(("STOCKADE_RATE_LIMIT".to_owned(), "off".to_owned()));
+        }
         vars.extend(self.settings.iter().cloned());
         vars
     }
@@ -275,8 +283,13 @@ impl App {
         let started = app::start(&config, &endpoints, Role::ALL, &life)
             .await
             .unwrap();
+        let scheme = if config.tls_cert.is_some() {
+            "https"
+        } else {
+            "http"
+        };
         Node {
-            url: format!("http://{}", started.http_addr.unwrap()),
+            url: format!("{scheme}://{}", started.http_addr.unwrap()),
             shop: started.shop.unwrap(),
             life: life.clone(),
             running: tokio::spawn(async move { life.run().await.unwrap() }),

@@ -63,6 +63,15 @@ impl Redis {
         Self::start_in(TempDir::new().unwrap(), change).await
     }
 
+    /// One for what may be lost.
+    pub(crate) async fn start_cache() -> Self {
+        Self::start_with(|options| {
+            options.role = RedisRole::Cache { memory_mib: 16 };
+            options.settings.clear();
+        })
+        .await
+    }
+
     /// Another server with what this one has by now, as a replica that is promoted.
     pub(crate) async fn copy(&self) -> Self {
         let dir = TempDir::new().unwrap();

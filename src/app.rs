@@ -78,6 +78,7 @@ use crate::{
         journal::{Ledger, Positions},
         orders::Orders,
         payments::Payments,
+        personal::Personal,
         products::Products,
         profiles::Profiles,
         receipt_keys,
@@ -518,10 +519,23 @@ async fn serve(
         outside(config, life)?,
         Arc::clone(&barred),
     );
+    let users = Users::new(database.clone(), Arc::new(config.data_keys()?));
+    let missing = users.missing_keys().await?;
+    anyhow::ensure!(
+        missing.is_empty(),
+        "users are encrypted with key {}, which STOCKADE_DATA_KEYS lacks or has with another secret: \
+         put it back, or nobody of them can log in",
+        missing
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(", ")
+    );
     let accounts = Accounts {
         barred,
         api_keys: Arc::clone(&api_keys),
-        users: Users::new(database.clone()),
+        users,
+        personal: Personal::new(database.clone()),
         sessions: Sessions::new(database.clone()),
         passwords,
         tokens,

@@ -9,6 +9,7 @@ use crate::{
     clock,
     store::{
         StoreError,
+        personal::{Erased, Personal},
         sessions::{NewSession, Rotation, Session, Sessions},
         users::{Credentials, ManagedUser, User, UserChange, Users},
     },
@@ -41,6 +42,8 @@ pub struct Accounts {
     pub barred: Arc<Barred>,
     /// Keys of machines.
     pub api_keys: Arc<ApiKeys>,
+    /// What is kept about users.
+    pub personal: Personal,
 }
 
 /// What a client gets when it has logged in.
@@ -296,6 +299,36 @@ impl Accounts {
         self.barred
             .end(ended.ok_or(AccountError::InvalidCredentials)?);
         Ok(())
+    }
+
+    /// Forgets who somebody was, who proves it with the password that there is.
+    ///
+    /// # Errors
+    /// [`AccountError`].
+    pub async fn erase_oneself(
+        &self,
+        user: Uuid,
+        password: Option<String>,
+    ) -> Result<Erased, AccountError> {
+        // A user of another identity provider has none here.
+        if let Some(known) = self.users.credentials(user).await? {
+            self.prove(Some(known), password.unwrap_or_default())
+                .await?;
+        }
+        Ok(self.erase(user).await?)
+    }
+
+    /// Forgets who a user was, and ends the user's sessions.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn erase(&self, user: Uuid) -> Result<Erased, StoreError> {
+        let erased = self.personal.erase(user).await?;
+        self.api_keys.forget_user(user);
+        if let Erased::Done(sessions) = &erased {
+            self.barred.end(sessions.iter().copied());
+        }
+        Ok(erased)
     }
 
     fn grant(

@@ -4,6 +4,7 @@ mod audit;
 mod audit_log;
 mod certificate;
 mod check_config;
+mod data_keys;
 mod dead_letters;
 mod demo;
 mod migrate;
@@ -78,6 +79,9 @@ enum Command {
     /// What no table would take: list it, or try again after the cause was mended.
     #[command(subcommand)]
     DeadLetters(dead_letters::DeadLettersCommand),
+    /// Encrypt users' addresses and names, with other keys than before, or no longer.
+    #[command(subcommand)]
+    DataKeys(data_keys::DataKeysCommand),
     /// Check what became of a round.
     #[command(subcommand)]
     Certificate(certificate::CertificateCommand),
@@ -101,6 +105,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Command::Writer => serve::run(configured()?, &[Role::Writer], false),
         Command::Migrate => migrate::run(&configured()?),
         Command::User(command) => user::run(command, &configured()?),
+        Command::DataKeys(command) => data_keys::run(command, &configured()?),
         Command::Certificate(command) => certificate::run(command),
         Command::Openapi => openapi::run(),
         Command::AuditLog(command) => return audit_log::run(command, &configured()?),

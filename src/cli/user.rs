@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, Write};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use chrono::{DateTime, Utc};
@@ -234,5 +235,5 @@ fn print(out: &mut impl Write, line: &Line) -> io::Result<()> {
 async fn users(config: &Config) -> anyhow::Result<Users> {
     let endpoints = super::endpoints(config)?;
     let database = super::migrated(&endpoints, DatabaseSettings::default()).await?;
-    Ok(Users::new(database))
+    Ok(Users::new(database, Arc::new(config.data_keys()?)))
 }

@@ -127,6 +127,11 @@ keys! {
     /// stays until the last retry of its orders. Key 1 is derived from `STOCKADE_JWT_SECRET` unless it is here.
     receipt_keys: Option<SecretString> = unset, secret, "STOCKADE_RECEIPT_KEYS",
         danger: "orders of a key that is missing are not replayed; give every node a new key before it is the first";
+    /// Keys that users' e-mail addresses and names are encrypted with, as `2:<secret>,1:<secret>`: numbers 1 to
+    /// 255, secrets of at least 32 bytes without commas. The first encrypts, all decrypt. `plain,2:<secret>`
+    /// encrypts nothing new. Unset, both are stored as they are. `stockade data-keys rotate` does the rest.
+    data_keys: Option<SecretString> = unset, secret, "STOCKADE_DATA_KEYS",
+        danger: "users of a key that is lost have no address any more and cannot log in";
     /// E-mail address of the operator that is created at start if absent.
     operator_email: Option<String> = unset, shown, "STOCKADE_OPERATOR_EMAIL",
         danger: "";

@@ -23,7 +23,7 @@ pub use endpoints::Endpoints;
 pub use keys::{Config, KEYS, Key};
 pub use values::{AccessLog, LogFormat, Networks, Origins, RateLimit, RedisDurability, Switch};
 
-use crate::domain::{durability::Said, order::Durability, receipt::ReceiptKeys};
+use crate::domain::{durability::Said, order::Durability, receipt::ReceiptKeys, sealed::DataKeys};
 
 /// The environment variable that names the optional TOML file.
 pub const FILE_ENV: &str = "STOCKADE_CONFIG";
@@ -235,18 +235,10 @@ impl Config {
     /// The keys of receipts; `None` when there is nothing to make one from.
     pub fn receipt_keys(&self) -> Result<Option<ReceiptKeys>, ConfigError> {
         const KEY: &str = "STOCKADE_RECEIPT_KEYS";
-        let mut keys: Vec<(u8, &[u8])> = Vec::new();
-        if let Some(list) = &self.receipt_keys {
-            for (place, entry) in (1..).zip(list.expose_secret().split(',')) {
-                let (number, secret) = numbered(KEY, place, entry)?;
-                // How short one may be the keys themselves say.
-                if secret.len() >= JWT_SECRET_BYTES_MIN && guessable(secret) {
-                    let problem = format!("key {number} is one that anybody would try first");
-                    return Err(value(KEY, &problem));
-                }
-                keys.push((number, secret));
-            }
-        }
+        let mut keys = match &self.receipt_keys {
+            Some(list) => listed(KEY, list.expose_secret())?,
+            None => Vec::new(),
+        };
         let derived = self
             .jwt_secret
             .as_ref()
@@ -262,6 +254,22 @@ impl Config {
         let keys = ReceiptKeys::new(&keys);
         keys.map(Some)
             .map_err(|error| value(KEY, &error.to_string()))
+    }
+
+    /// The keys that users' addresses and names are encrypted with.
+    pub fn data_keys(&self) -> Result<DataKeys, ConfigError> {
+        const KEY: &str = "STOCKADE_DATA_KEYS";
+        let Some(list) = &self.data_keys else {
+            return Ok(DataKeys::default());
+        };
+        let list = list.expose_secret().trim();
+        let (plain, list) = match list.strip_prefix("plain,") {
+            Some(rest) => (true, rest),
+            None => (false, list),
+        };
+        let keys =
+            DataKeys::new(&listed(KEY, list)?).map_err(|error| value(KEY, &error.to_string()))?;
+        Ok(if plain { keys.only_open() } else { keys })
     }
 
     /// What the operator says about Redis.
@@ -429,6 +437,7 @@ impl Config {
         }
         self.token_keys()?;
         self.receipt_keys()?;
+        self.data_keys()?;
         self.check_gateways()?;
         self.check_provider()?;
         if let Some(email) = &self.operator_email
@@ -626,6 +635,21 @@ fn nearest(given: &str, known: impl Iterator<Item = &'static str>) -> Option<&'s
         .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, name)| name)
+}
+
+/// A list of keys, `<number>:<secret>` each.
+fn listed<'a>(key: &'static str, list: &'a str) -> Result<Vec<(u8, &'a [u8])>, ConfigError> {
+    let mut keys = Vec::new();
+    for (place, entry) in (1..).zip(list.split(',')) {
+        let (number, secret) = numbered(key, place, entry)?;
+        // How short one may be the keys themselves say.
+        if secret.len() >= JWT_SECRET_BYTES_MIN && guessable(secret) {
+            let problem = format!("key {number} is one that anybody would try first");
+            return Err(value(key, &problem));
+        }
+        keys.push((number, secret));
+    }
+    Ok(keys)
 }
 
 /// Figment's first problem in our words; a secret's value is never repeated.
@@ -859,6 +883,9 @@ mod tests {
                 &format!("1:{LONG},1:{LONG}"),
                 "key 1 twice",
             ),
+            ("STOCKADE_DATA_KEYS", "2:short", "key 2 is too weak"),
+            ("STOCKADE_DATA_KEYS", LONG, "entry 1 is not"),
+            ("STOCKADE_DATA_KEYS", "plain", "entry 1 is not"),
             ("REDIS_URL", "http://x", "redis://"),
         ] {
             let line = refusal(&[(name, bad)]);

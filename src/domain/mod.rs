@@ -19,3 +19,4 @@ pub mod payment;
 pub mod receipt;
 pub mod round;
 pub mod schedule;
+pub mod sealed;

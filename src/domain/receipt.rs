@@ -64,6 +64,26 @@ pub enum KeyError {
     },
 }
 
+impl KeyError {
+    /// Whether these can be keys, by their numbers.
+    pub(super) fn check(secrets: &[(u8, &[u8])]) -> Result<(), Self> {
+        for (at, &(number, secret)) in secrets.iter().enumerate() {
+            let (bytes, mut before) = (secret.len(), secrets.iter().take(at));
+            if number == 0 {
+                return Err(Self::Zero);
+            } else if before.any(|(known, _)| *known == number) {
+                return Err(Self::Twice(number));
+            } else if bytes < SECRET_MIN_BYTES {
+                return Err(Self::Weak { number, bytes });
+            }
+        }
+        if secrets.is_empty() {
+            return Err(Self::None);
+        }
+        Ok(())
+    }
+}
+
 /// The key that signed an order's receipt is not configured any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("key {0} of receipts is not configured")]
@@ -97,22 +117,13 @@ impl ReceiptKeys {
     /// # Errors
     /// [`KeyError`].
     pub fn new(secrets: &[(u8, &[u8])]) -> Result<Self, KeyError> {
+        KeyError::check(secrets)?;
         let mut keys: Vec<(u8, Hmac<Sha256>)> = Vec::with_capacity(secrets.len());
         for &(number, secret) in secrets {
             let bytes = secret.len();
             let weak = KeyError::Weak { number, bytes };
-            if number == 0 {
-                return Err(KeyError::Zero);
-            } else if keys.iter().any(|(known, _)| *known == number) {
-                return Err(KeyError::Twice(number));
-            } else if bytes < SECRET_MIN_BYTES {
-                return Err(weak);
-            }
             // HMAC takes keys of any length.
             keys.push((number, Hmac::new_from_slice(secret).map_err(|_| weak)?));
-        }
-        if keys.is_empty() {
-            return Err(KeyError::None);
         }
         Ok(Self(keys))
     }

@@ -9,23 +9,16 @@ use uuid::Uuid;
 
 use super::{
     body::Query,
-    caller::Operator,
+    caller::Admin,
     check::Timestamp,
     page::{Page, Pagination},
     problem::{Code, Problem},
     routes::{Access, Routes},
 };
-use crate::{
-    auth::Role,
-    store::audit_log::{AuditLog, Filter, Row},
-};
+use crate::store::audit_log::{AuditLog, Filter, Row};
 
 pub(super) fn routes() -> Routes {
-    Routes::new().add(
-        Access::Operator,
-        routes!(list),
-        &[Code::Validation, Code::Forbidden],
-    )
+    Routes::new().add(Access::Admin, routes!(list), &[Code::Validation])
 }
 
 /// Which rows to list; together they narrow.
@@ -128,13 +121,10 @@ impl From<Row> for AuditLogRow {
 #[utoipa::path(get, path = "/v1/audit-log", tag = "audit-log", params(AuditLogQuery),
     responses((status = 200, description = "A page", body = Page<AuditLogRow>)))]
 async fn list(
-    Operator(caller): Operator,
+    _: Admin,
     State(log): State<AuditLog>,
     Query(query): Query<AuditLogQuery>,
 ) -> Result<axum::Json<Page<AuditLogRow>>, Problem> {
-    if caller.role != Role::Admin {
-        return Err(Problem::new(Code::Forbidden, "Only admins may do this."));
-    }
     let page = Pagination::<i64>::read(query.limit, query.cursor.as_deref())?;
     let filter = Filter {
         action: query.action,

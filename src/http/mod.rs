@@ -26,6 +26,7 @@ mod limit;
 mod orders;
 mod page;
 mod payments;
+mod personal;
 mod probes;
 pub mod problem;
 mod products;
@@ -202,6 +203,7 @@ pub struct HttpSettings {
 fn resources() -> Vec<routes::Routes> {
     vec![
         accounts::routes(),
+        personal::routes(),
         sessions::routes(),
         api_keys::routes(),
         users::routes(),

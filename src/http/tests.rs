@@ -65,8 +65,9 @@ use crate::{
         Database, DatabaseSettings, api_keys::ApiKeyTable, audit_log::AuditLog, carts::Carts,
         directory::Directory, endings::Endings, epochs::Epochs, images::Images,
         incidents::Incidents, journal::Positions, orders::Orders, payments::Payments,
-        products::Products, profiles::Profiles, refusals::Refusals, reports::Reports,
-        rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions, users::Users,
+        personal::Personal, products::Products, profiles::Profiles, refusals::Refusals,
+        reports::Reports, rounds::Rounds, sales::Sales, schedules::Schedules, sessions::Sessions,
+        users::Users,
     },
     throttle::{Class, Throttle},
 };
@@ -207,7 +208,8 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     let accounts = Accounts {
         barred,
         api_keys: Arc::clone(&api_keys),
-        users: Users::new(database.clone()),
+        users: Users::new(database.clone(), Arc::default()),
+        personal: Personal::new(database.clone()),
         sessions: Sessions::new(database.clone()),
         passwords,
         tokens,
@@ -412,6 +414,7 @@ async fn every_request_to_operators_and_every_change_of_an_account_is_noted() {
             let account = path.contains("/auth/") || path.contains("/me");
             let wanted = matches!(access, Access::Operator | Access::Admin)
                 || account && !method.is_safe()
+                || path.ends_with("/me/export")
                 || path.ends_with("/cancel") && role.operates();
             let entry = noted.try_recv().ok();
             assert_eq!(entry.is_some(), wanted, "{method} {path} as {role:?}");

@@ -1,16 +1,17 @@
 //! Users as admins see them: who there is, what they may do, and who may do nothing any more.
 
-use axum::extract::State;
+use axum::{extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::{
-    body::{Json, Path, Query},
+    body::{Json, Nothing, Path, Query},
     caller::Admin,
     check::{Timestamp, present},
     page::{Page, Pagination},
+    personal,
     problem::{Code, Problem},
     routes::{Access, Routes},
 };
@@ -25,6 +26,11 @@ pub(super) fn routes() -> Routes {
         .add(
             Access::Admin,
             routes!(change),
+            &[Code::NotFound, Code::Conflict],
+        )
+        .add(
+            Access::Admin,
+            routes!(erase),
             &[Code::NotFound, Code::Conflict],
         )
 }
@@ -139,4 +145,18 @@ async fn change(
     let user = accounts.manage(id, change).await?;
     let user = user.ok_or_else(Problem::not_found)?;
     Ok(axum::Json(user.try_into()?))
+}
+
+/// Forget a user
+///
+/// What `DELETE /v1/me` does, for somebody who cannot do it.
+#[utoipa::path(post, path = "/v1/users/{id}/erase", tag = "users", params(("id" = Uuid, Path)),
+    responses((status = 204, description = "Forgotten")))]
+async fn erase(
+    _: Admin,
+    State(accounts): State<Accounts>,
+    Path(id): Path<Uuid>,
+    _: Option<Json<Nothing>>,
+) -> Result<StatusCode, Problem> {
+    personal::erased(&accounts.erase(id).await?)
 }

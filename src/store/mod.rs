@@ -14,6 +14,7 @@ pub mod journal;
 pub mod lock;
 pub mod orders;
 pub mod payments;
+pub mod personal;
 pub mod products;
 pub mod profiles;
 pub mod rebuild;

@@ -33,6 +33,7 @@ mod machine;
 mod network;
 mod outage;
 mod payments;
+mod personal;
 mod power;
 mod processes;
 mod receipts;

@@ -132,12 +132,34 @@ impl Database {
         }
     }
 
-    /// Applies the migrations that are missing. Several processes may do so at once.
+    /// Applies the migrations that are missing. Several processes may do so at once. Whoever may
+    /// not change the schema is content if none is missing.
     ///
     /// # Errors
     /// [`StoreError::Unexpected`] when the schema is not one that this binary's migrations lead
     /// to, [`StoreError::Unavailable`] when PostgreSQL is.
     pub async fn migrate(&self) -> Result<(), StoreError> {
+        let may = self.run(async |pool| {
+            let may: bool =
+                sqlx::query_scalar("SELECT has_schema_privilege(current_schema()::text, 'CREATE')")
+                    .fetch_one(&pool)
+                    .await?;
+            Ok::<_, StoreError>(may)
+        });
+        if may.await? {
+            self.apply().await
+        } else if self.migrated().await? {
+            Ok(())
+        } else {
+            let refused =
+                "migrations are missing: run `stockade migrate` as the owner of the schema";
+            Err(StoreError::Unexpected(sqlx::Error::Configuration(
+                refused.into(),
+            )))
+        }
+    }
+
+    async fn apply(&self) -> Result<(), StoreError> {
         self.finish(async |pool| {
             MIGRATIONS.run(&pool).await.map_err(|error| match error {
                 MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => {

@@ -35,6 +35,7 @@ mod outage;
 mod payments;
 mod personal;
 mod power;
+mod privileges;
 mod processes;
 mod receipts;
 mod refusals;

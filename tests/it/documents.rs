@@ -41,6 +41,7 @@ fn every_test_and_file_that_a_document_names_exists() {
     for document in [
         "docs/ARCHITECTURE.md",
         "docs/GUARANTEES.md",
+        "docs/SECURITY.md",
         "docs/TESTING.md",
     ] {
         let text = fs::read_to_string(Path::new(ROOT).join(document)).unwrap();

@@ -19,7 +19,7 @@ use super::{
     caller::Caller,
     idempotency::IdempotencyKey,
     orders::{OrderView, sees},
-    payments::{PayRequest, PaymentView, settled},
+    payments::{PAYING, PayRequest, PaymentView, settled},
     problem::{Code, Problem},
     routes::{Access, Routes},
 };
@@ -32,19 +32,7 @@ use crate::{
 pub(super) fn routes() -> Routes {
     Routes::new()
         .add(Access::Caller, routes!(get_checkout), &[Code::NotFound])
-        .add(
-            Access::Caller,
-            routes!(pay_checkout),
-            &[
-                Code::NotFound,
-                Code::Conflict,
-                Code::HoldExpired,
-                Code::PaymentDeclined,
-                Code::GatewayUnavailable,
-                Code::IdempotencyKeyMissing,
-                Code::IdempotencyKeyMismatch,
-            ],
-        )
+        .add(Access::Caller, routes!(pay_checkout), PAYING)
 }
 
 /// How far a checkout has come.

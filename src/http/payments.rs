@@ -37,21 +37,20 @@ use crate::{
 const METHOD_BYTES: std::ops::RangeInclusive<usize> = 1..=255;
 const REASON_CHARACTERS: std::ops::RangeInclusive<usize> = 1..=1_000;
 
+/// Why an order, or a checkout, is not paid.
+pub(super) const PAYING: &[Code] = &[
+    Code::NotFound,
+    Code::Conflict,
+    Code::HoldExpired,
+    Code::PaymentDeclined,
+    Code::GatewayUnavailable,
+    Code::IdempotencyKeyMissing,
+    Code::IdempotencyKeyMismatch,
+];
+
 pub(super) fn routes() -> Routes {
     Routes::new()
-        .add(
-            Access::Caller,
-            routes!(pay),
-            &[
-                Code::NotFound,
-                Code::Conflict,
-                Code::HoldExpired,
-                Code::PaymentDeclined,
-                Code::GatewayUnavailable,
-                Code::IdempotencyKeyMissing,
-                Code::IdempotencyKeyMismatch,
-            ],
-        )
+        .add(Access::Caller, routes!(pay), PAYING)
         .add(
             Access::Caller,
             routes!(extend),

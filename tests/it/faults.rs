@@ -8,7 +8,7 @@ use futures::StreamExt;
 use reqwest::{Method, RequestBuilder};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, PgConnection};
-use stockade::clock;
+use stockade::{app::Role, clock};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use uuid::Uuid;
 
@@ -465,7 +465,7 @@ async fn an_emptied_redis_with_acceptances_that_nobody_has_sells_nothing() {
         assert_not_applied(&answer);
     }
     // A node that has seen nothing of it does not know better.
-    let node = app.node_at(app.endpoints()).await;
+    let node = app.node_at(app.endpoints(), Role::ALL).await;
     let requests = strangers(&app, &sale, 50);
     for answer in crowd(requests.into_iter().map(|request| node.ask(request))).await {
         assert_not_applied(&answer);

@@ -13,6 +13,7 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use stockade::{
+    app::Role,
     clock,
     config::Endpoints,
     domain::{
@@ -348,7 +349,8 @@ async fn a_node_that_was_cut_off_reports_when_it_is_back() {
         database_url: url.to_string().into(),
         ..app.endpoints()
     };
-    let node = app.node_at(endpoints).await;
+    // The only writer is the one that is held up below: nobody else reads on.
+    let node = app.node_at(endpoints, &[Role::Http]).await;
     let request = strangers(&app, &sale, 1).remove(0);
     insist(request, &[node.door()]).await.expect(201);
     let (lock, _) = hold_up_the_writer(&app, &sale).await;

@@ -270,19 +270,17 @@ impl App {
 
     /// Starts one more application on the same stores, and waits until it may sell.
     pub(crate) async fn node(&self) -> Node {
-        let node = self.node_at(self.endpoints()).await;
+        let node = self.node_at(self.endpoints(), Role::ALL).await;
         let verified = node.shop.engines.verified();
         tokio::time::timeout(PATIENCE, verified).await.unwrap();
         node
     }
 
     /// Starts one more application, which finds its stores there and may not sell yet.
-    pub(crate) async fn node_at(&self, endpoints: Endpoints) -> Node {
+    pub(crate) async fn node_at(&self, endpoints: Endpoints, roles: &[Role]) -> Node {
         let config = Config::load(self.environment()).unwrap();
         let life = Lifecycle::new();
-        let started = app::start(&config, &endpoints, Role::ALL, &life)
-            .await
-            .unwrap();
+        let started = app::start(&config, &endpoints, roles, &life).await.unwrap();
         let scheme = if config.tls_cert.is_some() {
             "https"
         } else {
@@ -404,18 +402,21 @@ impl App {
 
     /// Asks until the answer is as wanted.
     pub(crate) async fn until(&self, path: &str, wanted: impl Fn(&Answer) -> bool) -> Answer {
+        let mut last = String::from("no answer");
         let asking = async {
             loop {
                 let answer = send(self.operate(Method::GET, path)).await;
                 if wanted(&answer) {
                     return answer;
                 }
+                last = format!("{} {}", answer.status, answer.text);
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, asking)
-            .await
-            .unwrap_or_else(|_| panic!("{path}: too late"))
+        match tokio::time::timeout(PATIENCE, asking).await {
+            Ok(answer) => answer,
+            Err(_) => panic!("{path}: too late, at last: {last}"),
+        }
     }
 
     /// The audit of one sale, once everything is stored.

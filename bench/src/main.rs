@@ -33,8 +33,8 @@ use clap::{Parser, Subcommand};
 
 use crate::report::{CompareArgs, Document, End, Output, PlotArgs, ReportArgs, Run, Suite};
 use crate::scenarios::{
-    baselines, canonical, drain, drop, herd, hold_pay_expire, ladder, login_flood, many_sales,
-    retry_storm, scale, soak, soldout, sse as live, suite,
+    baselines, canonical, drain, drop, herd, hold_pay_expire, ladder, login_flood, login_timing,
+    many_sales, retry_storm, scale, soak, soldout, sse as live, suite,
 };
 
 const UNUSABLE: u8 = 1;
@@ -74,6 +74,8 @@ enum Command {
     RetryStorm(Box<Scenario<retry_storm::Args>>),
     /// Purchases without and with a flood of logins beside them, in turn.
     LoginFlood(Box<Scenario<login_flood::Args>>),
+    /// Whether the time of a refused login tells that the account exists.
+    LoginTiming(Box<Scenario<login_timing::Args>>),
     /// Many sales that open at the same instant.
     ManySales(Box<Scenario<many_sales::Args>>),
     /// A million orders at 70 % of the highest rate, and how far the writer falls behind.
@@ -162,6 +164,7 @@ fn run(command: Command) -> Result<End> {
         Command::Soldout(scenario) => scenario.run(soldout::run),
         Command::RetryStorm(scenario) => scenario.run(retry_storm::run),
         Command::LoginFlood(scenario) => scenario.run(login_flood::run),
+        Command::LoginTiming(scenario) => scenario.run(login_timing::run),
         Command::ManySales(scenario) => scenario.run(many_sales::run),
         Command::Drain(scenario) => scenario.run(drain::run),
         Command::Soak(scenario) => scenario.run(soak::run),

@@ -9,6 +9,7 @@ pub(crate) mod herd;
 pub(crate) mod hold_pay_expire;
 pub(crate) mod ladder;
 pub(crate) mod login_flood;
+pub(crate) mod login_timing;
 pub(crate) mod many_sales;
 pub(crate) mod outage;
 pub(crate) mod retry_storm;

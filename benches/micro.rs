@@ -13,7 +13,9 @@ use stockade::{
     config::Networks,
     domain::{
         allowance::Allowances,
-        id::{BuyerId, OrderId, SaleNumber},
+        hurdles::{Candidate, Hurdles},
+        id::{BuyerId, OrderId, SaleId, SaleNumber},
+        proof::{ProofKey, Purpose, Subject},
     },
     engine::{
         Cache,
@@ -45,6 +47,7 @@ fn token_check(bencher: Bencher) {
         user: Uuid::from_u128(7),
         role: Role::Buyer,
         session: None,
+        registered_at: None,
     };
     let token = keys
         .mint(identity, Uuid::from_u128(8), clock::now())
@@ -70,6 +73,37 @@ fn limits(bencher: Bencher) {
             address,
             throttle.user(Uuid::from_u128(buyer), Class::Purchase, 1),
         )
+    });
+}
+
+/// What a sale without and with a proof of work looks at before a purchase.
+#[divan::bench(args = [false, true])]
+fn hurdles(bencher: Bencher, proof: bool) {
+    const NOW_MS: i64 = 1_795_770_000_000;
+    let key = ProofKey::new(&[7; 32]).unwrap();
+    let subject = Subject {
+        sale: SaleId(Uuid::from_u128(1)),
+        buyer: BuyerId(Uuid::from_u128(7)),
+        purpose: Purpose::Order,
+        key: "8ad2b2f4-54c4-4cfc-9dfd-9a5c0f3d6f0a",
+    };
+    // Every number solves it; looking costs the same.
+    let (challenge, _) = key.challenge(&subject, 0, NOW_MS);
+    let proofs = format!("{challenge}.7");
+    let candidate = Candidate {
+        proofs: Some(&proofs),
+        ..subject.buyer.into()
+    };
+    let hurdles = Hurdles {
+        proof_of_work_bits: proof.then_some(0),
+        ..Hurdles::default()
+    };
+    bencher.bench(|| {
+        let hurdles = black_box(&hurdles);
+        let stopped = hurdles
+            .any()
+            .then(|| hurdles.stops(&candidate, &subject, &key, NOW_MS));
+        assert_eq!(stopped.flatten(), None);
     });
 }
 

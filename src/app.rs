@@ -41,7 +41,7 @@ use crate::{
     config::{self, Config, Endpoints, RateLimit, Stores as Source, Switch},
     domain::{
         durability::Lack, id::Partition, order::Mode, payment::Gateway as GatewayName,
-        receipt::ReceiptKeys,
+        proof::ProofKey, receipt::ReceiptKeys,
     },
     engine::{Cache, Engine, EngineOptions, Engines, Fence, RedisUrl},
     faults,
@@ -61,8 +61,8 @@ use crate::{
     readiness::Readiness,
     realtime::Hub,
     sales::{
-        Archive, BuyerNames, Checkouts, Commits, Demand, OpenSales, Pseudonyms, RoundKeeper, Shop,
-        Till,
+        Archive, BuyerNames, Checkouts, Commits, Demand, Gate, OpenSales, Pseudonyms, RoundKeeper,
+        Shop, Till,
     },
     store::{
         Database, DatabaseSettings,
@@ -565,6 +565,7 @@ async fn serve(
         positions: stores.positions.clone(),
         stored,
         pseudonyms: Pseudonyms::new(secret)?,
+        gate: Gate::new(ProofKey::new(secret)?),
         epochs: Epochs::new(database.clone()),
         archive: Archive::new(Orders::new(database.clone())),
         names: BuyerNames::new(Profiles::new(database.clone())),
@@ -728,16 +729,19 @@ fn outside(config: &Config, life: &Lifecycle) -> anyhow::Result<Option<Arc<Outsi
             .map(str::to_owned)
             .collect()
     };
-    let roles = &config.jwt_role_claim;
+    let pointer = |claim: &str| {
+        if claim.starts_with('/') {
+            claim.to_owned()
+        } else {
+            format!("/{claim}")
+        }
+    };
     let provider = Provider {
         keys_url: keys_url.clone(),
         issuer: issuer.clone(),
         audience: audience.clone(),
-        roles: if roles.starts_with('/') {
-            roles.clone()
-        } else {
-            format!("/{roles}")
-        },
+        roles: pointer(&config.jwt_role_claim),
+        registered_at: pointer(&config.jwt_registered_claim),
         operators: list(&config.jwt_operator_roles),
         admins: list(&config.jwt_admin_roles),
     };

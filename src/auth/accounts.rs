@@ -10,7 +10,7 @@ use crate::{
     store::{
         StoreError,
         personal::{Erased, Personal},
-        sessions::{NewSession, Rotation, Session, Sessions},
+        sessions::{Holder, NewSession, Rotation, Session, Sessions},
         users::{Credentials, ManagedUser, User, UserChange, Users},
     },
 };
@@ -180,7 +180,13 @@ impl Accounts {
         if !self.sessions.begin(new).await? {
             return Err(AccountError::InvalidCredentials);
         }
-        self.grant(known.user.id, &known.user.role, session, &token)
+        let holder = Holder {
+            session,
+            user: known.user.id,
+            role: known.user.role,
+            registered_at: known.user.created_at,
+        };
+        self.grant(&holder, &token)
     }
 
     /// The user, if the password proves to be the user's and the user may come in.
@@ -210,9 +216,7 @@ impl Accounts {
             .rotate(used.hash(), successor.hash(), clock::now(), LIMITS)
             .await?
         {
-            Rotation::Rotated(holder) => {
-                self.grant(holder.user, &holder.role, holder.session, &successor)
-            }
+            Rotation::Rotated(holder) => self.grant(&holder, &successor),
             Rotation::Reused(session) => {
                 self.barred.end([session]);
                 tracing::warn!(%session, "a used refresh token came again: its session is revoked");
@@ -331,18 +335,13 @@ impl Accounts {
         Ok(erased)
     }
 
-    fn grant(
-        &self,
-        user: Uuid,
-        role: &str,
-        session: Uuid,
-        refresh_token: &RefreshToken,
-    ) -> Result<Grant, AccountError> {
-        let role = Role::parse(role).ok_or(AccountError::Role(user))?;
+    fn grant(&self, holder: &Holder, refresh_token: &RefreshToken) -> Result<Grant, AccountError> {
+        let user = holder.user;
         let identity = Identity {
             user,
-            role,
-            session: Some(session),
+            role: Role::parse(&holder.role).ok_or(AccountError::Role(user))?,
+            session: Some(holder.session),
+            registered_at: Some(holder.registered_at.timestamp()),
         };
         Ok(Grant {
             identity,

@@ -150,6 +150,7 @@ pub struct Machine {
     key: Uuid,
     user: Uuid,
     role: Role,
+    registered_at: i64,
     scopes: Vec<Scope>,
     expires_at: Option<DateTime<Utc>>,
 }
@@ -160,6 +161,7 @@ impl Machine {
             key: holder.id,
             user: holder.user,
             role: Role::parse(&holder.role)?,
+            registered_at: holder.registered_at.timestamp(),
             scopes: holder
                 .scopes
                 .iter()
@@ -186,6 +188,7 @@ impl Machine {
                 Role::Buyer
             },
             session: None,
+            registered_at: Some(self.registered_at),
         }
     }
 
@@ -474,6 +477,7 @@ mod tests {
             key: Uuid::nil(),
             user: Uuid::nil(),
             role,
+            registered_at: 0,
             scopes: scopes.to_vec(),
             expires_at: None,
         };
@@ -510,6 +514,7 @@ mod tests {
             key: Uuid::from_u128(1),
             user: Uuid::from_u128(2),
             role: Role::Buyer,
+            registered_at: 0,
             scopes: vec![Scope::Buy],
             expires_at: None,
         });

@@ -165,6 +165,7 @@ mod tests {
             user: Uuid::from_u128(3),
             role: Role::Buyer,
             session,
+            registered_at: None,
         };
         assert!(!barred.bars(&identity(Some(ended))));
         barred.end([ended]);

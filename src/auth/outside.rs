@@ -57,6 +57,8 @@ pub struct Provider {
     pub audience: String,
     /// Where in the claims roles are, as a JSON pointer.
     pub roles: String,
+    /// Where in the claims it is when the account was made, as a JSON pointer.
+    pub registered_at: String,
     /// Roles that mean operator here.
     pub operators: Vec<String>,
     /// Roles that mean admin here.
@@ -311,7 +313,17 @@ impl Provider {
             user: self.user(subject),
             role: self.role(claims),
             session: None,
+            registered_at: self.registered_at(claims),
         })
+    }
+
+    /// When the account was made: seconds since the Unix epoch, or RFC 3339.
+    fn registered_at(&self, claims: &Value) -> Option<i64> {
+        match claims.pointer(&self.registered_at)? {
+            Value::String(text) => Some(DateTime::parse_from_rfc3339(text).ok()?.timestamp()),
+            #[expect(clippy::cast_possible_truncation, reason = "it saturates")]
+            number => Some(number.as_f64()? as i64),
+        }
     }
 
     /// The user: a subject that is a UUID, or the UUID (version 5) of issuer and subject.
@@ -434,6 +446,7 @@ mod tests {
             issuer: "https://id.example.org/".to_owned(),
             audience: "shop".to_owned(),
             roles: "/realm/roles".to_owned(),
+            registered_at: "/account/made".to_owned(),
             operators: vec!["seller".to_owned()],
             admins: vec!["boss".to_owned(), "root".to_owned()],
         }
@@ -514,6 +527,18 @@ mod tests {
                 assert_eq!((identity.user, identity.role), (user, role), "{claims}");
                 assert_eq!(identity.session, None);
             }
+        }
+        for (made, registered_at) in [
+            (json!(1_700_000_000), Some(1_700_000_000)),
+            (json!(1_700_000_000.9), Some(1_700_000_000)),
+            (json!("2023-11-14T22:13:20Z"), Some(1_700_000_000)),
+            (json!("2023-11-14"), None),
+            (json!(true), None),
+            (Value::Null, None),
+        ] {
+            let claims = with(claims(), "account", json!({ "made": made }));
+            let identity = outside.verify(&by_rsa(&rsa, &of_rsa, &claims)).await;
+            assert_eq!(identity.unwrap().registered_at, registered_at, "{made}");
         }
         // The same subject spelt differently is another one.
         let spelt = with(claims(), "sub", json!(plain.simple().to_string()));

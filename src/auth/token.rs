@@ -84,6 +84,9 @@ struct Claims {
     jti: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     sid: Option<Uuid>,
+    /// When the account was made, in seconds since the Unix epoch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    registered_at: Option<i64>,
 }
 
 impl Claims {
@@ -131,6 +134,9 @@ pub struct Identity {
     pub role: Role,
     /// The session that the token was minted in, if it was here.
     pub session: Option<Uuid>,
+    /// When the account was made, in seconds since the Unix epoch, if whoever vouches for the user
+    /// says so.
+    pub registered_at: Option<i64>,
 }
 
 /// The token is not one to believe. There is one such answer, whatever is wrong.
@@ -243,6 +249,7 @@ impl TokenKeys {
             nbf: None,
             jti: jti.to_string(),
             sid: identity.session,
+            registered_at: identity.registered_at,
         };
         encode(&header, &claims, &key.encoding)
     }
@@ -275,6 +282,7 @@ impl TokenKeys {
             user: claims.sub,
             role: claims.role,
             session: claims.sid,
+            registered_at: claims.registered_at,
         })
     }
 }
@@ -444,6 +452,7 @@ pub(crate) mod tests {
             ("no jti", lacking("jti")),
             ("empty jti", claim("jti", json!(""))),
             ("session is no UUID", claim("sid", json!("1"))),
+            ("account of some day", claim("registered_at", json!("once"))),
         ]
     }
 
@@ -454,6 +463,7 @@ pub(crate) mod tests {
             user: Uuid::from_u128(1),
             role: Role::Operator,
             session: Some(Uuid::from_u128(2)),
+            registered_at: Some(4),
         };
         let token = keys
             .mint(identity, Uuid::from_u128(3), clock::now())
@@ -472,7 +482,17 @@ pub(crate) mod tests {
         names.sort_unstable();
         assert_eq!(
             names,
-            ["aud", "exp", "iat", "iss", "jti", "role", "sid", "sub"]
+            [
+                "aud",
+                "exp",
+                "iat",
+                "iss",
+                "jti",
+                "registered_at",
+                "role",
+                "sid",
+                "sub"
+            ]
         );
         assert_eq!(
             body["exp"].as_i64().unwrap() - body["iat"].as_i64().unwrap(),

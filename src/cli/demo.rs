@@ -1,6 +1,7 @@
 //! `stockade serve --demo`: a few products and a sale that opens in seconds.
 
 use stockade::clock;
+use stockade::domain::hurdles::Hurdles;
 use stockade::domain::id::{Fingerprint, OperationId, Partition, ProductId, SaleId};
 use stockade::domain::money::{Currency, Money};
 use stockade::domain::order::Mode;
@@ -92,6 +93,7 @@ pub(super) async fn seed(shop: &Shop, products: &Products) -> anyhow::Result<()>
         durability: Mode::Default,
         payment: None,
         refund_returns_units: true,
+        hurdles: Hurdles::default(),
         terms,
         schedule: None,
         created_by: NOBODY,

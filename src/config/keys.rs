@@ -122,6 +122,10 @@ keys! {
     /// Values of that claim that mean admin, separated by commas.
     jwt_admin_roles: String = "", shown, "STOCKADE_JWT_ADMIN_ROLES",
         danger: "admins manage users";
+    /// The claim of that provider's tokens with the instant at which the account was made, in seconds since the Unix
+    /// epoch or as RFC 3339: a name, or a JSON pointer. Sales that ask for an account of some age need it.
+    jwt_registered_claim: String = "registered_at", shown, "STOCKADE_JWT_REGISTERED_CLAIM",
+        danger: "a claim that users can change themselves makes accounts as old as they like";
     /// Keys of receipts (HMAC-SHA256), as `2:<secret>,1:<secret>`: numbers 1 to 255, secrets of at least 32
     /// bytes without commas. The first signs, all verify. A number stands for one secret for ever, and a key
     /// stays until the last retry of its orders. Key 1 is derived from `STOCKADE_JWT_SECRET` unless it is here.

@@ -293,8 +293,13 @@ impl Config {
                 "STOCKADE_JWKS_URL, STOCKADE_JWT_ISSUER and STOCKADE_JWT_AUDIENCE belong together: set all, or none",
             ));
         }
-        if self.jwt_role_claim.is_empty() {
-            return Err(value("STOCKADE_JWT_ROLE_CLAIM", "is empty"));
+        for (key, claim) in [
+            ("STOCKADE_JWT_ROLE_CLAIM", &self.jwt_role_claim),
+            ("STOCKADE_JWT_REGISTERED_CLAIM", &self.jwt_registered_claim),
+        ] {
+            if claim.is_empty() {
+                return Err(value(key, "is empty"));
+            }
         }
         Ok(())
     }

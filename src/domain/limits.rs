@@ -48,6 +48,17 @@ pub const SWEEP_HOLDS_MAX: u64 = 128;
 /// Buyers in line that one sweep offers units to.
 pub const SWEEP_OFFERS_MAX: u64 = 32;
 
+/// The greatest age that a sale may ask of its buyers' accounts, in seconds: a year.
+pub const ACCOUNT_AGE_SECONDS_MAX: u64 = 365 * 24 * 60 * 60;
+
+/// The hardest proof of work that a sale may ask for, in bits: about 17 million hashes. Compiled code
+/// finds one within seconds; beyond that not even it would within the life of a challenge on a phone.
+pub const PROOF_BITS_MAX: u8 = 24;
+
+/// How long a challenge may be solved and used, in milliseconds: two minutes. Long enough for a slow
+/// phone, too short to collect solutions before a drop.
+pub const PROOF_LIFE_MS: i64 = 120_000;
+
 /// The longest `Idempotency-Key`, in characters.
 pub const IDEMPOTENCY_KEY_MAX: usize = 255;
 

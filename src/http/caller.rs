@@ -214,6 +214,7 @@ mod tests {
             user: Uuid::from_u128(9),
             role,
             session: None,
+            registered_at: None,
         };
         keys()
             .mint(identity, clock::new_id(), clock::now())

@@ -16,6 +16,7 @@ use super::{
     body::{Json, Nothing},
     caller::Caller,
     check::{Check, Price, Timestamp},
+    hurdles::{self, Proofs},
     idempotency::{IDEMPOTENCY_REPLAYED, IdempotencyKey, REPLAYED},
     orders::{self, OrderBody},
     problem::{Code, Problem},
@@ -31,7 +32,7 @@ use crate::{
         order::{Decision, Refusal},
         round,
     },
-    sales::{CheckedOut, Checkouts, LineAnswer, SaleError, Shop},
+    sales::{CheckedOut, Checkouts, LineAnswer, LineSaid, SaleError, Shop},
     store::carts::Cart,
 };
 
@@ -206,16 +207,19 @@ struct CheckoutBody {
 /// key gets the same answer; only when no line was accepted for even a moment may the same key try
 /// again.
 #[utoipa::path(post, path = "/v1/cart/checkout", tag = "cart",
-    params(("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters")),
+    params(("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters"),
+        ("Proof-Of-Work" = Option<String>, Header, description = "The solved challenges of those sales that have `proof_of_work_bits`, separated by commas")),
     responses((status = 201, description = "The orders", body = CheckoutBody)))]
 async fn checkout(
     Caller(caller): Caller,
     State(checkouts): State<Checkouts>,
     key: IdempotencyKey,
+    proofs: Proofs,
     _: Option<Json<Nothing>>,
 ) -> Result<Response, Problem> {
-    let buyer = BuyerId(caller.user);
-    let checked_out = checkouts.checkout(buyer, &key.0, reasons).await?;
+    let checked_out = checkouts
+        .checkout(proofs.of(&caller), &key.0, reasons)
+        .await?;
     let (id, orders, replayed) = match checked_out {
         CheckedOut::Accepted {
             id,
@@ -267,9 +271,10 @@ fn reasons(lines: &[LineAnswer]) -> Value {
             "sale_id": answered.line.sale.0,
             "quantity": answered.line.quantity,
         });
-        let more = match &answered.answer {
-            None => json!({ "code": "not_found", "detail": "There is no such sale." }),
-            Some(answer) => match answer.decision {
+        let more = match &answered.said {
+            LineSaid::NoSale => json!({ "code": "not_found", "detail": "There is no such sale." }),
+            LineSaid::Hurdle(hurdle) => hurdles::stopped(answered.line.sale, *hurdle).brief(),
+            LineSaid::Decided(answer) => match answer.decision {
                 Decision::Refused(Refusal::LeftOut) => json!({
                     "code": "left_out",
                     "detail": "It could be had; another line could not.",

@@ -18,6 +18,7 @@ mod client;
 mod docs;
 mod edge;
 mod events;
+mod hurdles;
 mod idempotency;
 mod images;
 mod incidents;
@@ -217,6 +218,7 @@ fn resources() -> Vec<routes::Routes> {
         leaderboard::routes(),
         reports::routes(),
         waitlist::routes(),
+        hurdles::routes(),
         cart::routes(),
         checkouts::routes(),
         events::routes(),
@@ -262,6 +264,7 @@ fn cors(origins: Vec<HeaderValue>) -> CorsLayer {
             IF_MATCH,
             IF_NONE_MATCH,
             idempotency::IDEMPOTENCY_KEY,
+            hurdles::PROOF_OF_WORK,
             edge::REQUEST_ID,
             HeaderName::from_static("last-event-id"),
         ])

@@ -19,6 +19,7 @@ use super::{
     body::{Json, Nothing, Path, Query},
     caller::Caller,
     check::{Check, Price, Timestamp},
+    hurdles::Proofs,
     idempotency::{IDEMPOTENCY_REPLAYED, IdempotencyKey, REPLAYED},
     page::{Page, Pagination},
     payments::PaymentView,
@@ -52,6 +53,9 @@ pub(super) fn routes() -> Routes {
                 Code::NotFound,
                 Code::IdempotencyKeyMissing,
                 Code::IdempotencyKeyMismatch,
+                Code::AccountTooYoung,
+                Code::ProofRequired,
+                Code::ProofInvalid,
                 Code::NotOpen,
                 Code::Paused,
                 Code::Closed,
@@ -241,18 +245,20 @@ struct OrderQuery {
 /// The 201 is final. A retry with the same key gets it again, byte by byte, whatever has happened
 /// to the order since; a refusal leaves nothing behind.
 #[utoipa::path(post, path = "/v1/sales/{id}/orders", tag = "orders", request_body = Purchase,
-    params(("id" = Uuid, Path), ("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters")),
+    params(("id" = Uuid, Path), ("Idempotency-Key" = String, Header, description = "1 to 255 visible ASCII characters"),
+        ("Proof-Of-Work" = Option<String>, Header, description = "The solved challenge, if the sale has `proof_of_work_bits`")),
     responses((status = 201, description = "The order", body = OrderBody)))]
 async fn purchase(
     Caller(caller): Caller,
     State(shop): State<Arc<Shop>>,
     Path(sale): Path<Uuid>,
     key: IdempotencyKey,
+    proofs: Proofs,
     Json(purchase): Json<Purchase>,
 ) -> Result<Response, Problem> {
     let quantity = purchase.check()?;
     let (answer, sale) = shop
-        .purchase(SaleId(sale), BuyerId(caller.user), &key.0, quantity)
+        .purchase(SaleId(sale), proofs.of(&caller), &key.0, quantity)
         .await?;
     match answer.decision {
         Decision::Accepted(order) => accepted(&order, &sale, &shop.receipts, false),

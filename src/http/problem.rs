@@ -153,6 +153,24 @@ codes! {
         fix "Ask for at most `limit` units, with a new key."
         curl "curl $STOCKADE/v1/sales/$SALE_ID"
 
+    /// Younger than the sale asks for, or of an unknown age.
+    AccountTooYoung "account_too_young" FORBIDDEN "The account is too young" SameKey NotApplied
+        cause "The sale sells to accounts of at least `min_account_age_seconds`, and this one is younger: `old_enough_at` says from when on it is not. Without `old_enough_at` the credential does not say when the account was made."
+        fix "Send the same request with the same key after `old_enough_at`. Without it, log in again; who signs tokens elsewhere has to put the claim `registered_at` in."
+        curl "curl $STOCKADE/v1/sales/$SALE_ID"
+
+    /// The sale asks for work.
+    ProofRequired "proof_required" FORBIDDEN "A proof of work is required" SameKey NotApplied
+        cause "The sale has `proof_of_work_bits`, and the request has no `Proof-Of-Work` header. If its key has an order already, that could not be looked up at the moment."
+        fix "Get a challenge from the address in `challenge`, with the `Idempotency-Key` of this request. Solve it, and send this request again with the proof and the same key."
+        curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/challenge -H \"Authorization: Bearer $TOKEN\" -H 'Idempotency-Key: order-1' -H 'Content-Type: application/json' -d '{\"purpose\": \"order\"}'"
+
+    /// There is a proof, and it proves nothing.
+    ProofInvalid "proof_invalid" FORBIDDEN "The proof of work is not valid" SameKey NotApplied
+        cause "`reason` says it: `unreadable`, it has not the form `<challenge>.<number>`; `foreign`, its challenge was not given out for this sale, user, purpose and `Idempotency-Key`; `too_easy`, the sale asks for more by now; `unsolved`, its hash has too few zero bits; `expired`, its challenge is older than two minutes."
+        fix "Get a new challenge from the address in `challenge`, with the `Idempotency-Key` of this request. Solve it, and send this request again with the proof and the same key."
+        curl "curl -X POST $STOCKADE/v1/sales/$SALE_ID/challenge -H \"Authorization: Bearer $TOKEN\" -H 'Idempotency-Key: order-1' -H 'Content-Type: application/json' -d '{\"purpose\": \"order\"}'"
+
     /// The header is absent or empty.
     IdempotencyKeyMissing "idempotency_key_missing" BAD_REQUEST "An Idempotency-Key is required" Never NotApplied
         cause "The request moves units or money, and has no `Idempotency-Key` header, or an empty one. Without a key a lost answer could not be told from a lost request."
@@ -675,6 +693,7 @@ impl From<SaleError> for Problem {
             SaleError::Unlike(orders) => super::checkouts::unlike(&orders),
             SaleError::NoPayment => super::payments::method("this sale takes no payment"),
             SaleError::NoMethod => super::payments::method("is needed: this sale takes money"),
+            SaleError::Hurdle(sale, hurdle) => super::hurdles::stopped(sale, hurdle),
             SaleError::Busy => {
                 let detail = "Another attempt with this key is under way.";
                 Self::unknown(detail, Duration::from_secs(1))
@@ -763,6 +782,9 @@ mod tests {
         ("insufficient", 409),
         ("buyer_limit", 409),
         ("order_limit", 422),
+        ("account_too_young", 403),
+        ("proof_required", 403),
+        ("proof_invalid", 403),
         ("idempotency_key_missing", 400),
         ("idempotency_key_mismatch", 422),
         ("receipt_invalid", 422),

@@ -29,8 +29,11 @@ use super::{
 use crate::{
     clock,
     domain::{
+        hurdles::Hurdles,
         id::{Fingerprint, OperationId, ProductId, SaleId, SaleNumber},
-        limits::{ALLOCATION_MAX, BUYER_LIMIT_MAX, HOLD_MS_MAX},
+        limits::{
+            ACCOUNT_AGE_SECONDS_MAX, ALLOCATION_MAX, BUYER_LIMIT_MAX, HOLD_MS_MAX, PROOF_BITS_MAX,
+        },
         money::Money,
         order::Mode,
         payment::Gateway,
@@ -168,6 +171,23 @@ struct SaleRequest {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = String, required = false, pattern = "^(default|replicated|committed)$")]
     durability: Option<String>,
+    /// Seconds that a buyer's account must have existed; if absent, it may be new.
+    #[serde(
+        default,
+        deserialize_with = "present",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 31_536_000)]
+    min_account_age_seconds: Option<i64>,
+    /// Work that each order takes, in zero bits of a hash: each more doubles it, 16 is a second or two
+    /// in a browser. If absent, there is none. See `POST /v1/sales/{id}/challenge`.
+    #[serde(
+        default,
+        deserialize_with = "present",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = i64, required = false, minimum = 1, maximum = 24)]
+    proof_of_work_bits: Option<i64>,
 }
 
 /// Units to add, or to take out.
@@ -226,6 +246,10 @@ struct SaleView {
     payment: &'static str,
     /// Whether the units of a refunded order are for sale again.
     refund_returns_units: bool,
+    /// Seconds that a buyer's account must have existed; `null` when it may be new.
+    min_account_age_seconds: Option<u32>,
+    /// Zero bits of the proof of work that each order needs; `null` when it needs none.
+    proof_of_work_bits: Option<u8>,
     /// What its acceptances survive; each order says what its own does.
     durability: Mode,
     /// Why nothing of it is sold at the moment, although it may be open: the stores cannot keep
@@ -271,6 +295,8 @@ impl From<crate::sales::SaleView> for SaleView {
             server_time_ms: standing.now_ms,
             payment: facts.payment.map_or("none", Gateway::as_str),
             refund_returns_units: facts.refund_returns_units,
+            min_account_age_seconds: facts.hurdles.min_account_age_seconds,
+            proof_of_work_bits: facts.hurdles.proof_of_work_bits,
             durability: facts.durability,
             lack: lack.map(|lack| lack.to_string()),
             created_at: Timestamp(facts.created_at),
@@ -343,6 +369,16 @@ struct SaleChange {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = String, required = false, min_length = 1, max_length = 10_000)]
     terms: Option<String>,
+    /// Seconds that a buyer's account must have existed, from now on and in every round; `null` lets
+    /// new ones buy, too.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<i64>, required = false, minimum = 1, maximum = 31_536_000)]
+    min_account_age_seconds: Option<Nullable<i64>>,
+    /// Zero bits of the proof of work that each order needs, from now on and in every round; `null`
+    /// asks for none.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<i64>, required = false, minimum = 1, maximum = 24)]
+    proof_of_work_bits: Option<Nullable<i64>>,
     /// Of one unit of the next rounds.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Price, required = false)]
@@ -372,13 +408,13 @@ struct SaleChange {
     /// When rounds open behind those that are made; `null` makes no more of them.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<ScheduleBody>, required = false)]
-    schedule: Option<Nullable>,
+    schedule: Option<Nullable<ScheduleBody>>,
 }
 
-/// A schedule, or `null` for none.
+/// A value, or `null` for none.
 #[derive(Deserialize)]
 #[serde(transparent)]
-struct Nullable(Option<ScheduleBody>);
+struct Nullable<T>(Option<T>);
 
 impl SaleChange {
     fn check(&self, by: Uuid) -> Result<sales::SaleChange, Problem> {
@@ -391,6 +427,14 @@ impl SaleChange {
         let per_order_limit = units("#/per_order_limit", self.per_order_limit, BUYER_LIMIT_MAX);
         let hold_ms = units("#/hold_seconds", self.hold_seconds, HOLD_MS_MAX / 1_000);
         let hold_ms = hold_ms.map(|seconds| seconds * 1_000);
+        let min_account_age_seconds = self
+            .min_account_age_seconds
+            .as_ref()
+            .map(|age| age.0.and_then(|age| account_age(&mut check, age)));
+        let proof_of_work_bits = self
+            .proof_of_work_bits
+            .as_ref()
+            .map(|bits| bits.0.and_then(|bits| proof_bits(&mut check, bits)));
         let ends = self.ends.as_deref().map(Ends::parse);
         if ends == Some(None) {
             check.refuse("#/ends", "must be time or sold_out");
@@ -410,6 +454,8 @@ impl SaleChange {
         check.done().map(|()| sales::SaleChange {
             name,
             small_print,
+            min_account_age_seconds,
+            proof_of_work_bits,
             unit_price,
             allocation,
             per_buyer_limit,
@@ -425,7 +471,7 @@ impl SaleChange {
 
 /// Change a sale
 ///
-/// Its name and its small print; price, units, limits, holds, end, waitlist and schedule of the rounds
+/// Its name, its small print and what it asks of buyers, at once; price, units, limits, holds, end, waitlist and schedule of the rounds
 /// that are not made yet. Rounds that are made keep what they have.
 #[utoipa::path(patch, path = "/v1/sales/{id}", tag = "sales", request_body = SaleChange,
     params(("id" = Uuid, Path), ("If-Match" = String, Header, description = "The ETag of the version to change")),
@@ -503,6 +549,7 @@ async fn create(
         durability: offer.durability,
         payment: offer.payment,
         refund_returns_units: offer.refund_returns_units,
+        hurdles: offer.hurdles,
         terms,
         schedule: offer.schedule,
         created_by: operator.user,
@@ -638,6 +685,20 @@ struct Offer {
     durability: Mode,
     payment: Option<Gateway>,
     refund_returns_units: bool,
+    hurdles: Hurdles,
+}
+
+/// How old an account shall be, in seconds.
+fn account_age(check: &mut Check, seconds: i64) -> Option<u32> {
+    let range = 1..=ACCOUNT_AGE_SECONDS_MAX;
+    let seconds = check.units("#/min_account_age_seconds", seconds, range);
+    u32::try_from(seconds).ok()
+}
+
+/// How much work an order shall take, in bits.
+fn proof_bits(check: &mut Check, bits: i64) -> Option<u8> {
+    let bits = check.units("#/proof_of_work_bits", bits, 1..=PROOF_BITS_MAX.into());
+    u8::try_from(bits).ok()
 }
 
 /// What an operator has to do before a sale can have this gateway.
@@ -740,6 +801,14 @@ impl SaleRequest {
         if durability == Some(None) {
             check.refuse("#/durability", "must be default, replicated or committed");
         }
+        let hurdles = Hurdles {
+            min_account_age_seconds: self
+                .min_account_age_seconds
+                .and_then(|age| account_age(&mut check, age)),
+            proof_of_work_bits: self
+                .proof_of_work_bits
+                .and_then(|bits| proof_bits(&mut check, bits)),
+        };
         check.done().map(|()| Offer {
             product: ProductId(self.product_id),
             name,
@@ -759,6 +828,7 @@ impl SaleRequest {
             durability: durability.flatten().unwrap_or_default(),
             payment,
             refund_returns_units: self.refund_returns_units.unwrap_or(true),
+            hurdles,
         })
     }
 }
@@ -962,6 +1032,41 @@ mod tests {
             (json!({"durability": "fsync"}), 422, "#/durability"),
             (json!({"durability": "Committed"}), 422, "#/durability"),
             (json!({"durability": null}), 400, "#/durability"),
+            (
+                json!({"min_account_age_seconds": 0}),
+                422,
+                "#/min_account_age_seconds",
+            ),
+            (
+                json!({"min_account_age_seconds": 31_536_001}),
+                422,
+                "#/min_account_age_seconds",
+            ),
+            (
+                json!({"min_account_age_seconds": null}),
+                400,
+                "#/min_account_age_seconds",
+            ),
+            (
+                json!({"proof_of_work_bits": 0}),
+                422,
+                "#/proof_of_work_bits",
+            ),
+            (
+                json!({"proof_of_work_bits": 25}),
+                422,
+                "#/proof_of_work_bits",
+            ),
+            (
+                json!({"proof_of_work_bits": 281}),
+                422,
+                "#/proof_of_work_bits",
+            ),
+            (
+                json!({"proof_of_work_bits": 1.5}),
+                400,
+                "#/proof_of_work_bits",
+            ),
             (json!({"product_id": "{p0}"}), 400, "#/product_id"),
             (json!({"stock": 1}), 400, "#/stock"),
         ] {

@@ -50,7 +50,7 @@ use crate::{
     catalogue::{Catalogue, Painter},
     clock,
     config::Networks,
-    domain::receipt::ReceiptKeys,
+    domain::{proof::ProofKey, receipt::ReceiptKeys},
     engine::{Cache, Engines},
     metrics::{CatalogueMetrics, Metrics},
     ops::{
@@ -60,7 +60,9 @@ use crate::{
     payments::Gateways,
     readiness::Readiness,
     realtime::Hub,
-    sales::{Archive, BuyerNames, Checkouts, Commits, Demand, OpenSales, Pseudonyms, Shop, Till},
+    sales::{
+        Archive, BuyerNames, Checkouts, Commits, Demand, Gate, OpenSales, Pseudonyms, Shop, Till,
+    },
     store::{
         Database, DatabaseSettings, api_keys::ApiKeyTable, audit_log::AuditLog, carts::Carts,
         directory::Directory, endings::Endings, epochs::Epochs, images::Images,
@@ -174,6 +176,7 @@ fn closed_shop(database: Database) -> Shop {
         positions,
         stored: HashMap::new(),
         pseudonyms: Pseudonyms::new(SECRET).unwrap(),
+        gate: Gate::new(ProofKey::new(SECRET).unwrap()),
         receipts: ReceiptKeys::new(&[(1, SECRET)]).unwrap(),
     }
 }
@@ -355,6 +358,7 @@ async fn with_role(router: Router, method: Method, uri: &str, role: Option<Role>
             user: Uuid::from_u128(1),
             role,
             session: None,
+            registered_at: None,
         };
         let token = keys()
             .mint(identity, clock::new_id(), clock::now())
@@ -478,6 +482,7 @@ async fn nothing_is_sold_or_made_without_the_database_and_everybody_knows_it() {
         user: Uuid::from_u128(1),
         role: Role::Operator,
         session: None,
+        registered_at: None,
     };
     let token = keys()
         .mint(identity, clock::new_id(), clock::now())

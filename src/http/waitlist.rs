@@ -16,6 +16,7 @@ use super::{
     body::{Json, Path},
     caller::Caller,
     check::Check,
+    hurdles::Proofs,
     idempotency::IdempotencyKey,
     orders,
     problem::{Code, Problem},
@@ -38,6 +39,9 @@ pub(super) fn routes() -> Routes {
                 Code::NotFound,
                 Code::Conflict,
                 Code::IdempotencyKeyMismatch,
+                Code::AccountTooYoung,
+                Code::ProofRequired,
+                Code::ProofInvalid,
                 Code::NotOpen,
                 Code::Paused,
                 Code::Closed,
@@ -103,9 +107,11 @@ impl PlaceView {
 /// After the sale has sold out. Units that come back are held for whoever waits longest, before the
 /// public sees them: an order with the status `held` appears among the buyer's orders, and must be
 /// paid within the sale's `hold_seconds`. Joining twice is joining once: the first wish stays. With
-/// an `Idempotency-Key` a retry finds the order that the place has become meanwhile.
+/// an `Idempotency-Key` a retry finds the order that the place has become meanwhile; a sale with
+/// `proof_of_work_bits` needs one, since a proof is for a key.
 #[utoipa::path(post, path = "/v1/sales/{id}/waitlist", tag = "waitlist", request_body = Wait,
-    params(("id" = Uuid, Path), ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible ASCII characters")),
+    params(("id" = Uuid, Path), ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible ASCII characters"),
+        ("Proof-Of-Work" = Option<String>, Header, description = "The solved challenge, if the sale has `proof_of_work_bits`")),
     responses((status = 200, description = "The place", body = PlaceView),
               (status = 201, description = "The order that the place has become", body = orders::OrderBody)))]
 async fn join(
@@ -113,6 +119,7 @@ async fn join(
     State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     key: Option<IdempotencyKey>,
+    proofs: Proofs,
     Json(wait): Json<Wait>,
 ) -> Result<Response, Problem> {
     let mut check = Check::new();
@@ -120,7 +127,7 @@ async fn join(
     check.done()?;
     let key = key.as_ref().map(|key| key.0.as_str());
     let joined = shop
-        .join_line(SaleId(id), BuyerId(caller.user), key, quantity)
+        .join_line(SaleId(id), proofs.of(&caller), key, quantity)
         .await?;
     match joined {
         Ok(view) => Ok(axum::Json(PlaceView::of(&view)?).into_response()),

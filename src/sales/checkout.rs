@@ -15,9 +15,11 @@ use crate::{
     clock,
     domain::{
         cart::{Line, OrderedLine, merge},
+        hurdles::{Candidate, Hurdle},
         id::{BuyerId, Fingerprint, OperationId, OrderId, Partition},
         model::{Release, Released},
         order::{Decision, Durability, Order, Purchase, Refusal, Status},
+        proof::Purpose,
     },
     engine::{Answer, Engine},
     faults,
@@ -59,8 +61,19 @@ pub enum CheckedOut {
 pub struct LineAnswer {
     /// The line.
     pub line: Line,
-    /// `None` for a sale that there is not.
-    pub answer: Option<Answer>,
+    /// What was said.
+    pub said: LineSaid,
+}
+
+/// What there is to say of a line.
+#[derive(Clone, Debug)]
+pub enum LineSaid {
+    /// There is no such sale.
+    NoSale,
+    /// The sale asks for more than the buyer has.
+    Hurdle(Hurdle),
+    /// This was decided.
+    Decided(Answer),
 }
 
 /// A checkout as it stands.
@@ -119,16 +132,17 @@ impl Checkouts {
     /// [`SaleError`]; when something may have been accepted, a retry or [`Checkouts::run`] ends it.
     pub async fn checkout(
         &self,
-        buyer: BuyerId,
+        candidate: Candidate<'_>,
         key: &str,
         told: impl Fn(&[LineAnswer]) -> serde_json::Value,
     ) -> Result<CheckedOut, SaleError> {
-        let id = OperationId::derive("checkout", buyer.0, key).0;
+        let id = OperationId::derive("checkout", candidate.buyer.0, key).0;
         let begun = match self.carts.checkout(id).await? {
+            // Whoever has begun has cleared all hurdles.
             Some(known) => known,
-            None => match self.plan(id, buyer, key).await? {
+            None => match self.plan(id, &candidate, key).await? {
                 Ok(planned) => planned,
-                Err(missing) => return Ok(CheckedOut::Refused(missing)),
+                Err(stopped) => return Ok(CheckedOut::Refused(stopped)),
             },
         };
         let checkout = match self.carts.take(begun, clock::now(), LEASE).await? {
@@ -147,13 +161,15 @@ impl Checkouts {
         self.buy(checkout, told).await
     }
 
-    /// What is to be bought, with the ids of its orders; the lines, if a sale is not there.
+    /// What is to be bought, with the ids of its orders; the lines of sales that are not there, or
+    /// that ask for more than the buyer has.
     async fn plan(
         &self,
         id: Uuid,
-        buyer: BuyerId,
+        candidate: &Candidate<'_>,
         key: &str,
     ) -> Result<Result<Checkout, Vec<LineAnswer>>, SaleError> {
+        let buyer = candidate.buyer;
         let cart = self.carts.get(buyer).await?;
         if cart.lines.is_empty() {
             return Err(SaleError::Conflict("The cart is empty."));
@@ -161,20 +177,29 @@ impl Checkouts {
         // They were put in as they are; a cart of an older build may not be.
         let merged = merge(&cart.lines).unwrap_or(cart.lines);
         let mut lines = Vec::with_capacity(merged.len());
-        let mut missing = Vec::new();
+        let mut stopped = Vec::new();
         for line in merged {
-            match self.shop.facts(line.sale).await {
-                Ok(facts) => lines.push(OrderedLine {
-                    line,
-                    // No key of a purchase has such a beginning.
-                    order: OrderId::derive(facts.number, buyer, &format!("\u{1}checkout {key}")),
-                }),
-                Err(SaleError::NotFound) => missing.push(LineAnswer { line, answer: None }),
+            let facts = match self.shop.facts(line.sale).await {
+                Ok(facts) => facts,
+                Err(SaleError::NotFound) => {
+                    let said = LineSaid::NoSale;
+                    stopped.push(LineAnswer { line, said });
+                    continue;
+                }
                 Err(error) => return Err(error),
+            };
+            if let Some(hurdle) = self.shop.stops(&facts, candidate, Purpose::Checkout, key) {
+                let said = LineSaid::Hurdle(hurdle);
+                stopped.push(LineAnswer { line, said });
             }
+            lines.push(OrderedLine {
+                line,
+                // No key of a purchase has such a beginning.
+                order: OrderId::derive(facts.number, buyer, &format!("\u{1}checkout {key}")),
+            });
         }
-        if !missing.is_empty() {
-            return Ok(Err(missing));
+        if !stopped.is_empty() {
+            return Ok(Err(stopped));
         }
         Ok(Ok(Checkout {
             id,
@@ -413,7 +438,7 @@ fn reasons(checkout: &Checkout, answers: &[Option<Answer>]) -> Vec<LineAnswer> {
     let lines = checkout.lines.iter().zip(answers);
     let answered = lines.map(|(ordered, answer)| LineAnswer {
         line: ordered.line,
-        answer: Some(answer.unwrap_or(NOT_ASKED)),
+        said: LineSaid::Decided(answer.unwrap_or(NOT_ASKED)),
     });
     answered.collect()
 }

@@ -6,9 +6,11 @@ use super::{SaleError, Shop};
 use crate::{
     clock,
     domain::{
+        hurdles::Candidate,
         id::{BuyerId, Fingerprint, OrderId, SaleId},
         model::{Joined, Wish},
         order::Order,
+        proof::Purpose,
     },
     engine::Standing,
     store::sales::SaleFacts,
@@ -75,24 +77,35 @@ impl Shop {
     pub async fn join_line(
         &self,
         id: SaleId,
-        buyer: BuyerId,
+        candidate: Candidate<'_>,
         key: Option<&str>,
         quantity: u64,
     ) -> Result<Result<LineView, (Order, Arc<SaleFacts>)>, SaleError> {
         let facts = self.facts(id).await?;
         let engine = self.engine(facts.partition)?;
         engine.gives(facts.durability)?;
+        let buyer = candidate.buyer;
         // No key of a purchase has such a beginning.
-        let key = match key {
+        let wished = match key {
             Some(key) => format!("\u{1}waitlist {key}"),
             None => format!("\u{1}waitlist {}", clock::new_id()),
         };
         let wish = Wish {
             buyer,
-            order: OrderId::derive(facts.number, buyer, &key),
+            order: OrderId::derive(facts.number, buyer, &wished),
             fingerprint: Fingerprint::units("waitlist", quantity),
             units: quantity,
         };
+        if facts.hurdles.any()
+            && let Some(hurdle) = self.stops(
+                &facts,
+                &candidate,
+                Purpose::Waitlist,
+                key.unwrap_or_default(),
+            )
+        {
+            self.admit_known(&facts, wish.order, hurdle).await?;
+        }
         let (joined, standing) = engine.join(facts.round_id(), &wish).await?;
         let place = match joined {
             Joined::Done(place) => Some((place, quantity)),

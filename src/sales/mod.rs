@@ -5,6 +5,7 @@ mod archive;
 mod checkout;
 mod commits;
 mod demand;
+mod gate;
 mod line;
 mod names;
 mod open;
@@ -22,9 +23,10 @@ use uuid::Uuid;
 pub use self::{
     amend::RoundChange,
     archive::Archive,
-    checkout::{CheckedOut, CheckoutView, Checkouts, LineAnswer},
+    checkout::{CheckedOut, CheckoutView, Checkouts, LineAnswer, LineSaid},
     commits::Commits,
     demand::Demand,
+    gate::{Challenge, Gate},
     line::{LineView, Odds},
     names::BuyerNames,
     open::OpenSales,
@@ -38,12 +40,14 @@ use crate::{
     clock,
     domain::{
         durability::Lack,
+        hurdles::{Candidate, Hurdle},
         id::{
             BuyerId, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId, RoundId,
             SaleId,
         },
         model::{Allocated, Controlled, Operation, Release, Released},
         order::{Decision, Durability, Order, Purchase, Refusal, Status},
+        proof::Purpose,
         receipt::ReceiptKeys,
         round::{Intent, State, TermsError},
     },
@@ -96,6 +100,9 @@ pub enum SaleError {
     /// milliseconds since the Unix epoch.
     #[error("refused")]
     Refused(Refusal, i64),
+    /// The buyer does not clear what this sale asks for. Nothing was done.
+    #[error("the sale asks for more than the buyer has")]
+    Hurdle(SaleId, Hurdle),
     /// Another attempt with the same key is under way.
     #[error("another attempt is under way")]
     Busy,
@@ -186,6 +193,8 @@ pub struct Shop {
     pub stored: HashMap<Partition, StoredPosition>,
     /// Waits until PostgreSQL has what was accepted.
     pub commits: Commits,
+    /// Keeps out who does not clear the hurdles of a sale.
+    pub gate: Gate,
     /// What buyers are called on a leaderboard.
     pub pseudonyms: Pseudonyms,
     /// What was lost when an epoch began.
@@ -375,11 +384,30 @@ impl Shop {
     pub async fn purchase(
         &self,
         id: SaleId,
+        candidate: Candidate<'_>,
+        key: &str,
+        quantity: u64,
+    ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
+        let facts = self.facts(id).await?;
+        let buyer = candidate.buyer;
+        if facts.hurdles.any()
+            && let Some(hurdle) = self.stops(&facts, &candidate, Purpose::Order, key)
+        {
+            let order = OrderId::derive(facts.number, buyer, key);
+            // Boxed, so that nobody else carries its state along.
+            Box::pin(self.admit_known(&facts, order, hurdle)).await?;
+        }
+        self.purchase_anyway(facts, buyer, key, quantity).await
+    }
+
+    /// The same for somebody who has cleared every hurdle, now or before.
+    async fn purchase_anyway(
+        &self,
+        mut facts: Arc<SaleFacts>,
         buyer: BuyerId,
         key: &str,
         quantity: u64,
     ) -> Result<(Answer, Arc<SaleFacts>), SaleError> {
-        let mut facts = self.facts(id).await?;
         loop {
             let mut answer = self.purchase_in(&facts, buyer, key, quantity).await;
             if let Ok(told) = &mut answer

@@ -31,6 +31,8 @@ pub struct KeyHolder {
     pub user: Uuid,
     /// The role that the user has now.
     pub role: String,
+    /// When the user registered.
+    pub registered_at: DateTime<Utc>,
     /// `read`, `buy`, `operate`.
     pub scopes: Vec<String>,
     /// When it ends, if it does by itself.
@@ -174,7 +176,8 @@ impl ApiKeyTable {
                            WHERE hash = $1
                              AND (last_used_at IS NULL OR last_used_at < $2::timestamptz - interval '1 minute')
                        )
-                       SELECT k.id, k.user_id AS "user", u.role, k.scopes, k.expires_at
+                       SELECT k.id, k.user_id AS "user", u.role, u.created_at AS registered_at,
+                              k.scopes, k.expires_at
                        FROM api_keys k JOIN users u ON u.id = k.user_id
                        WHERE k.hash = $1 AND u.disabled_at IS NULL
                          AND (k.expires_at IS NULL OR k.expires_at > $2)"#,

@@ -13,6 +13,7 @@ use super::{
     unreadable,
 };
 use crate::domain::{
+    hurdles::Hurdles,
     id::{Fingerprint, Partition, ProductId, RoundId, SaleId, SaleNumber},
     money::Money,
     order::Mode,
@@ -42,6 +43,8 @@ pub struct SaleFacts {
     pub payment: Option<Gateway>,
     /// Whether the units of a refunded order are for sale again.
     pub refund_returns_units: bool,
+    /// What it asks of whoever buys.
+    pub hurdles: Hurdles,
     /// The round: 1, 2, 3 ….
     pub round: u32,
     /// The rules of the round.
@@ -138,6 +141,8 @@ pub struct NewSale {
     pub payment: Option<Gateway>,
     /// Whether the units of a refunded order are for sale again.
     pub refund_returns_units: bool,
+    /// What it asks of whoever buys, in range.
+    pub hurdles: Hurdles,
     /// The rules of its first round, checked.
     pub terms: Terms,
     /// When its rounds open, if it opens more than once: the first one in the window of `terms`.
@@ -166,6 +171,10 @@ pub struct SaleChange {
     pub name: Option<String>,
     /// 1 … 10,000 characters.
     pub small_print: Option<String>,
+    /// How old the buyers' accounts must be, in seconds; `Some(None)` asks for nothing. In every round.
+    pub min_account_age_seconds: Option<Option<u32>>,
+    /// How much work each order takes, in bits; `Some(None)` asks for none. In every round.
+    pub proof_of_work_bits: Option<Option<u8>>,
     /// Of one unit of the next rounds.
     pub unit_price: Option<Money>,
     /// Units of each of the next rounds.
@@ -244,6 +253,8 @@ struct Columns {
     durability: String,
     payment: String,
     refund_returns_units: bool,
+    min_account_age_seconds: Option<i32>,
+    proof_of_work_bits: Option<i16>,
     round: i32,
     version: i64,
     created_by: Uuid,
@@ -340,6 +351,14 @@ impl TryFrom<Columns> for Sale {
                 ),
             },
             refund_returns_units: row.refund_returns_units,
+            hurdles: Hurdles {
+                min_account_age_seconds: row.min_account_age_seconds.map(i32::cast_unsigned),
+                proof_of_work_bits: row
+                    .proof_of_work_bits
+                    .map(u8::try_from)
+                    .transpose()
+                    .map_err(|_| unreadable(format!("proof of work of sale {}", row.id)))?,
+            },
             round: row.round.cast_unsigned(),
             terms: Terms {
                 window: window(row.opens_at, row.closes_at),
@@ -385,7 +404,8 @@ macro_rules! select {
             Columns,
             "SELECT sales.id, sales.number, sales.partition, sales.product_id, sales.name,
                     sales.terms, sales.durability, sales.payment,
-                    sales.refund_returns_units, rounds.round, sales.version, sales.created_by, sales.created_at,
+                    sales.refund_returns_units, sales.min_account_age_seconds,
+                    sales.proof_of_work_bits, rounds.round, sales.version, sales.created_by, sales.created_at,
                     sales.updated_at, sales.request_fingerprint, rounds.unit_price, rounds.currency,
                     rounds.initial_allocation, rounds.per_buyer_limit, rounds.per_order_limit,
                     rounds.opens_at, rounds.closes_at, rounds.hold_ms, rounds.limit_scope,
@@ -437,13 +457,14 @@ impl Sales {
                                             payment, refund_returns_units, created_by,
                                             request_fingerprint, schedule,
                                             planned_until, windows_planned, plan_at, hold_ms,
-                                            limit_scope, ends, waitlist)
+                                            limit_scope, ends, waitlist,
+                                            min_account_age_seconds, proof_of_work_bits)
                          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
                                  $14, $15, $16, $17, $18,
                                  CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END,
                                  CASE WHEN $18::jsonb IS NOT NULL THEN 1 END,
                                  CASE WHEN $18::jsonb IS NOT NULL THEN $11::timestamptz END,
-                                 $19, $20, $21, $22)
+                                 $19, $20, $21, $22, $23, $24)
                          ON CONFLICT (id) DO NOTHING
                          RETURNING number, round
                      )
@@ -475,6 +496,8 @@ impl Sales {
                     terms.policy.limit_scope.as_str(),
                     terms.policy.ends.as_str(),
                     terms.policy.waitlist,
+                    sale.hurdles.min_account_age_seconds.map(u32::cast_signed),
+                    sale.hurdles.proof_of_work_bits.map(i16::from),
                 )
                 .execute(&mut *transaction)
                 .await;
@@ -823,8 +846,11 @@ async fn change_sale(
          SET name = coalesce($2, name), terms = coalesce($3, terms), price_amount = $4,
              price_currency = $5, allocation = $6, per_buyer_limit = $7, per_order_limit = $8,
              schedule = $9, planned_until = $10, windows_planned = $11, plan_at = $12,
-             hold_ms = $14, ends = $15, waitlist = $16, version = version + 1,
-             updated_at = now(), updated_by = $13
+             hold_ms = $14, ends = $15, waitlist = $16,
+             min_account_age_seconds =
+                 CASE WHEN $17 THEN $18 ELSE min_account_age_seconds END,
+             proof_of_work_bits = CASE WHEN $19 THEN $20 ELSE proof_of_work_bits END,
+             version = version + 1, updated_at = now(), updated_by = $13
          WHERE id = $1",
         id.0,
         change.name,
@@ -841,7 +867,14 @@ async fn change_sale(
         change.by,
         row.hold_ms,
         row.ends,
-        row.waitlist
+        row.waitlist,
+        change.min_account_age_seconds.is_some(),
+        change
+            .min_account_age_seconds
+            .flatten()
+            .map(u32::cast_signed),
+        change.proof_of_work_bits.is_some(),
+        change.proof_of_work_bits.flatten().map(i16::from)
     )
     .execute(&mut *transaction)
     .await?;

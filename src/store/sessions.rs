@@ -76,6 +76,8 @@ pub struct Holder {
     pub user: Uuid,
     /// The role that the user has now.
     pub role: String,
+    /// When the user registered.
+    pub registered_at: DateTime<Utc>,
 }
 
 /// What became of a refresh token.
@@ -157,7 +159,8 @@ impl Sessions {
                 // The session's row is the lock: of many exchanges at once one is first, and the
                 // others see what it did.
                 let session = sqlx::query!(
-                    "SELECT s.id, s.user_id, s.last_used_at, s.expires_at, s.revoked_at, u.role
+                    "SELECT s.id, s.user_id, s.last_used_at, s.expires_at, s.revoked_at, u.role,
+                            u.created_at AS registered_at
                      FROM sessions s JOIN users u ON u.id = s.user_id
                      WHERE s.id = (SELECT session_id FROM refresh_tokens WHERE hash = $1)
                      FOR UPDATE OF s",
@@ -235,6 +238,7 @@ impl Sessions {
                     session: session.id,
                     user: session.user_id,
                     role: session.role,
+                    registered_at: session.registered_at,
                 }))
             })
             .await

@@ -9,6 +9,7 @@ use stockade::{
     clock,
     domain::{
         durability::Said,
+        hurdles::Hurdles,
         id::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId,
             RoundId, SaleId,
@@ -95,6 +96,7 @@ impl Stall {
             durability: Mode::Default,
             payment: None,
             refund_returns_units: true,
+            hurdles: Hurdles::default(),
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,

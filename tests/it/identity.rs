@@ -739,6 +739,7 @@ impl Signer {
         let claims = json!({
             "iss": "https://id.example.org/", "aud": ["shop", "other"], "sub": subject,
             "exp": clock::now().timestamp() + 300, "groups": groups,
+            "registered_at": "2023-11-14T22:13:20Z",
         });
         let [header, claims] =
             [header, claims].map(|part| BASE64_URL_SAFE_NO_PAD.encode(part.to_string()));
@@ -802,7 +803,8 @@ async fn tokens_of_an_outside_provider_are_taken_whether_it_is_there_or_not() {
     ] {
         assert_eq!(me(&first.token("auth0|7", groups)).await["role"], role);
     }
-    let sale = app.sale(json!({"allocation": 2})).await;
+    let terms = json!({"allocation": 2, "min_account_age_seconds": 31_536_000});
+    let sale = app.sale(terms).await;
     let path = format!("/v1/sales/{}/orders", id(&sale));
     let order = with(&app, &token, Method::POST, &path, &json!({"quantity": 1})).await;
     assert_eq!(order.expect(201).json()["buyer_id"], seven["id"]);

@@ -523,7 +523,7 @@ async fn sell(app: &App, sale: &str, count: u64) {
     futures::stream::iter(0..count)
         .for_each_concurrent(512, async |_| {
             let buyer = BuyerId(clock::new_id());
-            let (answer, _) = shop.purchase(sale, buyer, "k", 1).await.unwrap();
+            let (answer, _) = shop.purchase(sale, buyer.into(), "k", 1).await.unwrap();
             assert!(matches!(answer.decision, Decision::Accepted(_)));
         })
         .await;

@@ -24,6 +24,7 @@ mod faults;
 mod fence;
 mod gateways;
 mod holds;
+mod hurdles;
 mod idempotency;
 mod identity;
 mod layers;

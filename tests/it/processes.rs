@@ -107,6 +107,7 @@ async fn nodes_with_wrong_clocks_sell_in_the_same_window() {
                 user: clock::new_id(),
                 role: Role::Buyer,
                 session: None,
+                registered_at: None,
             };
             let there = clock::now() + TimeDelta::hours(*hours);
             let token = keys.mint(identity, clock::new_id(), there).unwrap();

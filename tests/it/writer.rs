@@ -8,6 +8,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stockade::{
     clock,
     domain::{
+        hurdles::Hurdles,
         id::{
             BuyerId, Epoch, Fingerprint, JournalId, OperationId, OrderId, Partition, ProductId,
             RoundId, SaleId, SaleNumber,
@@ -95,6 +96,7 @@ impl Shop {
             durability: Mode::Default,
             payment: None,
             refund_returns_units: true,
+            hurdles: Hurdles::default(),
             terms: Terms {
                 window: Window {
                     opens_at_ms: 1,

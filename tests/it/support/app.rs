@@ -90,6 +90,7 @@ pub(crate) fn token(keys: &TokenKeys, user: Uuid, role: auth::Role) -> String {
         user,
         role,
         session: None,
+        registered_at: None,
     };
     keys.mint(identity, clock::new_id(), clock::now()).unwrap()
 }

@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run example contract test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage
+.PHONY: help run example contract test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage fuzz
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -81,6 +81,10 @@ kills: ## Kill application, Redis and PostgreSQL in turn under a crowd, CYCLES=2
 outage: ## Take PostgreSQL away for a minute while a crowd buys, and print what buyers noticed (ARGS="drop's options")
 	@.ci/install
 	.ci/outage $(ARGS)
+
+fuzz: ## Fuzz what strangers can send, SECONDS_EACH=60 for each fuzzer (ARGS="requests": only this one)
+	@.ci/install
+	.ci/fuzz $(ARGS)
 
 micro: ## Measure single steps of a purchase, without a network (ARGS="token": only those)
 	cargo bench --package stockade --features bench --locked --bench micro -- $(ARGS)

@@ -34,7 +34,8 @@ use crate::{
         outside::{Outside, Provider},
         password::PasswordHasher,
         session::Successors,
-        token::{LIFETIME_MAX_SECONDS, Secret, TokenKeys},
+        ticket::Tickets,
+        token::{Identity, LIFETIME_MAX_SECONDS, Secret, TokenKeys},
     },
     catalogue::{Catalogue, Painter},
     clock,
@@ -59,7 +60,7 @@ use crate::{
     },
     payments::{Gateway, Gateways, Paypal, PaypalSettings, Sandbox, Stripe, StripeSettings},
     readiness::Readiness,
-    realtime::Hub,
+    realtime::{Desks, Holder, Hub, OwnLimits},
     sales::{
         Archive, BuyerNames, Checkouts, Commits, Demand, Gate, OpenSales, Pseudonyms, RoundKeeper,
         Shop, Till,
@@ -116,6 +117,9 @@ const BUYERS_SHARE: u64 = 32;
 
 /// One address may have one connection in so many.
 const ADDRESS_SHARE: usize = 4;
+
+/// Streams of their own events that one user may have open on a node.
+const OWN_STREAMS: usize = 10;
 
 /// How long PostgreSQL may take to be there at start.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -531,8 +535,9 @@ async fn serve(
             .collect::<Vec<_>>()
             .join(", ")
     );
+    let tickets = Tickets::new(secret, stores.cache.clone(), Arc::clone(&barred))?;
     let accounts = Accounts {
-        barred,
+        barred: Arc::clone(&barred),
         api_keys: Arc::clone(&api_keys),
         users,
         personal: Personal::new(database.clone()),
@@ -639,6 +644,8 @@ async fn serve(
         Ok(())
     });
 
+    let desks = desks(config, stores, &shop, &hub, &files, barred, life);
+
     let settings = HttpSettings {
         cors_origins: config
             .cors_origins
@@ -685,6 +692,8 @@ async fn serve(
         endings: Endings::new(database.clone()),
         certificate_key: certificate_key(config)?,
         hub,
+        desks,
+        tickets,
         metrics: Arc::clone(metrics),
         readiness: app.readiness.clone(),
     });
@@ -713,6 +722,53 @@ async fn serve(
         app.admin_addr = Some(listen(addr, router, door, "admin", life)?);
     }
     Ok(())
+}
+
+/// Buyers' own events, which end with their sessions.
+fn desks(
+    config: &Config,
+    stores: &Stores,
+    shop: &Shop,
+    hub: &Hub,
+    files: &Files,
+    barred: Arc<Barred>,
+    life: &Lifecycle,
+) -> Desks {
+    let desks = Desks::new(
+        stores.engines.clone(),
+        shop.directory.clone(),
+        shop.orders.clone(),
+        hub.clone(),
+        OwnLimits {
+            // The rest is for those who only watch.
+            streams: files.streams / 2,
+            per_user: match config.rate_limit {
+                RateLimit::On => OWN_STREAMS,
+                RateLimit::Off => usize::MAX,
+            },
+        },
+    );
+    let (own, stop) = (desks.clone(), life.token(Stage::Requests));
+    life.spawn(Stage::Requests, "own events", async move {
+        own.run(stop).await;
+        Ok(())
+    });
+    let (own, stop) = (desks.clone(), life.token(Stage::Background));
+    life.spawn(Stage::Background, "ends of streams", async move {
+        let mut learnt = barred.learnt();
+        while let Some(Ok(())) = stop.run_until_cancelled(learnt.changed()).await {
+            own.log_out(|holder: &Holder| {
+                barred.bars(&Identity {
+                    user: holder.user,
+                    role: auth::Role::Buyer,
+                    session: holder.session,
+                    registered_at: None,
+                })
+            });
+        }
+        Ok(())
+    });
+    desks
 }
 
 /// The identity provider beside our own accounts, if there is one.

@@ -558,6 +558,12 @@ pub struct RealtimeMetrics {
     pub frames: Counter,
     /// Reads of a watched round that failed.
     pub failed_samples: Counter,
+    /// Open streams of a buyer's own events; also among `subscribers`.
+    pub own_subscribers: Gauge,
+    /// Reads of a journal for them.
+    pub own_reads: Counter,
+    /// Looks into PostgreSQL for them.
+    pub own_lookups: Counter,
 }
 
 impl RealtimeMetrics {
@@ -583,6 +589,21 @@ impl RealtimeMetrics {
             "failed_samples",
             "Reads of a watched round that failed",
             self.failed_samples.clone(),
+        );
+        registry.register(
+            "own_subscribers",
+            "Open streams of buyers' own events",
+            self.own_subscribers.clone(),
+        );
+        registry.register(
+            "own_reads",
+            "Reads of a journal for buyers' own events",
+            self.own_reads.clone(),
+        );
+        registry.register(
+            "own_lookups",
+            "Looks into PostgreSQL for buyers' own events",
+            self.own_lookups.clone(),
         );
     }
 }

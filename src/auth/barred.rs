@@ -11,6 +11,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -38,6 +39,7 @@ pub struct Barred {
     known: RwLock<Known>,
     /// Whether there is anything to look up: mostly there is not, and every purchase asks.
     anybody: AtomicBool,
+    learnt: watch::Sender<()>,
     metrics: IdentityMetrics,
 }
 
@@ -55,6 +57,7 @@ impl Barred {
             sessions,
             known: RwLock::default(),
             anybody: AtomicBool::new(false),
+            learnt: watch::Sender::default(),
             metrics,
         }
     }
@@ -79,6 +82,11 @@ impl Barred {
         let sessions = sessions.into_iter().map(|session| (session, until));
         known.sessions.extend(sessions);
         self.show(&known);
+    }
+
+    /// Changes whenever somebody may have been barred: for what goes on without asking.
+    pub fn learnt(&self) -> watch::Receiver<()> {
+        self.learnt.subscribe()
     }
 
     /// Learns what other nodes ended, until `stop`. A node that cannot ask goes on with what it
@@ -133,6 +141,7 @@ impl Barred {
     fn show(&self, known: &Known) {
         let count = known.sessions.len() + known.users.len();
         self.anybody.store(count > 0, Ordering::Release);
+        self.learnt.send_replace(());
         self.metrics
             .barred
             .set(i64::try_from(count).unwrap_or(i64::MAX));

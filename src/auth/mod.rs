@@ -8,6 +8,7 @@ pub mod email;
 pub mod outside;
 pub mod password;
 pub mod session;
+pub mod ticket;
 pub mod token;
 
 use serde::{Deserialize, Serialize};

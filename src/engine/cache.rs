@@ -89,15 +89,23 @@ impl Cache {
         }
     }
 
-    /// Puts something there for `life`, if the server takes it.
-    pub async fn put(&self, key: &str, value: Bytes, life: Duration) {
+    /// Puts something there for `life`, if the server takes it; whether it says so.
+    pub async fn put(&self, key: &str, value: Bytes, life: Duration) -> bool {
         if value.len() > VALUE_BYTES_MAX {
-            return;
+            return false;
         }
         let key = Bytes::copy_from_slice(key.as_bytes());
         let seconds = Bytes::from(life.as_secs().max(1).to_string());
         self.ask("SET", vec![key, value, Bytes::from_static(b"EX"), seconds])
-            .await;
+            .await
+            .is_some()
+    }
+
+    /// Takes away what was put there: whether it was there, which is told once, whoever asks.
+    /// `None` when the server does not say.
+    pub async fn take(&self, key: &str) -> Option<bool> {
+        let key = Bytes::copy_from_slice(key.as_bytes());
+        Some(self.ask("DEL", vec![key]).await?.as_u64()? == 1)
     }
 
     /// Adds to what all nodes have spent. For each of them: microseconds until it is whole again.

@@ -135,7 +135,39 @@ impl JournalReader {
         page
     }
 
+    /// The place of the last entry there is in `epoch`.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub async fn end(&self, epoch: Epoch) -> Result<JournalId, JournalError> {
+        let beginning = JournalId { epoch, pseq: 0 };
+        let page = self.ask(epoch, beginning, 1).await?;
+        Ok(JournalId {
+            epoch,
+            pseq: page.last_pseq,
+        })
+    }
+
     async fn page(
+        &self,
+        epoch: Epoch,
+        after: JournalId,
+        entries_max: usize,
+    ) -> Result<JournalPage, JournalError> {
+        let JournalPage { entries, last_pseq } = self.ask(epoch, after, entries_max).await?;
+        match entries.first() {
+            Some(first) if first.id.pseq != after.pseq + 1 => Err(JournalError::Missing {
+                oldest: first.id.pseq,
+            }),
+            None if last_pseq > after.pseq => Err(JournalError::Missing {
+                oldest: last_pseq + 1,
+            }),
+            _ => Ok(JournalPage { entries, last_pseq }),
+        }
+    }
+
+    /// What there is behind `after`, whatever is missing.
+    async fn ask(
         &self,
         epoch: Epoch,
         after: JournalId,
@@ -164,15 +196,7 @@ impl JournalReader {
         for value in reply.value()?.into_array() {
             entries.push(raw_entry(value).ok_or_else(|| reply.unexpected("entry"))?);
         }
-        match entries.first() {
-            Some(first) if first.id.pseq != after.pseq + 1 => Err(JournalError::Missing {
-                oldest: first.id.pseq,
-            }),
-            None if last_pseq > after.pseq => Err(JournalError::Missing {
-                oldest: last_pseq + 1,
-            }),
-            _ => Ok(JournalPage { entries, last_pseq }),
-        }
+        Ok(JournalPage { entries, last_pseq })
     }
 
     /// Returns when there is an entry after `after`, or after about a second; whether there is one.

@@ -1,5 +1,7 @@
 //! Live stock as server-sent events.
 
+use std::time::Duration;
+
 use axum::{
     Extension,
     extract::State,
@@ -71,7 +73,8 @@ async fn all(State(hub): State<Hub>) -> Result<Response, Problem> {
     Ok(stream(events))
 }
 
-fn stream(events: Events) -> Response {
+/// The answer that is such a stream.
+pub(super) fn stream(events: Events) -> Response {
     let headers = [
         (CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
         (CACHE_CONTROL, HeaderValue::from_static("no-store")),
@@ -91,6 +94,11 @@ impl From<WatchError> for Problem {
                 Self::unavailable("The stock is not known at the moment.").caused_by(error)
             }
             WatchError::Full => Self::unavailable("As many look as this node can serve."),
+            WatchError::TooMany => Self::new(
+                Code::RateLimited,
+                "As many of your streams are open as may be: close one.",
+            )
+            .after(Duration::from_secs(5)),
             WatchError::Stopping => Self::unavailable("This node is shutting down."),
         }
     }
@@ -115,6 +123,7 @@ mod tests {
             ),
             (WatchError::Stale, 503, Code::Unavailable),
             (WatchError::Full, 503, Code::Unavailable),
+            (WatchError::TooMany, 429, Code::RateLimited),
             (WatchError::Stopping, 503, Code::Unavailable),
         ] {
             let problem = Problem::from(error);

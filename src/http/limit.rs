@@ -43,7 +43,7 @@ impl Charge {
             "/sales/{id}/orders" | "/cart/checkout" | "/sales/{id}/waitlist" if !reads => {
                 Class::Purchase
             }
-            "/events" | "/sales/{id}/events" => Class::Stream,
+            "/events" | "/sales/{id}/events" | "/me/events" => Class::Stream,
             _ if matches!(access, Access::Operator | Access::Internal) => Class::Operate,
             _ if reads => Class::Read,
             _ => Class::Write,

@@ -25,6 +25,7 @@ mod incidents;
 mod leaderboard;
 mod limit;
 mod orders;
+mod own_events;
 mod page;
 mod payments;
 mod personal;
@@ -65,14 +66,14 @@ pub use serve::{Door, serve};
 pub use tls::{Tls, TlsError};
 
 use crate::{
-    auth::{accounts::Accounts, api_key::ApiKeys, bearer::Bearers},
+    auth::{accounts::Accounts, api_key::ApiKeys, bearer::Bearers, ticket::Tickets},
     catalogue::{Catalogue, Painter},
     config::Networks,
     metrics::Metrics,
     ops::{audit_log::AuditTrail, auditor::Auditor, certificate::CertificateKey},
     payments::{Gateways, Sandbox},
     readiness::Readiness,
-    realtime::Hub,
+    realtime::{Desks, Hub},
     sales::{Checkouts, Shop, Till},
     store::{
         audit_log::AuditLog, endings::Endings, incidents::Incidents, products::Products,
@@ -126,6 +127,10 @@ pub struct Parts {
     pub certificate_key: Option<CertificateKey>,
     /// Live stock.
     pub hub: Hub,
+    /// Buyers' own events.
+    pub desks: Desks,
+    /// Opens them.
+    pub tickets: Tickets,
     /// Shown at `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Shown at `/readyz`.
@@ -169,6 +174,8 @@ parts! {
     endings: Endings,
     certificate_key: Option<CertificateKey>,
     hub: Hub,
+    desks: Desks,
+    tickets: Tickets,
     metrics: Arc<Metrics>,
     readiness: Readiness,
 }
@@ -222,6 +229,7 @@ fn resources() -> Vec<routes::Routes> {
         cart::routes(),
         checkouts::routes(),
         events::routes(),
+        own_events::routes(),
         audit::routes(),
         audit_log::routes(),
         incidents::routes(),

@@ -42,6 +42,7 @@ use crate::{
         bearer::Bearers,
         password::PasswordHasher,
         session::Successors,
+        ticket::Tickets,
         token::{
             Identity,
             tests::{SECRET, keys},
@@ -59,7 +60,7 @@ use crate::{
     },
     payments::Gateways,
     readiness::Readiness,
-    realtime::Hub,
+    realtime::{Desks, Hub, OwnLimits},
     sales::{
         Archive, BuyerNames, Checkouts, Commits, Demand, Gate, OpenSales, Pseudonyms, Shop, Till,
     },
@@ -209,7 +210,7 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
         Arc::clone(&barred),
     ));
     let accounts = Accounts {
-        barred,
+        barred: Arc::clone(&barred),
         api_keys: Arc::clone(&api_keys),
         users: Users::new(database.clone(), Arc::default()),
         personal: Personal::new(database.clone()),
@@ -221,6 +222,9 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
     let engines = Engines::new(Vec::new());
     let directory = Directory::new(database.clone());
     let sales = Sales::new(database.clone());
+    let realtime = metrics.realtime.clone();
+    let hub = Hub::new(engines.clone(), directory.clone(), sales, 8, realtime);
+    let tickets = Tickets::new(SECRET, Cache::default(), Arc::clone(&barred)).unwrap();
     let state = HttpState::new(Parts {
         api_keys,
         bearers,
@@ -254,8 +258,19 @@ fn app_with(listener: Listener, audit_trail: AuditTrail) -> Router {
         endings: Endings::new(database.clone()),
         reports: Reports::new(database.clone()),
         certificate_key: None,
-        auditor: Auditor::new(database, engines.clone()),
-        hub: Hub::new(engines, directory, sales, 8, metrics.realtime.clone()),
+        auditor: Auditor::new(database.clone(), engines.clone()),
+        desks: Desks::new(
+            engines,
+            directory,
+            Orders::new(database),
+            hub.clone(),
+            OwnLimits {
+                streams: 8,
+                per_user: 8,
+            },
+        ),
+        hub,
+        tickets,
         metrics,
         readiness: Readiness::new(&["postgresql"]),
     });
@@ -292,6 +307,7 @@ fn requests_are_charged_as_what_they_are() {
         ("/v1/webhooks/{gateway}", None, Some((Class::Webhook, one))),
         ("/v1/events", Some((Class::Stream, one)), None),
         ("/v1/sales/{id}/events", Some((Class::Stream, one)), None),
+        ("/v1/me/events", Some((Class::Stream, one)), None),
         (
             "/v1/sales/{id}",
             Some((Class::Read, one)),

@@ -13,6 +13,7 @@ use super::{
     board::Seat,
     feeds::Watching,
     frame::Piece,
+    own::Look,
     page::{Cursor, Page},
 };
 
@@ -29,13 +30,17 @@ pub(super) enum View {
     Sale(Watching),
     /// All open sales.
     All(Seat),
+    /// What is its own.
+    Own(Box<Look>),
 }
 
 impl View {
-    fn page(&mut self) -> &mut watch::Receiver<Page> {
+    /// What is shown to everybody; otherwise the look at what is not.
+    fn page(&mut self) -> Result<&mut watch::Receiver<Page>, &mut Look> {
         match self {
-            Self::Sale(watching) => &mut watching.page,
-            Self::All(seat) => &mut seat.page,
+            Self::Sale(watching) => Ok(&mut watching.page),
+            Self::All(seat) => Ok(&mut seat.page),
+            Self::Own(look) => Err(look),
         }
     }
 }
@@ -48,7 +53,7 @@ enum Stage {
 }
 
 /// The event stream of one subscriber: a `retry:`, a snapshot, then every change that it is quick
-/// enough for, and at last another `retry:` when the node stops.
+/// enough for, and at last another `retry:` when the node stops. A personal one ends with why.
 ///
 /// All that is its own is a place in the shared page: no task, no timer, no buffer.
 #[derive(Debug)]
@@ -67,7 +72,10 @@ impl Events {
         metrics: &RealtimeMetrics,
     ) -> Self {
         metrics.subscribers.inc();
-        let cursor = view.page().borrow().start();
+        let cursor = match view.page() {
+            Ok(page) => page.borrow().start(),
+            Err(_) => Cursor::default(),
+        };
         Self {
             view,
             cursor,
@@ -87,7 +95,17 @@ impl Events {
             Stage::Going => {}
             Stage::Over => return None,
         }
-        let page = self.view.page();
+        let page = match self.view.page() {
+            Ok(page) => page,
+            Err(look) => {
+                // In a box, so that those who only watch stay small.
+                let (piece, is_last) = Box::pin(look.next()).await;
+                if is_last {
+                    self.stage = Stage::Over;
+                }
+                return Some(piece);
+            }
+        };
         loop {
             if let Some(event) = page.borrow_and_update().next(&mut self.cursor) {
                 return Some(event);

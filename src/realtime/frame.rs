@@ -163,7 +163,7 @@ fn chunk(text: &str) -> (String, usize) {
 }
 
 /// As the API writes instants.
-fn instant(ms: i64) -> String {
+pub(super) fn instant(ms: i64) -> String {
     let at = DateTime::from_timestamp_millis(ms).unwrap_or_default();
     at.to_rfc3339_opts(SecondsFormat::Millis, true)
 }

@@ -4,12 +4,15 @@
 //! (`sampler`). At most one frame per sale and interval (`latest`, `pace`) is encoded once
 //! (`frame`) and put on a page that all its subscribers share (`page`, `feeds`, `board`); each of
 //! them is only a place on that page (`events`).
+//!
+//! What is only one buyer's is in `own`.
 
 mod board;
 mod events;
 mod feeds;
 mod frame;
 mod latest;
+mod own;
 mod pace;
 mod page;
 mod sampler;
@@ -27,6 +30,7 @@ use self::{board::Board, events::View, feeds::Feeds};
 pub use self::{
     events::Events,
     frame::{FrameId, Piece, Stock},
+    own::{Desks, Holder, OwnLimits, news::OwnNews},
 };
 use crate::{
     domain::id::SaleId,
@@ -59,6 +63,9 @@ pub enum WatchError {
     /// As many look already as this node can serve.
     #[error("no seat left")]
     Full,
+    /// The user has as many personal streams as anybody may.
+    #[error("too many streams of one user")]
+    TooMany,
     /// The node stops.
     #[error("shutting down")]
     Stopping,

@@ -6,7 +6,7 @@ use super::frame::{Form, Frame, FrameId, Piece};
 use crate::domain::{id::SaleId, round::State};
 
 /// The comment that keeps a silent connection open.
-const HEARTBEAT: Piece = Piece::framed(b"3\r\n:\n\n\r\n", 3);
+pub(super) const HEARTBEAT: Piece = Piece::framed(b"3\r\n:\n\n\r\n", 3);
 
 /// The latest frame of each sale, shared by all who look at it.
 ///

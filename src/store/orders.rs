@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::{Database, StoreError, rounds::money, unreadable};
 use crate::domain::{
-    id::{BuyerId, Epoch, Fingerprint, OrderId, RoundId, SaleNumber},
+    id::{BuyerId, Epoch, Fingerprint, JournalId, OrderId, Partition, RoundId, SaleNumber},
     order::{Durability, Order, Status},
 };
 
@@ -31,6 +31,15 @@ pub struct Place {
     pub epoch: Epoch,
     /// The number.
     pub seq: u64,
+}
+
+/// What PostgreSQL has of some buyers, as of one instant.
+#[derive(Clone, Debug, Default)]
+pub struct Newest {
+    /// Their newest orders, in no particular order.
+    pub orders: Vec<Order>,
+    /// How much of each journal they show: the number of its last entry, in this timeline.
+    pub positions: Vec<(Partition, JournalId)>,
 }
 
 /// A row as PostgreSQL has it.
@@ -204,6 +213,65 @@ impl Orders {
                     }
                 };
                 rows.into_iter().map(Order::try_from).collect()
+            })
+            .await
+    }
+
+    /// The newest orders of each of these buyers, at most `each`, and how much of the journals they
+    /// show: one look for all of them.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn newest(&self, buyers: Vec<BuyerId>, each: i64) -> Result<Newest, StoreError> {
+        let buyers: Vec<Uuid> = buyers.into_iter().map(|buyer| buyer.0).collect();
+        self.database
+            .run(async move |pool| {
+                let mut instant = pool
+                    .begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                    .await?;
+                let positions = sqlx::query!(
+                    "SELECT partition, epoch, position FROM journal_positions ORDER BY partition"
+                )
+                .fetch_all(&mut *instant)
+                .await?;
+                let orders = sqlx::query_as!(
+                    OrderColumns,
+                    r#"SELECT own.id AS "id!", own.buyer_id AS "buyer_id!", own.seq AS "seq!",
+                              own.pseq AS "pseq!", own.quantity AS "quantity!",
+                              own.unit_price AS "unit_price!", own.accepted_at AS "accepted_at!",
+                              own.sale AS "sale!", own.round AS "round!", own.epoch AS "epoch!",
+                              own.currency AS "currency!", own.status AS "status!",
+                              own.accepted_as AS "accepted_as!", own.durability AS "durability!",
+                              own.fingerprint AS "fingerprint!",
+                              own.receipt_key AS "receipt_key!", own.hold_ms AS "hold_ms!",
+                              own.extended_ms AS "extended_ms!", own.returned AS "returned!",
+                              own.refunded AS "refunded!", own.last_seq AS "last_seq!",
+                              own.updated_at AS "updated_at!"
+                       FROM unnest($1::uuid[]) AS wanted (buyer)
+                       CROSS JOIN LATERAL (
+                           SELECT * FROM orders WHERE buyer_id = wanted.buyer
+                           ORDER BY accepted_at DESC, id DESC LIMIT $2
+                       ) AS own"#,
+                    &buyers,
+                    each
+                )
+                .fetch_all(&mut *instant)
+                .await?;
+                instant.commit().await?;
+                let positions = positions.into_iter().map(|row| {
+                    let at = JournalId {
+                        epoch: Epoch(row.epoch.cast_unsigned()),
+                        pseq: row.position.cast_unsigned(),
+                    };
+                    (Partition(row.partition.cast_unsigned()), at)
+                });
+                Ok(Newest {
+                    positions: positions.collect(),
+                    orders: orders
+                        .into_iter()
+                        .map(Order::try_from)
+                        .collect::<Result<_, _>>()?,
+                })
             })
             .await
     }

@@ -33,6 +33,7 @@ mod losses;
 mod machine;
 mod network;
 mod outage;
+mod own_events;
 mod payments;
 mod personal;
 mod power;

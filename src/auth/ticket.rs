@@ -3,7 +3,6 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
 use rand::{TryRngCore, rngs::OsRng};
 use sha2::Sha256;
@@ -35,9 +34,9 @@ pub enum TicketError {
 /// Gives tickets and takes them.
 ///
 /// A ticket says whose it is, signed, so that what is made up costs no question. That it is unused is
-/// a key of its own in the cache Redis, which is there from the beginning and is deleted by whoever
-/// uses it: only one can. What is lost there is a ticket that opens nothing, never one that opens
-/// twice.
+/// a key of its own in the cache Redis, which is there from the beginning and is marked by whoever
+/// uses it: only one finds it unmarked. What is lost there is a ticket that opens nothing, never one
+/// that opens twice.
 #[derive(Clone)]
 pub struct Tickets {
     mac: Hmac<Sha256>,
@@ -88,8 +87,7 @@ impl Tickets {
         let mut mac = self.mac.clone();
         mac.update(&bytes);
         bytes.extend_from_slice(&mac.finalize().into_bytes());
-        let unused = Bytes::from_static(b"1");
-        if self.unused.put(&key(&nonce), unused, LIFETIME).await {
+        if self.unused.offer(&key(&nonce), LIFETIME).await {
             Ok(BASE64_URL_SAFE_NO_PAD.encode(bytes))
         } else {
             Err(TicketError::Unavailable)
@@ -139,7 +137,7 @@ impl Tickets {
 
 /// Where it stands that a ticket is unused. The ticket does not follow from it.
 fn key(nonce: &[u8; NONCE_BYTES]) -> String {
-    format!("ticket:{}", Uuid::from_bytes(*nonce).simple())
+    format!("stockade:ticket:{}", Uuid::from_bytes(*nonce).simple())
 }
 
 #[cfg(test)]

@@ -101,11 +101,24 @@ impl Cache {
             .is_some()
     }
 
-    /// Takes away what was put there: whether it was there, which is told once, whoever asks.
-    /// `None` when the server does not say.
-    pub async fn take(&self, key: &str) -> Option<bool> {
-        let key = Bytes::copy_from_slice(key.as_bytes());
-        Some(self.ask("DEL", vec![key]).await?.as_u64()? == 1)
+    /// Puts something there that can be taken once within `life`, under this very name; whether the
+    /// server says so.
+    pub async fn offer(&self, name: &str, life: Duration) -> bool {
+        let seconds = Bytes::from(life.as_secs().max(1).to_string());
+        let name = Bytes::copy_from_slice(name.as_bytes());
+        let [there, expires] = [Bytes::from_static(b"1"), Bytes::from_static(b"EX")];
+        self.ask("SET", vec![name, there, expires, seconds])
+            .await
+            .is_some()
+    }
+
+    /// Takes what was offered: whether it was still there, which is told once, whoever asks. `None`
+    /// when the server does not say.
+    pub async fn take(&self, name: &str) -> Option<bool> {
+        let words: [&[u8]; 5] = [name.as_bytes(), b"0", b"XX", b"KEEPTTL", b"GET"];
+        let words = words.map(Bytes::copy_from_slice).to_vec();
+        let before = self.ask("SET", words).await?;
+        Some(before.as_bytes() == Some(b"1"))
     }
 
     /// Adds to what all nodes have spent. For each of them: microseconds until it is whole again.

@@ -6,17 +6,20 @@ use std::fs;
 use reqwest::{Client, Method, RequestBuilder};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use stockade::auth::Role;
+use stockade::{auth::Role, config::Config};
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::support::{
     app::{Answer, App, id, send, sql},
-    process::{Machine, Served},
+    process::{Machine, Served, stockade},
 };
 
 /// What all of them have, and nothing else.
 const CANARY: &str = "canary";
+
+/// The first operator.
+const OPERATOR: &str = "canary-operator@example.org";
 
 /// Where a secret may stand that a client sends to the wrong place.
 fn astray(path: &str) -> String {
@@ -96,7 +99,7 @@ fn requests(
 }
 
 /// What a refusal quotes of its own request goes back to whoever sent it: not of a secret, though.
-fn refusal_is_clean(answer: &Answer) {
+fn refusal_is_clean(answer: &Answer, secrets: &[String]) {
     if answer.status.is_client_error() || answer.status.is_server_error() {
         for secret in [
             "canary-password",
@@ -107,6 +110,9 @@ fn refusal_is_clean(answer: &Answer) {
         ] {
             assert!(!answer.text.contains(secret), "{}", answer.text);
         }
+        for secret in secrets {
+            assert!(!answer.text.contains(secret), "{}", answer.text);
+        }
     }
 }
 
@@ -115,10 +121,12 @@ async fn nothing_of_it_is_told(log_format: &str) {
     let sale = app.sale(json!({})).await;
     let url = reqwest::Url::parse(app.database_url.expose_secret()).unwrap();
     let database_password = url.password().unwrap().to_owned();
+    let url = reqwest::Url::parse(app.redis.server.url().expose_secret()).unwrap();
+    let redis_password = url.password().unwrap().to_owned();
     let dir = TempDir::new().unwrap();
     let access_log = dir.path().join("access.log");
     let secrets = [
-        ("STOCKADE_OPERATOR_EMAIL", "canary-operator@example.org"),
+        ("STOCKADE_OPERATOR_EMAIL", OPERATOR),
         ("STOCKADE_OPERATOR_PASSWORD", "canary-operator-password"),
         ("STOCKADE_STRIPE_SECRET_KEY", "sk_canary_stripe_key"),
         (
@@ -137,6 +145,10 @@ async fn nothing_of_it_is_told(log_format: &str) {
         (
             "STOCKADE_RECEIPT_KEYS",
             "9:canary-receipt-key-of-at-least-32-bytes",
+        ),
+        (
+            "STOCKADE_DATA_KEYS",
+            "1:canary-data-key-of-at-least-32-bytes",
         ),
         ("STOCKADE_LOG", "debug"),
         ("STOCKADE_LOG_FORMAT", log_format),
@@ -178,12 +190,34 @@ async fn nothing_of_it_is_told(log_format: &str) {
         })
         .collect();
 
+    let order = json!({ "name": "till", "scopes": ["read", "buy"] });
+    let made = client
+        .post(format!("{at}/v1/me/api-keys"))
+        .bearer_auth(&held[2])
+        .json(&order);
+    let api_key = send(made).await.expect(201).json()["key"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+
     let tokens = [
         "canary-bearer-token".to_owned(),
         app.token(Uuid::from_u128(7), Role::Buyer),
         app.token(app.operator, Role::Operator),
         held[2].clone(),
+        api_key,
     ];
+    let own = [
+        database_password,
+        redis_password,
+        super::support::app::SECRET.to_owned(),
+    ];
+    let all: Vec<String> = held
+        .iter()
+        .chain(&tokens[1..])
+        .chain(&own)
+        .cloned()
+        .collect();
     let document = app.get("/openapi.json").await.json();
     let operations = operations(&document, id(&sale));
     assert!(operations.len() > 50, "{}", operations.len());
@@ -193,7 +227,7 @@ async fn nothing_of_it_is_told(log_format: &str) {
             continue;
         }
         for request in requests(&at, &client, method, path, &tokens) {
-            refusal_is_clean(&send(request).await);
+            refusal_is_clean(&send(request).await, &all);
         }
     }
     // Sold, so that what happens behind a purchase has happened, too.
@@ -206,6 +240,12 @@ async fn nothing_of_it_is_told(log_format: &str) {
     assert!(sold.status == 201 || sold.status == 409, "{sold:?}");
 
     let metrics = send(client.get(format!("{at}/metrics"))).await.text;
+    // What somebody prints who looks for a mistake.
+    let config = Config::load(app.environment()).unwrap();
+    let printed = format!("{config:#?}\n{:#?}", app.endpoints());
+    let checked = stockade(&app, &[], &["check-config"]).await;
+    assert!(checked.status.success(), "{checked:?}");
+    let checked = String::from_utf8_lossy(&[checked.stdout, checked.stderr].concat()).into_owned();
     node.stop().await;
     let log = node.log();
     let lines = fs::read_to_string(&access_log).unwrap();
@@ -221,13 +261,17 @@ async fn nothing_of_it_is_told(log_format: &str) {
         ("access log", &lines),
         ("metrics", &metrics),
         ("audit log", &audit),
+        ("the configuration, printed", &printed),
+        ("check-config", &checked),
     ] {
         for line in text.lines() {
-            assert!(!line.contains(CANARY), "{name}: {line}");
-            assert!(!line.contains("canary_stripe"), "{name}: {line}");
-            let own = [&database_password, super::support::app::SECRET];
-            let tokens = held.iter().chain(&tokens[1..3]).map(String::as_str);
-            for secret in tokens.chain(own) {
+            // Whose address it is, the configuration says to whoever has it.
+            let said = match name {
+                "the configuration, printed" | "check-config" => line.replace(OPERATOR, ""),
+                _ => line.to_owned(),
+            };
+            assert!(!said.contains(CANARY), "{name}: {line}");
+            for secret in &all {
                 assert!(!line.contains(secret), "{name}: {line}");
             }
         }

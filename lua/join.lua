@@ -2,11 +2,13 @@
 --
 -- KEYS   those of shared/change.lua
 -- ARGV   1 caller (shared/partition.lua), 2 raw id that the order will have, 3 raw buyer id,
---        4 fingerprint of the order, 5 units at most
+--        4 fingerprint of the order, 5 units at most, 6 archived rounds of the sale in which
+--        PostgreSQL does not have the order
 -- Reply  { 'ok', now_ms, pseq, standing, word, facts, position (1 is next; '' outside the line) }
 --          'done'       in line now
 --          'already'    was in line before, with these or other wishes
 --          'replayed'   has the order that this wish became; facts: its record
+--          'archived'   more rounds of the sale are archived: PostgreSQL must be asked first
 --          'no_line'    the round has none
 --          'not_open'   facts: opens_ms
 --          'paused' | 'closed'
@@ -38,6 +40,9 @@ if order then
   return reply('replayed', order)
 elseif redis.call('ZSCORE', KEYS[7], buyer) then
   return reply('already')
+elseif tonumber(ARGV[6]) < change.sale.archived_rounds then
+  -- The order may have left with a round; a second one must not get its id.
+  return reply('archived')
 elseif not has(round.policy, HAS_LINE) then
   return reply('no_line')
 elseif state == 'scheduled' then

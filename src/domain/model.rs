@@ -197,6 +197,8 @@ pub enum Command {
         round: RoundId,
         /// Who, for what.
         wish: Wish,
+        /// Archived rounds of the sale in which PostgreSQL does not have the order.
+        archive: u32,
     },
     /// Wait no more.
     Leave {
@@ -518,9 +520,14 @@ impl Model {
                 .open(now_ms, *round)?
                 .sweep(*holds, *offers, *durability)
                 .map(Reply::Swept),
-            Command::Join { round, wish } => {
-                self.open(now_ms, *round)?.join(*wish).map(Reply::Joined)
-            }
+            Command::Join {
+                round,
+                wish,
+                archive,
+            } => self
+                .open(now_ms, *round)?
+                .join(*wish, *archive)
+                .map(Reply::Joined),
             Command::Leave { round, buyer } => {
                 self.open(now_ms, *round)?.leave(*buyer).map(Reply::Left)
             }
@@ -1337,12 +1344,16 @@ impl Change<'_> {
             .map(|place| place as u64 + 1)
     }
 
-    fn join(mut self, wish: Wish) -> Option<Joined> {
+    fn join(mut self, wish: Wish, archive: u32) -> Option<Joined> {
         if let Some(order) = self.order(wish.order) {
             return Some(Joined::Replayed(order));
         }
         if let Some(place) = self.place(wish.buyer) {
             return Some(Joined::Already(place));
+        }
+        let rounds = self.model.sales.get(&self.id.sale)?.archived_rounds;
+        if archive < rounds {
+            return Some(Joined::Refused(Refusal::Archived { rounds }));
         }
         let round = self.round()?;
         if !round.terms.policy.waitlist {

@@ -11,6 +11,7 @@ use crate::domain::{
 
 impl Engine {
     /// Joins the line of a round. A buyer has one place in it: joining twice is joining once.
+    /// PostgreSQL does not have the order in the first `archive` archived rounds of the sale.
     ///
     /// # Errors
     /// [`EngineError`] when there is no answer.
@@ -18,6 +19,7 @@ impl Engine {
         &self,
         round: RoundId,
         wish: &Wish,
+        archive: u32,
     ) -> Result<(Joined, Standing), EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let arguments = vec![
@@ -25,6 +27,7 @@ impl Engine {
             Bytes::copy_from_slice(wish.buyer.0.as_bytes()),
             Bytes::copy_from_slice(&wish.fingerprint.0),
             Bytes::from(wish.units.to_string()),
+            Bytes::from(archive.to_string()),
         ];
         let names = keys.change(round);
         let mut called = self
@@ -47,6 +50,9 @@ impl Engine {
                 "full" => Some(Joined::Full),
                 "not_open" => Some(Joined::Refused(Refusal::NotOpen {
                     opens_at_ms: standing.window.opens_at_ms,
+                })),
+                "archived" => Some(Joined::Refused(Refusal::Archived {
+                    rounds: standing.archived_rounds,
                 })),
                 "paused" => Some(Joined::Refused(Refusal::Paused)),
                 "closed" => Some(Joined::Refused(Refusal::Closed)),

@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use super::{SaleError, Shop};
+use super::{ARCHIVED_MEANWHILE_MAX, SaleError, Shop, leaving, receipts::StoredReplay};
 use crate::{
     clock,
     domain::{
         hurdles::Candidate,
-        id::{BuyerId, Fingerprint, OrderId, SaleId},
+        id::{BuyerId, Fingerprint, OrderId, RoundId, SaleId},
         model::{Joined, Wish},
-        order::Order,
+        order::{Order, Refusal},
         proof::Purpose,
     },
-    engine::Standing,
+    engine::{Engine, Standing},
     store::sales::SaleFacts,
 };
 
@@ -106,7 +106,10 @@ impl Shop {
         {
             self.admit_known(&facts, wish.order, hurdle).await?;
         }
-        let (joined, standing) = engine.join(facts.round_id(), &wish).await?;
+        let (joined, standing) = match self.join(engine, facts.round_id(), &wish).await? {
+            Ok(joined) => joined,
+            Err(order) => return Ok(Err((order, facts))),
+        };
         let place = match joined {
             Joined::Done(place) => Some((place, quantity)),
             Joined::Already(_) => engine.place(facts.round_id(), buyer).await?.0,
@@ -128,6 +131,32 @@ impl Shop {
             }
         };
         self.line_view(facts, standing, place).await.map(Ok)
+    }
+
+    /// Joins the line, once it is known that no archived round has the order; gives that order
+    /// otherwise.
+    async fn join(
+        &self,
+        engine: &Engine,
+        round: RoundId,
+        wish: &Wish,
+    ) -> Result<Result<(Joined, Standing), Order>, SaleError> {
+        let mut archive = engine.archived_rounds(round);
+        // Each further turn means that one more round was archived meanwhile.
+        for _ in 0..ARCHIVED_MEANWHILE_MAX {
+            let left = self.left(wish.order, wish.buyer, wish.fingerprint, archive);
+            let (rounds, stored) = left.await?;
+            match stored {
+                StoredReplay::Replay(order) => return Ok(Err(order)),
+                StoredReplay::Mismatch => return Err(SaleError::Mismatch),
+                StoredReplay::None => {}
+            }
+            match engine.join(round, wish, rounds).await? {
+                (Joined::Refused(Refusal::Archived { rounds }), _) => archive = rounds,
+                joined => return Ok(Ok(joined)),
+            }
+        }
+        Err(leaving())
     }
 
     /// Leaves the line of the current round; doing it twice is doing it once.

@@ -66,7 +66,7 @@ use crate::{
     writer::StoredPosition,
 };
 
-/// Rounds of a sale that may be archived while one purchase is decided: more is a fault.
+/// Rounds of a sale that may be archived while one request is decided: more is a fault.
 const ARCHIVED_MEANWHILE_MAX: usize = 4;
 
 /// Why something could not be done with a sale.
@@ -209,6 +209,12 @@ pub struct Shop {
     pub receipts: ReceiptKeys,
     /// What has left Redis.
     pub archive: Archive,
+}
+
+/// Why nothing is decided after [`ARCHIVED_MEANWHILE_MAX`] looks.
+fn leaving() -> SaleError {
+    let reason = "rounds of the sale are being archived".to_owned();
+    SaleError::Engine(EngineError::Damaged(reason))
 }
 
 impl Shop {
@@ -471,20 +477,15 @@ impl Shop {
                 archive,
                 ..
             } = purchase;
-            if archive == 0 {
-                // Nothing has left, as far as this node knows; Redis says so otherwise.
-            } else if let Some(rounds) = self.archive.rounds_without(order, archive) {
-                purchase.archive = rounds;
-            } else {
-                let stored = self.replay_stored(order, buyer, fingerprint).await?;
-                if let Some(decision) = stored.decision() {
-                    // Stored, and Redis cannot lose it any more: nothing is left to wait for.
-                    return Ok(Answer {
-                        decision,
-                        looked_up: true,
-                        now_ms: engine.redis_ms().unwrap_or_default(),
-                    });
-                }
+            let (rounds, stored) = self.left(order, buyer, fingerprint, archive).await?;
+            purchase.archive = rounds;
+            if let Some(decision) = stored.decision() {
+                // Stored, and Redis cannot lose it any more: nothing is left to wait for.
+                return Ok(Answer {
+                    decision,
+                    looked_up: true,
+                    now_ms: engine.redis_ms().unwrap_or_default(),
+                });
             }
             let answer = engine.purchase(purchase).await?;
             match &answer.decision {
@@ -500,8 +501,27 @@ impl Shop {
             }
             return Ok(answer);
         }
-        let reason = "rounds of the sale are being archived".to_owned();
-        Err(SaleError::Engine(EngineError::Damaged(reason)))
+        Err(leaving())
+    }
+
+    /// Looks for an order that may have left Redis with one of at least `archive` archived rounds:
+    /// of so many rounds it is known now, and this is what PostgreSQL has under its id.
+    async fn left(
+        &self,
+        order: OrderId,
+        buyer: BuyerId,
+        fingerprint: Fingerprint,
+        archive: u32,
+    ) -> Result<(u32, StoredReplay), SaleError> {
+        if archive == 0 {
+            // Nothing has left, as far as this node knows; Redis says so otherwise.
+            return Ok((0, StoredReplay::None));
+        }
+        if let Some(rounds) = self.archive.rounds_without(order, archive) {
+            return Ok((rounds, StoredReplay::None));
+        }
+        let stored = self.replay_stored(order, buyer, fingerprint).await?;
+        Ok((archive, stored))
     }
 
     /// The order with this id, if it is `buyer`'s; `None` may see every order.

@@ -700,7 +700,8 @@ mod tests {
                     fingerprint: Fingerprint::units("waitlist", quantity),
                     units: quantity,
                 };
-                Command::Join { round, wish }
+                let archive = 0;
+                Command::Join { round, wish, archive }
             }),
             1 => any_purchase().prop_map(|purchase| {
                 let Purchase { round, buyer, .. } = item(purchase);

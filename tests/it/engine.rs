@@ -56,6 +56,8 @@ enum Step {
     Join {
         order: RandomOrder,
         units: u64,
+        /// Whether PostgreSQL was asked about archived rounds.
+        asks: bool,
     },
     Leave {
         round: u8,
@@ -267,7 +269,11 @@ fn step() -> impl Strategy<Value = Step> {
         2 => order.clone().prop_map(Step::Extend),
         3 => (any_round.clone(), 1..5_u64, 0..4_u64)
             .prop_map(|(round, holds, offers)| Step::Sweep { round, holds, offers }),
-        4 => (order, 1..4_u64).prop_map(|(order, units)| Step::Join { order, units }),
+        4 => (order, 1..4_u64).prop_map(|(order, units)| {
+            // Which order a wish is for is not looked up: the choice is free for this.
+            let asks = order.known.is_none();
+            Step::Join { order, units, asks }
+        }),
         2 => (any_round.clone(), 0..6_u8).prop_map(|(round, buyer)| Step::Leave { round, buyer }),
         3 => (any_round.clone(), terms.clone(), any::<bool>())
             .prop_map(|(round, terms, end_only)| Step::Amend { round, terms, end_only }),
@@ -464,7 +470,7 @@ impl Conformance {
                 self.apply(Some(standing.now_ms), command, Reply::Swept(reply))
                     .await;
             }
-            Step::Join { order, units } => {
+            Step::Join { order, units, asks } => {
                 let round = round(order.round);
                 if !self.model.rounds.contains_key(&round) {
                     return;
@@ -479,9 +485,18 @@ impl Conformance {
                     fingerprint: Fingerprint::units("waitlist", *units),
                     units: *units,
                 };
-                let (reply, standing) = self.engine.join(round, &wish).await.unwrap();
+                let known = self.model.sales.get(&round.sale);
+                let archive = known
+                    .filter(|_| *asks)
+                    .map_or(0, |sale| sale.archived_rounds);
+                let joined = self.engine.join(round, &wish, archive).await;
+                let (reply, standing) = joined.unwrap();
                 self.saw("somebody joined the line", matches!(reply, Joined::Done(_)));
-                let command = Command::Join { round, wish };
+                let command = Command::Join {
+                    round,
+                    wish,
+                    archive,
+                };
                 self.apply(Some(standing.now_ms), command, Reply::Joined(reply))
                     .await;
             }
@@ -921,6 +936,7 @@ fn what_always_happens() -> [Step; 8] {
     let wants = |buyer| Step::Join {
         order: order(buyer, true),
         units: 2,
+        asks: true,
     };
     let later = RandomTerms {
         allocation: 1,

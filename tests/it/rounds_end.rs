@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{
     embedded::redis,
     faults::lock_orders,
+    selling::ask,
     support::app::{Answer, App, PATIENCE, crowd, id, insist, send, sql},
 };
 
@@ -335,6 +336,48 @@ async fn a_key_of_an_archived_round_replays_in_the_next_round() {
     app.finish().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wish_of_an_archived_round_is_answered_with_its_order_in_the_next_round() {
+    let mut app = App::start_with(&AT_ONCE).await;
+    let sale = app
+        .sale(json!({ "allocation": 1, "hold_seconds": 3_600, "waitlist": true }))
+        .await;
+    let sale = id(&sale).to_owned();
+    let (owner, eve) = (clock::new_id(), clock::new_id());
+    let join = async |app: &App, quantity: u32| {
+        let path = format!("/v1/sales/{sale}/waitlist");
+        let request = ask(app, Method::POST, eve, &path);
+        let request = request.header("Idempotency-Key", "wish");
+        send(request.json(&json!({ "quantity": quantity }))).await
+    };
+    let bought = app.buy(&sale, owner, "k", 1).await.expect(201).json();
+    join(&app, 1).await.expect(200);
+    cancel(&app, &bought).await.expect(200);
+    let order = join(&app, 1).await.expect(201);
+    cancel(&app, &order.json()).await.expect(200);
+    close(&app, &sale).await;
+    let mut sql = sql(&app).await;
+    archived(&mut sql, &sale).await;
+    app.stop().await;
+    second_round(&mut sql, 1).await;
+    app.run().await;
+    app.until(&format!("/v1/sales/{sale}"), |answer| answer.status == 200)
+        .await;
+    let bought = app.buy(&sale, owner, "again", 1).await.expect(201).json();
+    // The same wish again has become that order; another one under its key is a mistake.
+    assert_eq!(join(&app, 1).await.expect(201).text, order.text);
+    let other = join(&app, 2).await.expect(422).json();
+    assert_eq!(other["code"], "idempotency_key_mismatch");
+    // What comes back is for the public, and the writer goes on.
+    cancel(&app, &bought).await.expect(200);
+    let view = app.view(&sale).await;
+    assert_eq!(
+        (&view["remaining"], &view["waiting"]),
+        (&json!(1), &json!(0))
+    );
+    app.finish().await;
+}
+
 /// One is sold while nobody can read the orders of PostgreSQL.
 async fn sells_without_postgresql(app: &App, sale: &str) {
     let buyer = clock::new_id();
@@ -357,9 +400,9 @@ async fn sells_without_postgresql(app: &App, sale: &str) {
 pub(crate) async fn second_round(sql: &mut PgConnection, allocation: u32) {
     let statement = format!(
         "INSERT INTO rounds (sale, round, unit_price, currency, initial_allocation, per_buyer_limit,
-                             per_order_limit, opens_at, allocation, remaining)
+                             per_order_limit, opens_at, allocation, remaining, hold_ms, waitlist)
          SELECT sale, 2, unit_price, currency, {allocation}, per_buyer_limit, per_order_limit,
-                opens_at, {allocation}, {allocation}
+                opens_at, {allocation}, {allocation}, hold_ms, waitlist
          FROM rounds;
          UPDATE sales SET round = 2"
     );

@@ -47,7 +47,7 @@ pub enum ScheduleError {
     #[error("must be 1 to {SCHEDULE_SECONDS_MAX} seconds")]
     Duration,
     /// Out of bounds.
-    #[error("must be at least 1")]
+    #[error("must be 1 to 2147483647")]
     Rounds,
     /// It ends before it starts.
     #[error("must be later than starts_on")]

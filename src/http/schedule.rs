@@ -180,7 +180,8 @@ impl ScheduleBody {
             until: self.until,
             rounds: self
                 .rounds
-                .map(|rounds| u32::try_from(rounds.clamp(0, i32::MAX.into())).unwrap_or(0)),
+                // What is not in range is refused like 0.
+                .map(|rounds| i32::try_from(rounds).unwrap_or(0).max(0).cast_unsigned()),
         };
         let checked = Recurring::new(form).and_then(|recurring| {
             recurring.check(now_ms)?;

@@ -187,7 +187,18 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     async fn from_request_parts(parts: &mut request::Parts, _state: &S) -> Result<Self, Problem> {
         type Located = serde_path_to_error::Error<serde::de::value::Error>;
         let refused = match axum::extract::Query::try_from_uri(&parts.uri) {
-            Ok(axum::extract::Query(query)) => return Ok(Self(query)),
+            Ok(axum::extract::Query(query)) => {
+                // PostgreSQL cannot hold it, and nothing that is there has it.
+                let mut members = parts.uri.query().unwrap_or_default().split('&');
+                return match members.find(|member| member.contains("%00")) {
+                    Some(member) => {
+                        let name = member.split('=').next().unwrap_or_default();
+                        let pointer = format!("#/query/{}", escape(name));
+                        Err(Problem::unreadable(pointer, "must not contain NUL"))
+                    }
+                    None => Ok(Self(query)),
+                };
+            }
             Err(refused) => refused,
         };
         let mut source: Option<&(dyn Error + 'static)> = Some(&refused);

@@ -433,12 +433,11 @@ impl ProductQuery {
         let words = self.q.filter(|q| !q.trim().is_empty());
         if words.as_ref().is_some_and(|q| {
             q.chars().count() > SEARCH_CHARACTERS_MAX
-                || q.contains('\0')
                 || q.split_whitespace().count() > SEARCH_WORDS_MAX
         }) {
             return Err(Problem::unreadable(
                 "#/query/q",
-                "must be at most 10 words of 200 characters together, without NUL",
+                "must be at most 10 words of 200 characters together",
             ));
         }
         if self.sku.as_deref().is_some_and(|sku| !is_sku(sku)) {

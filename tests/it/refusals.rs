@@ -3,6 +3,7 @@
 
 mod accounts;
 mod foreign;
+mod hostile;
 mod input;
 mod purchase;
 mod routes;

@@ -44,7 +44,7 @@ use crate::{
         durability::Lack, id::Partition, order::Mode, payment::Gateway as GatewayName,
         proof::ProofKey, receipt::ReceiptKeys,
     },
-    engine::{Cache, Engine, EngineOptions, Engines, Fence, RedisUrl},
+    engine::{Cache, Engine, EngineError, EngineOptions, Engines, Fence, RedisUrl},
     faults,
     http::{self, AccessLog, Door, HttpSettings, HttpState, Listener, Tls},
     lifecycle::{Lifecycle, Stage},
@@ -389,7 +389,13 @@ async fn connect(
         let partition = Partition(number);
         let engine = Engine::connect(&options, partition, metrics.engine.clone())
             .await
-            .context("Redis does not answer at REDIS_URL: start it")?;
+            .map_err(|error| {
+                let what = match error {
+                    EngineError::Refused(_) => "Redis at REDIS_URL lets nobody sell",
+                    _ => "Redis does not answer at REDIS_URL: start it",
+                };
+                anyhow::Error::new(error).context(what)
+            })?;
         engines.push(engine);
     }
     let cache = endpoints.cache_redis_url.clone().map(RedisUrl);

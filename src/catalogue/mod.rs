@@ -244,7 +244,7 @@ impl Catalogue {
             |held| &mut held.pages,
             weight,
             async |generation| {
-                let name = format!("stockade:catalogue:{generation}:{name}");
+                let name = format!("catalogue:{generation}:{name}");
                 if shared
                     && let Some(bytes) = self.cache.get(&name).await
                     && let Ok(page) = serde_json::from_slice(&bytes)

@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -49,6 +49,13 @@ struct Inner {
     born: Instant,
     /// Until when it is left alone: milliseconds since `born`.
     rests_until: AtomicU64,
+    /// Whether it has been told that the server does not let us in.
+    told: AtomicBool,
+}
+
+/// As Redis knows it: all of ours begin alike, so that a user can be given nothing else.
+fn name(key: &str) -> String {
+    format!("stockade:{key}")
 }
 
 impl fmt::Debug for Cache {
@@ -76,12 +83,13 @@ impl Cache {
             limit: Script::limit(),
             born: Instant::now(),
             rests_until: AtomicU64::new(0),
+            told: AtomicBool::new(false),
         }))))
     }
 
     /// What was put there, if it is still there and the server answers.
     pub async fn get(&self, key: &str) -> Option<Bytes> {
-        let key = Bytes::copy_from_slice(key.as_bytes());
+        let key = Bytes::from(name(key));
         match self.ask("GET", vec![key]).await? {
             Value::Bytes(bytes) => Some(bytes),
             Value::String(text) => Some(text.into_inner()),
@@ -94,7 +102,7 @@ impl Cache {
         if value.len() > VALUE_BYTES_MAX {
             return false;
         }
-        let key = Bytes::copy_from_slice(key.as_bytes());
+        let key = Bytes::from(name(key));
         let seconds = Bytes::from(life.as_secs().max(1).to_string());
         self.ask("SET", vec![key, value, Bytes::from_static(b"EX"), seconds])
             .await
@@ -124,7 +132,7 @@ impl Cache {
     /// Adds to what all nodes have spent. For each of them: microseconds until it is whole again.
     pub async fn spend(&self, spent: &[Spent]) -> Option<Vec<u64>> {
         let inner = self.0.as_deref()?;
-        let keys = spent.iter().map(|spent| spent.key.clone()).collect();
+        let keys = spent.iter().map(|spent| name(&spent.key)).collect();
         let arguments = spent
             .iter()
             .flat_map(|spent| [spent.spent_us, spent.whole_us])
@@ -156,12 +164,21 @@ impl Inner {
         }
         // The client's own timeout begins when it writes.
         match tokio::time::timeout(TIMEOUT, asked).await {
-            Ok(Ok(value)) => Some(value),
+            Ok(Ok(value)) => {
+                self.told.store(false, Ordering::Relaxed);
+                Some(value)
+            }
             failed => {
                 let rest = now + u64::try_from(REST.as_millis()).unwrap_or(u64::MAX);
                 self.rests_until.store(rest, Ordering::Relaxed);
-                if let Ok(Err(error)) = failed {
-                    tracing::debug!(%error, "the cache");
+                match failed {
+                    Ok(Err(error @ EngineError::Refused(_)))
+                        if !self.told.swap(true, Ordering::Relaxed) =>
+                    {
+                        tracing::warn!(%error, "the cache Redis, at CACHE_REDIS_URL");
+                    }
+                    Ok(Err(error)) => tracing::debug!(%error, "the cache"),
+                    Ok(Ok(_)) | Err(_) => {}
                 }
                 None
             }

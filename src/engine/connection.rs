@@ -68,8 +68,11 @@ impl Connection {
     /// `timeout` bounds every command of this connection.
     pub(super) async fn open(url: &RedisUrl, timeout: Duration) -> Result<Arc<Self>, EngineError> {
         let client = client(url, timeout, true)?;
-        let task = client.init().await.map_err(|_| EngineError::Disconnected)?;
-        Ok(Self::of(client, task))
+        match client.init().await {
+            Ok(task) => Ok(Self::of(client, task)),
+            Err(error) if *error.kind() == ErrorKind::Auth => Err(failure(&error)),
+            Err(_) => Err(EngineError::Disconnected),
+        }
     }
 
     /// Goes on connecting for ever, and waits for nothing: to a server that may be away.
@@ -429,9 +432,9 @@ fn failure(error: &Error) -> EngineError {
         // Redis answers these instead of running the script, or at its first write. CLUSTERDOWN is
         // not one of them: the client library gives one call's to every call under way.
         "OOM" | "MISCONF" | "LOADING" | "READONLY" | "BUSY" | "NOREPLICAS" | "NOSCRIPT"
-        | "MASTERDOWN" | "MOVED" | "ASK" | "TRYAGAIN" | "NOAUTH" | "NOPERM" | "WRONGPASS" => {
-            EngineError::Refused(details.to_owned())
-        }
+        | "MASTERDOWN" | "MOVED" | "ASK" | "TRYAGAIN" => EngineError::Refused(details.to_owned()),
+        // Before a script begins. What is denied inside of one begins with ERR, like its own errors.
+        "NOAUTH" | "NOPERM" | "WRONGPASS" => EngineError::denied(details),
         _ if *error.kind() == ErrorKind::Backpressure => EngineError::Disconnected,
         _ => EngineError::Unknown(error.to_string()),
     }
@@ -486,6 +489,12 @@ mod tests {
         assert!(!first("NOREPLICAS Not enough good replicas").may_have_run());
         assert!(!first("OOM command not allowed").may_have_run());
         assert!(first("ERR user_script:1").may_have_run());
+        let inside = "ERR The user executing the script can't run this command script: 9f, on @user_script:1.";
+        assert!(first(inside).may_have_run());
+        assert!(
+            !first("NOPERM this user has no permissions to run the 'evalsha' command")
+                .may_have_run()
+        );
         // Alone, the same words may be about the second or third command.
         for details in ["NOREPLICAS", "LOADING", "READONLY", "NOSCRIPT", "anything"] {
             assert!(alone(refused(details)).may_have_run(), "{details}");

@@ -69,7 +69,8 @@ impl Engine {
     /// Reads what a partition says of itself. Works on a fenced partition.
     ///
     /// # Errors
-    /// [`EngineError`]; nothing is ever changed.
+    /// [`EngineError`]; nothing is ever changed. [`EngineError::Refused`] when scripts would be
+    /// stopped half-way.
     pub async fn inspect(&self) -> Result<Inspection, EngineError> {
         let Shared { keys, scripts, .. } = &*self.shared;
         let names = vec![keys.meta(), keys.journal()];
@@ -90,6 +91,12 @@ impl Engine {
         let length: i64 = reply.number()?;
         let (first, last) = (reply.text()?, reply.text()?);
         let promoted = reply.text()? == "1";
+        let denied = reply.text()?;
+        if !denied.is_empty() {
+            return Err(EngineError::denied(&format!(
+                "this user may not run {denied}"
+            )));
+        }
         Ok(Inspection {
             epoch: raw_epoch.parse().ok().map(Epoch),
             pseq: pseq.parse().unwrap_or(0),

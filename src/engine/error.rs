@@ -43,6 +43,14 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Redis does not let this user do what it must, by what Redis says.
+    pub(super) fn denied(said: &str) -> Self {
+        Self::Refused(format!(
+            "{said}: user and password are part of its URL, what the user must be allowed is in \
+             deploy/redis-users.conf"
+        ))
+    }
+
     /// Whether the operation may have had an effect, or may still have one.
     pub fn may_have_run(&self) -> bool {
         match self {

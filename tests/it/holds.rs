@@ -16,11 +16,11 @@ use super::{
 /// Long enough that no test ever waits for it.
 const LONG: u64 = 3_600;
 
-fn line(app: &App, method: Method, buyer: Uuid, sale: &str) -> RequestBuilder {
+pub(crate) fn line(app: &App, method: Method, buyer: Uuid, sale: &str) -> RequestBuilder {
     ask(app, method, buyer, &format!("/v1/sales/{sale}/waitlist"))
 }
 
-fn join(app: &App, buyer: Uuid, sale: &str, quantity: u64, key: &str) -> RequestBuilder {
+pub(crate) fn join(app: &App, buyer: Uuid, sale: &str, quantity: u64, key: &str) -> RequestBuilder {
     line(app, Method::POST, buyer, sale)
         .header("Idempotency-Key", key)
         .json(&json!({ "quantity": quantity }))

@@ -161,7 +161,7 @@ async fn nodes_count_together_and_whoever_is_refused_costs_redis_nothing() {
     // The other node lets one request through, tells of it, and hears of the others.
     send(other.ask(me(&app, user))).await.expect(200);
     let mut wire = Wire::to(cache.address.expose_secret()).await;
-    let key = format!("limit:user.read:{:032x}", user.as_u128());
+    let key = format!("stockade:limit:user.read:{:032x}", user.as_u128());
     let nine = 9 * 3_600_000 - 600_000;
     let told = async {
         while wire

@@ -21,7 +21,8 @@ impl Wire {
         let url = Url::parse(url).unwrap();
         let stream = TcpStream::connect(("127.0.0.1", url.port().unwrap())).await;
         let mut wire = Self(BufReader::new(stream.unwrap()));
-        wire.run(&["AUTH", url.password().unwrap()]).await;
+        let (user, password) = (url.username(), url.password().unwrap());
+        wire.run(&["AUTH", user, password]).await;
         wire
     }
 

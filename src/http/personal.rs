@@ -1,5 +1,7 @@
 //! What is kept about a person: shown to that person, and erased.
 
+use std::sync::Arc;
+
 use axum::{extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,6 +18,8 @@ use super::{
 };
 use crate::{
     auth::accounts::Accounts,
+    domain::id::BuyerId,
+    sales::Shop,
     store::{personal::Erased, users::User},
 };
 
@@ -93,7 +97,8 @@ async fn export(
 
 /// Forget me
 ///
-/// Address, name, password, sessions, API keys, cart and what I am called in public go, for good.
+/// Address, name, password, sessions, API keys, cart, places in line and what I am called in public go,
+/// for good.
 /// What I bought stays, under an id that points to nobody: totals and places are as before. Not while
 /// an order waits for its payment or money is on its way.
 #[utoipa::path(delete, path = "/v1/me", tag = "accounts", request_body = Erasure,
@@ -101,18 +106,26 @@ async fn export(
 async fn erase(
     Person(caller): Person,
     State(accounts): State<Accounts>,
+    State(shop): State<Arc<Shop>>,
     Json(erasure): Json<Erasure>,
 ) -> Result<StatusCode, Problem> {
     let done = accounts
         .erase_oneself(caller.user, erasure.password)
         .await?;
-    erased(&done)
+    erased(&shop, caller.user, &done).await
 }
 
-/// What became of it, as an answer.
-pub(super) fn erased(erased: &Erased) -> Result<StatusCode, Problem> {
+/// What became of it, as an answer. Whoever is forgotten waits in no line.
+pub(super) async fn erased(
+    shop: &Arc<Shop>,
+    user: Uuid,
+    erased: &Erased,
+) -> Result<StatusCode, Problem> {
     let why = match erased {
-        Erased::Done(_) => return Ok(StatusCode::NO_CONTENT),
+        Erased::Done(_) => {
+            shop.leave_all_lines(BuyerId(user)).await;
+            return Ok(StatusCode::NO_CONTENT);
+        }
         Erased::Missing => return Err(Problem::not_found()),
         Erased::Holds => "Orders wait for their payment: pay or cancel them first.",
         Erased::Owed => "A payment or a refund is under way: try again when it is done.",

@@ -1,5 +1,7 @@
 //! Users as admins see them: who there is, what they may do, and who may do nothing any more.
 
+use std::sync::Arc;
+
 use axum::{extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -17,6 +19,7 @@ use super::{
 };
 use crate::{
     auth::{Role, accounts::Accounts, email::Email},
+    sales::Shop,
     store::users::{ManagedUser, UserChange, UserFilter},
 };
 
@@ -155,8 +158,9 @@ async fn change(
 async fn erase(
     _: Admin,
     State(accounts): State<Accounts>,
+    State(shop): State<Arc<Shop>>,
     Path(id): Path<Uuid>,
     _: Option<Json<Nothing>>,
 ) -> Result<StatusCode, Problem> {
-    personal::erased(&accounts.erase(id).await?)
+    personal::erased(&shop, id, &accounts.erase(id).await?).await
 }

@@ -170,6 +170,25 @@ impl Shop {
         Ok(())
     }
 
+    /// Takes a buyer who is forgotten out of every line, also if the caller leaves. Where Redis does
+    /// not answer the place stays; what comes of it is a hold at most, which nobody pays.
+    pub async fn leave_all_lines(self: &Arc<Self>, buyer: BuyerId) {
+        let shop = Arc::clone(self);
+        let leaving = tokio::spawn(async move {
+            // Lines are of rounds with holds alone.
+            let rounds = shop.rounds.with_holds().await?;
+            for (round, partition, _) in rounds {
+                if let Err(error) = shop.engine(partition)?.leave(round, buyer).await {
+                    tracing::warn!(%round, %error, "somebody who was forgotten may wait in line");
+                }
+            }
+            Ok::<_, SaleError>(())
+        });
+        if let Ok(Err(error)) = leaving.await {
+            tracing::warn!(?error, "somebody who was forgotten may wait in line");
+        }
+    }
+
     /// A buyer's place in the line of the current round.
     ///
     /// # Errors

@@ -6,9 +6,12 @@ use sqlx::{AssertSqlSafe, PgConnection};
 use stockade::auth::Role;
 use uuid::Uuid;
 
-use super::support::{
-    app::{Answer, App, id, send, sql},
-    process::stockade,
+use super::{
+    holds::join,
+    support::{
+        app::{Answer, App, id, send, sql},
+        process::stockade,
+    },
 };
 
 const PASSWORD: &str = "a password of the tests";
@@ -263,5 +266,38 @@ async fn a_user_is_forgotten_and_what_was_bought_stays() {
         .bearer_auth(other)
         .json(&json!({}));
     send(nobody).await.expect(404);
+    app.finish().await;
+}
+
+#[tokio::test]
+async fn whoever_is_forgotten_waits_in_no_line() {
+    let app = App::start().await;
+    let terms = json!({
+        "allocation": 1, "per_buyer_limit": 1, "hold_seconds": 600, "waitlist": true,
+    });
+    let sale = app.sale(terms).await;
+    let sale = id(&sale);
+    let [owner, next] = [1, 2].map(Uuid::from_u128);
+    let bought = app.buy(sale, owner, "k", 1).await.expect(201).json();
+    let email = "ada@example.org";
+    let ada = register(&app, email).await.expect(201).json();
+    let token = login(&app, email).await;
+    let ada: Uuid = id(&ada).parse().unwrap();
+    for buyer in [ada, next] {
+        send(join(&app, buyer, sale, 1, "w")).await.expect(200);
+    }
+    assert_eq!(app.view(sale).await["waiting"], 2);
+    let erase = app.request(Method::DELETE, "/v1/me").bearer_auth(token);
+    send(erase.json(&json!({ "password": PASSWORD })))
+        .await
+        .expect(204);
+    assert_eq!(app.view(sale).await["waiting"], 1);
+
+    // What comes back is for whoever still waits.
+    let cancel = format!("/v1/orders/{}/cancel", id(&bought));
+    send(app.operate(Method::POST, &cancel)).await.expect(200);
+    let given = format!("/v1/orders?buyer_id={next}&status=held");
+    app.until(&given, |answer| answer.json()["data"] != json!([]))
+        .await;
     app.finish().await;
 }

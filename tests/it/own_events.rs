@@ -358,7 +358,8 @@ async fn a_ticket_opens_one_stream_once_and_soon() {
             with_ticket(&app, ticket),
             other.ask(with_ticket(&app, ticket)),
         ] {
-            let answer = send(request).await;
+            // A stream, if one began, would not end.
+            let answer = send(request.timeout(PATIENCE)).await;
             refused(&answer, 401, "unauthenticated");
             assert_eq!(answer.json()["detail"], "A valid access token is required.");
         }
